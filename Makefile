@@ -1,0 +1,43 @@
+# Each target does its own set-up: the first one makes .venv, the later ones reuse it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help demo test lint bench bench-report compile-report gpu-check clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+$(INSTALLED): setup.py constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lact_kernels needs Python 3.10 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV): torch, triton, torchaudio and small packages, about 5 GB"
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: $(INSTALLED)  ## both operations on a spoken recording, against the reference, with a plot
+	$(BIN)/python -m examples.demo
+
+test: $(INSTALLED)  ## all tests that need no GPU: interpreter and compiler gate included
+	$(BIN)/python -m pytest tests -m 'not gpu' -n 2 --dist loadfile
+
+lint: $(INSTALLED)  ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(INSTALLED)  ## regression timings, saved: compare commits with '.venv/bin/pytest-benchmark compare'
+	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-autosave
+
+bench-report: $(INSTALLED)  ## throughput against window and chunk size, with the peers; table, JSON lines, plot
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+compile-report: $(INSTALLED)  ## registers, spills, shared memory of every kernel, compiled without a GPU
+	$(BIN)/python -m benchmarks.compile_report $(ARGS)
+
+# Runs with the Python it finds, so that it works on a GPU machine that has its own PyTorch and no network.
+gpu-check:  ## every GPU test, then the GPU benchmarks; results into $GPU_CHECK_OUT
+	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) build dist *.egg-info .benchmarks benchmark-results demo-results gpu-check-results

@@ -1,0 +1,13 @@
+"""Fused kernels for the two operations of a LaCT layer.
+
+`window_attn` is causal attention in a sliding window, `block_causal_ttt` the chunk-by-chunk
+training of a SwiGLU fast-weight network while the sequence is read ("Test-Time Training Done
+Right", arXiv 2505.23884). Both run forward and backward on any device; on NVIDIA GPUs through
+Triton. Importing this package imports no Triton and touches no GPU.
+"""
+
+from lact_kernels.ops.block_causal_ttt import TTTState, TTTTokens, block_causal_ttt
+from lact_kernels.ops.window_attn import window_attn
+
+__version__ = "0.1.0"
+__all__ = ["TTTState", "TTTTokens", "block_causal_ttt", "window_attn"]

@@ -1,0 +1,1 @@
+"""The operations as `torch.library` ops: forward, backward, fake implementations."""

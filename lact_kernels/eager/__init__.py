@@ -1,0 +1,1 @@
+"""The operations in plain PyTorch, for any device and float dtype."""

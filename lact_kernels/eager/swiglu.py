@@ -1,0 +1,205 @@
+"""The fast network f(x) = w1 (silu(w0 x) * (w2 x)) over tokens: its values, its gradients, and theirs.
+
+Tokens are `[B, T, H, D]`, weights `[B, H, Dh, Dk]` (w0, w2) and `[B, H, Dv, Dh]` (w1). The operands of
+matrix products are rounded to the tokens' dtype, the products accumulated and returned in
+float32 (float64 for float64 tokens), and all between two products is float32. Products run over
+pieces of the tokens, small enough that what lies between them stays in a CPU's cache.
+
+Names, for a key k and a value v: gate = w0 k, up = w2 k, hidden = silu(gate) * up, dhidden = w1^T v.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+silu_backward = torch.ops.aten.silu_backward  # (grad, x) -> grad * silu'(x)
+
+CPU_PIECE, DEVICE_PIECE = 1 << 18, 1 << 26  # hidden activations of one piece, over all its heads
+MIN_PIECE_TOKENS = 64
+
+
+class _Piece(NamedTuple):
+    """`count` chunks whole, or a part of one, from token `first` and chunk `chunk` on."""
+
+    first: int
+    chunk: int
+    count: int
+    length: int
+
+    def view(self, x: Tensor) -> Tensor:
+        """These tokens of `[B, T, H, D]`, as `[count, B, H, length, D]`."""
+        tokens = x[:, self.first : self.first + self.count * self.length]
+        return tokens.unflatten(1, (self.count, self.length)).permute(1, 0, 3, 2, 4)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """These tokens of `[B, T, H, D]`, as a batch `[count * B * H, length, D]`."""
+        return _rounded(self.view(x), x.dtype).flatten(0, 2)
+
+    def scalars(self, x: Tensor) -> Tensor:
+        """These tokens of `[B, T, H]`, as `[count * B * H, length, 1]`."""
+        return self.view(x[..., None]).flatten(0, 2)
+
+    def weights(self, w: Tensor) -> Tensor:
+        """Their chunks of `[chunks, B, H, rows, columns]`, as a view `[count * B * H, rows, columns]`."""
+        return w[self.chunk : self.chunk + self.count].flatten(0, 2)
+
+    def write(self, x: Tensor, result: Tensor) -> None:
+        """Store the batch `[count * B * H, length, D]` as these tokens of `[B, T, H, D]`."""
+        view = self.view(x)
+        view.copy_(result.view(view.shape))
+
+
+def apply(q: Tensor, offset: int, chunk_size: int, w0: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """f(q), each token through the weights of its chunk, which are `[chunks, B, H, ...]`.
+
+    The first query stands at position `offset` of the first chunk. Returns `[B, T, H, Dv]`, q's dtype.
+    """
+    o = q.new_empty(*q.shape[:3], w1.shape[-2])
+    weights = [_rounded(w, q.dtype) for w in (w0, w1, w2)]
+    for piece in _pieces(q, w0.shape[-2], offset, chunk_size):
+        w0, w1, w2 = (piece.weights(w) for w in weights)
+        x = piece.tokens(q)
+        hidden = F.silu(x @ w0.mT, inplace=True).mul_(x @ w2.mT)
+        piece.write(o, _rounded(hidden, q.dtype) @ w1.mT)
+    return o
+
+
+def apply_bwd(
+    do: Tensor, q: Tensor, offset: int, chunk_size: int, w0: Tensor, w1: Tensor, w2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `apply`: of q, and of each chunk's weights, `[chunks, B, H, ...]`."""
+    dtype = q.dtype
+    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    weights = [_rounded(w, dtype) for w in (w0, w1, w2)]
+    dweights = [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in (w0, w1, w2)]
+    for piece in _pieces(q, w0.shape[-2], offset, chunk_size):
+        w0, w1, w2 = (piece.weights(w) for w in weights)
+        dw0, dw1, dw2 = (piece.weights(dw) for dw in dweights)
+        x, dy = piece.tokens(q), piece.tokens(do)
+        gate, up, dhidden = x @ w0.mT, x @ w2.mT, dy @ w1
+        silu = F.silu(gate)
+        dup = _rounded(silu * dhidden, dtype)
+        dgate = _rounded(silu_backward(dhidden.mul_(up), gate), dtype)
+        dw0.baddbmm_(dgate.mT, x)
+        dw1.baddbmm_(dy.mT, _rounded(silu.mul_(up), dtype))
+        dw2.baddbmm_(dup.mT, x)
+        piece.write(dq, (dgate @ w0).baddbmm_(dup, w2))
+    return dq, *dweights
+
+
+def gradients(
+    k: Tensor, v: Tensor, lr0: Tensor, lr1: Tensor, lr2: Tensor, w0: Tensor, w1: Tensor, w2: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `sum_t <f(k_t), v_t>` with respect to w0, w1 and w2, one chunk's tokens.
+
+    Each token's share is weighted by its learning rate for that matrix, `[B, T, H]`. The weights
+    and the result are `[B, H, ...]`.
+    """
+    dtype = k.dtype
+    weights = [_rounded(w, dtype)[None] for w in (w0, w1, w2)]
+    sums = [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in (w0, w1, w2)]
+    g0, g1, g2 = (g.flatten(0, 1) for g in sums)
+    for piece in _pieces(k, w0.shape[-2]):
+        w0, w1, w2 = (piece.weights(w) for w in weights)
+        x, y = piece.tokens(k), piece.tokens(v)
+        gate, up, dhidden = x @ w0.mT, x @ w2.mT, y @ w1
+        silu = F.silu(gate)
+        dup = (silu * dhidden).mul_(piece.scalars(lr2))
+        dgate = silu_backward(dhidden.mul_(up), gate).mul_(piece.scalars(lr0))
+        g0.baddbmm_(_rounded(dgate, dtype).mT, x)
+        g1.baddbmm_(_rounded(y * piece.scalars(lr1), dtype).mT, _rounded(silu.mul_(up), dtype))
+        g2.baddbmm_(_rounded(dup, dtype).mT, x)
+    return tuple(sums)
+
+
+def gradients_bwd(
+    dg0: Tensor,
+    dg1: Tensor,
+    dg2: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr0: Tensor,
+    lr1: Tensor,
+    lr2: Tensor,
+    w0: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `gradients`: those of k, v, lr0, lr1 and lr2 into `out`, those of w0, w1, w2 returned.
+
+    The products with the incoming gradients give what the three factors of each outer product get:
+
+        dgate_k = lr0 * (dg0 k)      dup_k = lr2 * (dg2 k)      hidden_v = lr1 * (dg1^T v)
+
+    and the rest is the chain rule through hidden = silu(gate) up, dup = dhidden silu(gate) and
+    dgate = dhidden up silu'(gate).
+    """
+    dtype = k.dtype
+    dk, dv, dlr0, dlr1, dlr2 = out
+    weights = [_rounded(w, dtype)[None] for w in (w0, w1, w2)]
+    cotangents = [_rounded(g, dtype)[None] for g in (dg0, dg1, dg2)]
+    dweights = [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in (w0, w1, w2)]
+    dw0, dw1, dw2 = (dw.flatten(0, 1) for dw in dweights)
+    for piece in _pieces(k, w0.shape[-2]):
+        w0, w1, w2 = (piece.weights(w) for w in weights)
+        dg0, dg1, dg2 = (piece.weights(g) for g in cotangents)
+        rate0, rate1, rate2 = (piece.scalars(lr) for lr in (lr0, lr1, lr2))
+        x, y = piece.tokens(k), piece.tokens(v)
+
+        gate, up, dhidden = x @ w0.mT, x @ w2.mT, y @ w1
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        slope = sigmoid * (1 + gate - silu)  # silu'
+        bend = sigmoid * (1 - sigmoid) * (2 + gate - 2 * silu)  # silu''
+        hidden, dup, dgate = silu * up, dhidden * silu, dhidden * up * slope
+
+        dgate_k, dup_k, hidden_v = x @ dg0.mT, x @ dg2.mT, y @ dg1
+        piece.write(dlr0[..., None], (dgate_k * dgate).sum(dim=-1, keepdim=True))
+        piece.write(dlr1[..., None], (hidden_v * hidden).sum(dim=-1, keepdim=True))
+        piece.write(dlr2[..., None], (dup_k * dup).sum(dim=-1, keepdim=True))
+        dgate_k, dup_k, hidden_v = dgate_k * rate0, dup_k * rate2, hidden_v * rate1
+
+        # What hidden, dup and dgate, the left factors, pass on to dhidden, up and gate.
+        ddhidden = _rounded(dup_k * silu + dgate_k * up * slope, dtype)
+        dsilu = dup_k * dhidden + hidden_v * up
+        through_up = _rounded(dgate_k * dhidden * slope + hidden_v * silu, dtype)
+        through_gate = _rounded(dgate_k * dhidden * up * bend + dsilu * slope, dtype)
+
+        dx = _rounded(rate0 * dgate, dtype) @ dg0
+        dx.baddbmm_(_rounded(rate2 * dup, dtype), dg2)
+        dx.baddbmm_(through_gate, w0).baddbmm_(through_up, w2)
+        piece.write(dk, dx)
+        piece.write(dv, (rate1 * (_rounded(hidden, dtype) @ dg1.mT)).baddbmm_(ddhidden, w1.mT))
+        dw0.baddbmm_(through_gate.mT, x)
+        dw1.baddbmm_(y.mT, ddhidden)
+        dw2.baddbmm_(through_up.mT, x)
+    return tuple(dweights)
+
+
+def _pieces(
+    x: Tensor, hidden_dim: int, offset: int = 0, chunk_size: int | None = None
+) -> Iterator[_Piece]:
+    """Cut the tokens of `[B, T, H, D]` at chunk borders, and further or less far by the piece's size."""
+    B, T, H, _ = x.shape
+    chunk_size = chunk_size or max(T, 1)
+    size = CPU_PIECE if x.is_cpu else DEVICE_PIECE
+    most = max(MIN_PIECE_TOKENS, size // max(1, B * H * hidden_dim))
+    first = 0
+    while first < T and B:
+        chunk, inside = divmod(offset + first, chunk_size)
+        whole_chunks = 0 if inside else min(T - first, most) // chunk_size
+        if whole_chunks:
+            count, length = whole_chunks, chunk_size
+        else:
+            count, length = 1, min(most, chunk_size - inside, T - first)
+        yield _Piece(first, chunk, count, length)
+        first += count * length
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values of `dtype`, in the float32 (or float64) that products are computed in."""
+    return x if x.dtype == dtype and dtype.itemsize > 2 else x.to(dtype).to(torch.float32)

@@ -1,0 +1,186 @@
+"""Blocked sliding-window attention in plain PyTorch: time O(T * W), memory O(T + W), any device.
+
+Queries are cut into blocks of R rows. A block reads one contiguous range of keys, its own R and the
+W - 1 before them, of which row r sees the band r <= s < r + W:
+
+                s = 0         W          R + W - 1
+    r = 0         x x x x x x x . . . . .
+                  . x x x x x x x . . . .
+                  . . x x x x x x x . . .
+                  . . . x x x x x x x . .
+                  . . . . x x x x x x x .
+    r = R - 1     . . . . . x x x x x x x
+
+This band is the only mask there is. Blocks whose range begins inside the sequence run together: their
+ranges overlap, and are strided views of k and v, not copies. The blocks at the start, whose range
+would begin before the sequence, and the last, shorter one run one by one, with the band cut to fit.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lact_kernels.eager import masked_attention
+
+MIN_ROWS, MAX_ROWS = 64, 256
+MAX_BLOCKS = 64  # in one batch, which bounds the memory of the backward's per-block dk and dv
+
+
+class _Blocks(NamedTuple):
+    """`count` blocks of `rows` queries each, the first of which starts at the given query and key."""
+
+    first_query: int
+    first_key: int
+    rows: int
+    keys: int
+    count: int
+    mask: Tensor  # [rows, keys]
+
+    def queries(self, x: Tensor) -> Tensor:
+        """The blocks' rows of `[Tq, H, ...]`, as a view `[count, H, rows, ...]`."""
+        return self._view(x, self.first_query, self.rows)
+
+    def window(self, x: Tensor) -> Tensor:
+        """The blocks' keys of `[Tk, H, D]`, as an overlapping view `[count, H, keys, D]`."""
+        return self._view(x, self.first_key, self.keys)
+
+    def add_to_window(self, x: Tensor, parts: Tensor) -> None:
+        """Add `parts` `[count, H, keys, D]` to the blocks' keys of `[Tk, H, D]`, which overlap."""
+        for first, part in zip(range(self.first_key, x.shape[0], self.rows), parts):
+            x[first : first + self.keys] += part.transpose(0, 1)
+
+    def _view(self, x: Tensor, first: int, length: int) -> Tensor:
+        stop = first + (self.count - 1) * self.rows + length
+        return x[first:stop].unfold(0, length, self.rows).transpose(2, -1)
+
+
+def window_attn_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: int,
+    softmax_scale: float,
+    offsets: list[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Outputs `[B, Tq, Hq, Dv]` and lse `[B, Hq, Tq]`; `offsets` are the borders of packed sequences."""
+    (B, Tq, Hq, D), Dv = q.shape, v.shape[-1]
+    o = q.new_empty(B, Tq, Hq, Dv)
+    lse = q.new_empty(B, Hq, Tq, dtype=masked_attention.lse_dtype(q.dtype))
+    q, k, v = (_pad_channels(x, max(D, Dv)) for x in (q, k, v))
+    for blocks, (qs, os, lses), (ks, vs) in _views((q, o, lse.mT), (k, v), window_size, offsets):
+        out, out_lse = masked_attention.forward(
+            blocks.queries(qs), blocks.window(ks), blocks.window(vs), blocks.mask, softmax_scale
+        )
+        blocks.queries(os).copy_(out[..., :Dv])
+        blocks.queries(lses[..., None]).copy_(out_lse[..., None])
+    return o, lse
+
+
+def window_attn_bwd(
+    do: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    window_size: int,
+    softmax_scale: float,
+    offsets: list[int] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; each block recomputes its probabilities from the lse."""
+    D, Dv = q.shape[-1], v.shape[-1]
+    dq, dk, dv = (
+        torch.zeros_like(x, dtype=lse.dtype, memory_format=torch.contiguous_format)
+        for x in (q, k, v)
+    )
+    if dlse is not None:
+        # A value channel of ones, whose output is given as 0 and whose gradient is dlse, adds
+        # dlse to every row of dP and nothing to delta: the gradient of the lse.
+        v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+        o = F.pad(o, (0, 1))
+        do = torch.cat([do, dlse.mT[..., None].to(do.dtype)], dim=-1)
+    q, k, v, o, do = (_pad_channels(x, max(D, v.shape[-1])) for x in (q, k, v, o, do))
+    queries, keys = (q, o, do, lse.mT, dq), (k, v, dk, dv)
+    for blocks, (qs, os, dos, lses, dqs), (ks, vs, dks, dvs) in _views(
+        queries, keys, window_size, offsets
+    ):
+        dq_part, dk_part, dv_part = masked_attention.backward(
+            blocks.queries(dos),
+            blocks.queries(qs),
+            blocks.window(ks),
+            blocks.window(vs),
+            blocks.queries(os),
+            blocks.queries(lses[..., None])[..., 0],
+            blocks.mask,
+            softmax_scale,
+        )
+        blocks.queries(dqs).copy_(dq_part[..., :D])
+        blocks.add_to_window(dks, dk_part[..., :D])
+        blocks.add_to_window(dvs, dv_part[..., :Dv])
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _views(
+    queries: tuple[Tensor, ...],
+    keys: tuple[Tensor, ...],
+    window_size: int,
+    offsets: list[int] | None,
+) -> Iterator[tuple[_Blocks, tuple[Tensor, ...], tuple[Tensor, ...]]]:
+    """All blocks of all sequences, with the `[T, Hkv, ...]` views of the tensors that they cut up.
+
+    One view for each batch row and each query head of a group, so that grouped heads and rows of
+    any stride are read in place.
+    """
+    q, k = queries[0], keys[0]
+    (B, Tq, Hq), (Tk, Hkv) = q.shape[:3], k.shape[1:3]
+    spans = [(0, Tq, 0, Tk)] if offsets is None else [(*s, *s) for s in zip(offsets, offsets[1:])]
+    longest = max(stop - start for _, _, start, stop in spans)
+    window_size = max(1, min(window_size, longest))
+    rows = min(MAX_ROWS, max(MIN_ROWS, _power_of_two(window_size // 2)))
+    band = _band(rows, window_size, q)
+    queries = tuple(x.unflatten(2, (Hkv, Hq // Hkv)) for x in queries)
+    for first_query, last_query, first_key, last_key in spans:
+        for blocks in _cut(last_query - first_query, last_key - first_key, window_size, band):
+            for b in range(B):
+                ks = tuple(x[b, first_key:last_key] for x in keys)
+                for g in range(Hq // Hkv):
+                    yield blocks, tuple(x[b, first_query:last_query, :, g] for x in queries), ks
+
+
+def _cut(Tq: int, Tk: int, window_size: int, band: Tensor) -> Iterator[_Blocks]:
+    """The blocks of one sequence, in order."""
+    rows = band.shape[0]
+    query = 0
+    while query < Tq:
+        position = query + Tk - Tq
+        cut_off = max(0, window_size - 1 - position)  # columns of the band before the first key
+        length = min(rows, Tq - query)
+        count = 1 if cut_off else min(MAX_BLOCKS, max(1, (Tq - query) // rows))
+        mask = band[:length, cut_off : window_size - 1 + length]
+        yield _Blocks(
+            query, position - (window_size - 1) + cut_off, length, mask.shape[1], count, mask
+        )
+        query += count * length
+
+
+def _band(rows: int, window_size: int, like: Tensor) -> Tensor:
+    """The additive mask `[R, R + W - 1]`: 0 where r <= s < r + W, -inf elsewhere."""
+    ones = like.new_ones(rows, rows + window_size - 1, dtype=torch.bool)
+    visible = ones.triu().tril(window_size - 1)
+    return like.new_zeros(visible.shape).masked_fill_(~visible, -math.inf)
+
+
+def _pad_channels(x: Tensor, channels: int) -> Tensor:
+    """The same channels, zeros behind them, and a last stride of 1, in place where that is given."""
+    x = F.pad(x, (0, channels - x.shape[-1])) if x.shape[-1] < channels else x
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _power_of_two(x: int) -> int:
+    """The largest power of two that is no larger than x, at least 1."""
+    return 1 << max(0, x.bit_length() - 1)

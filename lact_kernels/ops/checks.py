@@ -1,0 +1,110 @@
+"""Validation shared by both operations.
+
+Every function raises before any work starts: `TypeError` for a wrong type or dtype, `ValueError` for
+a wrong value, shape or device. Messages name the argument, what came and what was expected.
+"""
+
+import importlib.util
+import math
+import os
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_floating(name: str, x: Tensor, *layouts: str) -> None:
+    """`x` is a floating-point tensor with one of the layouts, and only B and T may be empty."""
+    expected = " or ".join(layouts)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor {expected}, got {type(x).__name__}")
+    if x.dtype not in FLOAT_DTYPES:
+        dtypes = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
+        raise TypeError(f"{name} must have one of the dtypes {dtypes}, got {x.dtype}")
+    if x.ndim not in [len(layout.split(",")) for layout in layouts]:
+        raise ValueError(f"{name} must have the shape {expected}, got {tuple(x.shape)}")
+    if 0 in x.shape[-2:]:
+        raise ValueError(f"{name} {expected} has an empty head or channel axis: {tuple(x.shape)}")
+
+
+def check_tensor(
+    name: str,
+    x: Tensor,
+    shape: tuple[int, ...],
+    layout: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """`x` is a tensor of exactly this shape, dtype and device."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor {layout}, got {type(x).__name__}")
+    if x.dtype != dtype:
+        raise TypeError(f"{name} must have the dtype {dtype}, got {x.dtype}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device} like q, got {x.device}")
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(
+            f"{name} must have the shape {layout} = {tuple(shape)}, got {tuple(x.shape)}"
+        )
+
+
+def check_flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_positive_int(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_finite_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
+    """What can be known of `cu_seqlens` without reading its values: see `packed_offsets` for those."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(
+            f"cu_seqlens must be an int32 tensor [N+1], got {type(cu_seqlens).__name__}"
+        )
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens must have the dtype torch.int32, got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(
+            f"cu_seqlens must have the shape [N+1] with N >= 1, got {tuple(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device != q.device:
+        raise ValueError(f"cu_seqlens must be on {q.device} like q, got {cu_seqlens.device}")
+    if q.shape[0] != 1:
+        raise ValueError(f"cu_seqlens needs packed input with B = 1, got q with B = {q.shape[0]}")
+
+
+def packed_offsets(cu_seqlens: Tensor, T: int) -> list[int]:
+    """`cu_seqlens` as a list, read once on the host, after checking that it cuts T tokens."""
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0, got {offsets[0]}")
+    for n, (start, stop) in enumerate(zip(offsets, offsets[1:])):
+        if stop < start:
+            raise ValueError(f"cu_seqlens descends from {start} to {stop} at index {n + 1}")
+    if offsets[-1] != T:
+        raise ValueError(f"cu_seqlens must end at T = {T}, got {offsets[-1]}")
+    return offsets
+
+
+def check_backend(backend: str) -> None:
+    if backend not in ("auto", "triton", "eager"):
+        raise ValueError(f"backend must be 'auto', 'triton' or 'eager', got {backend!r}")
+
+
+def triton_runs_on(x: Tensor) -> bool:
+    """Whether Triton is installed and can run kernels on this tensor: on a GPU, or interpreted."""
+    on_device = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return on_device and importlib.util.find_spec("triton") is not None

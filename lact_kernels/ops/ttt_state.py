@@ -1,0 +1,154 @@
+"""`TTTState`: what `block_causal_ttt` needs to go on where an earlier call stopped."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+Triple = tuple[Tensor, Tensor, Tensor]
+
+
+class TTTTokens(NamedTuple):
+    """Tokens of a chunk that is not full yet: k `[N, t, H, Dk]`, v `[N, t, H, Dv]`, the rest `[N, t, H]`.
+
+    Entry n holds `lengths[n]` tokens; what lies behind them is padding.
+    """
+
+    k: Tensor
+    v: Tensor
+    lr0: Tensor
+    lr1: Tensor
+    lr2: Tensor
+    momentum: Tensor | None
+    lengths: tuple[int, ...]
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self[:-1]
+
+    @property
+    def is_padded(self) -> bool:
+        return any(length != self.k.shape[1] for length in self.lengths)
+
+
+class TTTState(NamedTuple):
+    """Fast weights in the middle of N sequences. A plain tuple of tensors, never changed in place.
+
+    Attributes:
+        weights: the current w0, w1, w2, `[N, H, rows, columns]`, float32 (float64 for float64 tokens).
+        norms: the norms of the initial weights' rows, `[N, H, rows]`, which every update restores.
+        masters: weights before renorm, pre-norm only, else empty.
+        buffers: momentum, where the calls are given any, else empty.
+        pending: the tokens since the last update, in order, in pieces. Short pieces are merged as
+            more arrive, so that a token is copied at most log2(chunk_size) times while it waits.
+        chunk_size, muon: options that every call of one sequence shares.
+    """
+
+    weights: Triple
+    norms: Triple
+    masters: tuple[Tensor, ...]
+    buffers: tuple[Tensor, ...]
+    pending: tuple[TTTTokens, ...]
+    chunk_size: int
+    muon: bool
+
+    @property
+    def num_sequences(self) -> int:
+        return self.weights[0].shape[0]
+
+    @property
+    def pending_lengths(self) -> tuple[int, ...]:
+        """How many tokens of its current chunk each sequence has read."""
+        columns = [piece.lengths for piece in self.pending]
+        return tuple(map(sum, zip(*columns))) if columns else (0,) * self.num_sequences
+
+    def append(self, tokens: TTTTokens) -> "TTTState":
+        """The state after more tokens that do not fill a chunk."""
+        if not any(tokens.lengths):
+            return self
+        pieces = list(self.pending)
+        while pieces and _can_merge(pieces[-1], tokens):
+            tokens = _concatenate(pieces.pop(), tokens)
+        return self._replace(pending=(*pieces, tokens))
+
+    def entry(self, n: int) -> "TTTState":
+        """The state of sequence n alone (N = 1)."""
+        fields = [tuple(x[n : n + 1] for x in triple) for triple in self[:4]]
+        pending = (_entry_tokens(piece, n) for piece in self.pending if piece.lengths[n])
+        return TTTState(*fields, tuple(pending), self.chunk_size, self.muon)
+
+    @staticmethod
+    def stack(states: list["TTTState"]) -> "TTTState":
+        """The states of several sequences as one, in order. Their options must be the same."""
+        first = states[0]
+        for other in states[1:]:
+            if other.options != first.options:
+                raise ValueError(f"cannot stack states of ({first.options}) and ({other.options})")
+        fields = [tuple(map(torch.cat, zip(*triples))) for triples in zip(*(s[:4] for s in states))]
+        pending = _stack_tokens([s.entry(n) for s in states for n in range(s.num_sequences)])
+        return TTTState(*fields, pending, first.chunk_size, first.muon)
+
+    @property
+    def options(self) -> str:
+        """The options of the calls that made this state, in words."""
+        return (
+            f"chunk_size={self.chunk_size}, muon={self.muon}, prenorm={bool(self.masters)},"
+            f" momentum {'given' if self.buffers else 'not given'}"
+        )
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "TTTState":
+        """The state with `fn` applied to every tensor: `state.map(torch.Tensor.detach)`."""
+        fields = [tuple(map(fn, triple)) for triple in self[:4]]
+        pending = tuple(
+            TTTTokens(*(None if x is None else fn(x) for x in piece.tensors), piece.lengths)
+            for piece in self.pending
+        )
+        return TTTState(*fields, pending, self.chunk_size, self.muon)
+
+
+def joined_tokens(state: TTTState, tokens: TTTTokens) -> list[Tensor | None]:
+    """The pending and the new tokens, end to end, of entries that have equally many."""
+    pieces = [*state.pending, tokens]
+    columns = zip(*(piece.tensors for piece in pieces))
+    return [None if column[0] is None else torch.cat(column, dim=1) for column in columns]
+
+
+def _can_merge(last: TTTTokens, tokens: TTTTokens) -> bool:
+    smaller = last.k.shape[1] <= tokens.k.shape[1]
+    return smaller and not last.is_padded and not tokens.is_padded
+
+
+def _concatenate(a: TTTTokens, b: TTTTokens) -> TTTTokens:
+    tensors = [
+        None if x is None else torch.cat([x, y], dim=1) for x, y in zip(a.tensors, b.tensors)
+    ]
+    return TTTTokens(*tensors, tuple(x + y for x, y in zip(a.lengths, b.lengths)))
+
+
+def _entry_tokens(piece: TTTTokens, n: int) -> TTTTokens:
+    length = piece.lengths[n]
+    tensors = (None if x is None else x[n : n + 1, :length] for x in piece.tensors)
+    return TTTTokens(*tensors, (length,))
+
+
+def _stack_tokens(entries: list[TTTState]) -> tuple[TTTTokens, ...]:
+    """The pending tokens of one-sequence states, padded to the longest."""
+    lengths = tuple(entry.pending_lengths[0] for entry in entries)
+    if not any(lengths):
+        return ()
+    template = next(entry.pending[0] for entry in entries if entry.pending)
+    columns = []
+    for i, like in enumerate(template.tensors):
+        if like is None:
+            columns.append(None)
+            continue
+        rows = [
+            torch.cat([piece[i][0] for piece in entry.pending])
+            if entry.pending
+            else like.new_empty(0, *like.shape[2:])
+            for entry in entries
+        ]
+        columns.append(pad_sequence(rows, batch_first=True))
+    return (TTTTokens(*columns, lengths),)

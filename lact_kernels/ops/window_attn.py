@@ -1,0 +1,120 @@
+"""`window_attn`: causal attention in a sliding window."""
+
+import torch
+from torch import Tensor
+
+from lact_kernels.autograd.window_attn import window_attn_fwd
+from lact_kernels.ops import checks
+
+MAX_TRITON_HEAD_DIM = 256
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def window_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window_size: int | None = None,
+    *,
+    softmax_scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Causal softmax attention in which a query sees itself and the `window_size - 1` tokens before it.
+
+    Query i reads the keys `i - window_size < j <= i`; this is flash-attn's
+    `causal=True, window_size=(window_size - 1, 0)`. For seven tokens and `window_size=3`:
+
+        query 0   x . . . . . .
+        query 1   x x . . . . .
+        query 2   x x x . . . .
+        query 3   . x x x . . .
+        query 4   . . x x x . .
+        query 5   . . . x x x .
+        query 6   . . . . x x x
+
+    Args:
+        q: queries `[B, Tq, Hq, D]`; float16, bfloat16, float32, or float64 (eager backend only).
+        k: keys `[B, Tk, Hkv, D]`, with `Tq <= Tk`. The last query stands at the last key (query i at
+            position `i + Tk - Tq`), so that keys and values may come from a cache. `Hkv` divides `Hq`;
+            query head h reads key head `h // (Hq // Hkv)`.
+        v: values `[B, Tk, Hkv, Dv]`. All three share dtype and device. Any strides are read in place,
+            as long as the last one is 1.
+        window_size: tokens that a query sees, at least 1. `None` is full causal attention.
+        softmax_scale: factor on the scores, `D ** -0.5` by default.
+        cu_seqlens: int32 `[N+1]`, the borders of N sequences laid end to end in one row (`B = 1`,
+            `Tq == Tk`); none sees another. It starts at 0, does not descend and ends at T.
+        return_lse: also return the log-sum-exp of the scaled scores of each query.
+        backend: `"triton"` (NVIDIA GPUs, head dims up to 256; no `cu_seqlens` yet), `"eager"`
+            (any device), or `"auto"`: Triton where it can run, else eager. An explicit choice raises
+            when it cannot run.
+
+    Returns:
+        The outputs `[B, Tq, Hq, Dv]` in the dtype of q, and with `return_lse` also lse `[B, Hq, Tq]`,
+        float32 (float64 for float64 inputs), natural logarithm. Gradients flow to q, k and v through
+        both. Softmax statistics and accumulation are in float32 whatever the input dtype. Time and
+        memory are O(T * window_size) and O(T).
+
+    Raises:
+        TypeError: an argument of the wrong type, or a tensor of the wrong dtype.
+        ValueError: a wrong shape, device or value. Both name the argument, what came and what was
+            expected, before any kernel starts.
+
+    Source: the sliding-window branch of the LaCT layer, arXiv 2505.23884, section 3.3.
+    """
+    _check(q, k, v, window_size, softmax_scale, cu_seqlens, return_lse)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    backend = _choose_backend(backend, q, v, cu_seqlens)
+    o, lse = window_attn_fwd(q, k, v, window_size, scale, cu_seqlens, backend)
+    return (o, lse) if return_lse else o
+
+
+def _check(q, k, v, window_size, softmax_scale, cu_seqlens, return_lse) -> None:
+    checks.check_floating("q", q, "[B, Tq, Hq, D]")
+    checks.check_floating("k", k, "[B, Tk, Hkv, D]")
+    checks.check_floating("v", v, "[B, Tk, Hkv, Dv]")
+    B, Tq, Hq, D = q.shape
+    Tk, Hkv = k.shape[1:3]
+    checks.check_tensor("k", k, (B, Tk, Hkv, D), "[B, Tk, Hkv, D]", q.dtype, q.device)
+    checks.check_tensor("v", v, (B, Tk, Hkv, v.shape[-1]), "[B, Tk, Hkv, Dv]", q.dtype, q.device)
+    if Hq % Hkv:
+        raise ValueError(f"the {Hq} heads of q must be a multiple of the {Hkv} heads of k and v")
+    if Tq > Tk:
+        raise ValueError(
+            f"q has {Tq} tokens, more than the {Tk} of k: queries are aligned to the end"
+        )
+    if window_size is not None:
+        checks.check_positive_int("window_size", window_size)
+    if softmax_scale is not None:
+        checks.check_finite_number("softmax_scale", softmax_scale)
+    checks.check_flag("return_lse", return_lse)
+    if cu_seqlens is not None:
+        checks.check_cu_seqlens(cu_seqlens, q)
+        if Tq != Tk:
+            raise ValueError(f"cu_seqlens needs as many queries as keys, got {Tq} and {Tk}")
+
+
+def _choose_backend(backend: str, q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> str:
+    checks.check_backend(backend)
+    if backend == "eager":
+        return backend
+    obstacle = _triton_obstacle(q, v, cu_seqlens)
+    if backend == "auto":
+        return "triton" if obstacle is None and q.is_cuda else "eager"
+    if obstacle is not None:
+        raise ValueError(f"backend='triton' cannot run: {obstacle}; use backend='eager' or 'auto'")
+    return backend
+
+
+def _triton_obstacle(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> str | None:
+    head_dim = max(q.shape[-1], v.shape[-1])
+    if not checks.triton_runs_on(q):
+        return f"it needs Triton and a CUDA tensor, and q is on {q.device}"
+    if q.dtype not in TRITON_DTYPES:
+        return f"it has no kernels for {q.dtype}"
+    if head_dim > MAX_TRITON_HEAD_DIM:
+        return f"head dimensions go up to {MAX_TRITON_HEAD_DIM}, got {head_dim}"
+    if cu_seqlens is not None:
+        return "it has no kernels for cu_seqlens"
+    return None

@@ -1,0 +1,10 @@
+"""Both operations as plainly as they can be written: the oracle that every backend is held against.
+
+Dense masks and chunk loops, gradients by autograd, any float dtype, float64 included. Nothing in
+`lact_kernels` imports this package, and this package imports only torch.
+"""
+
+from reference.block_causal_ttt import block_causal_ttt
+from reference.window_attn import window_attn
+
+__all__ = ["block_causal_ttt", "window_attn"]

@@ -1,0 +1,44 @@
+"""Packaging of lact-kernels: of the repository, only `lact_kernels` is installed."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lact_kernels/__init__.py").read_text()).group(
+    1
+)
+
+ASR = ["torchaudio>=2.8", "soundfile>=0.12"]
+BENCH = ["matplotlib>=3.8", "numpy<2.4", "pytest>=8", "pytest-benchmark>=5"]
+# The Triton interpreter of the tests needs numpy, and fails with 2.4.
+TEST = [
+    "hypothesis>=6.100",
+    "numpy<2.4",
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "ruff>=0.14",
+    "setuptools>=77",
+]
+
+setup(
+    name="lact-kernels",
+    version=VERSION,
+    description="Fused Triton kernels for LaCT: sliding-window attention and chunked test-time training",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["lact_kernels", "lact_kernels.*"]),
+    package_data={"lact_kernels": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=["torch>=2.8", 'triton>=3.4; platform_system == "Linux"'],
+    extras_require={"asr": ASR, "bench": BENCH, "test": ASR + BENCH + TEST},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
