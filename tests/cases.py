@@ -1,0 +1,159 @@
+"""Inputs and gradients shared by the tests of one operation's backends."""
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import reference
+from tests.tolerance import assert_close_to_float64
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowCase:
+    """One shape of `window_attn`, and why it is there."""
+
+    reason: str
+    Tq: int
+    window_size: int | None
+    B: int = 1
+    Tk: int | None = None  # Tq by default
+    Hq: int = 2
+    Hkv: int = 2
+    D: int = 16
+    Dv: int = 16
+    cu_seqlens: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        return self.reason.replace(" ", "-")
+
+    @property
+    def single_key(self) -> bool:
+        """Whether every query sees one key, and so has the output v and no gradient but the lse's."""
+        return 1 in (self.window_size, self.Tk or self.Tq)
+
+    def inputs(self, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+        """q, k and v with gradients."""
+        Tk = self.Tq if self.Tk is None else self.Tk
+        shapes = [(self.Tq, self.Hq, self.D), (Tk, self.Hkv, self.D), (Tk, self.Hkv, self.Dv)]
+        tensors = [torch.randn(self.B, *s, dtype=torch.float64).to(dtype) for s in shapes]
+        return [x.to(device).requires_grad_() for x in tensors]
+
+    def options(self, device: str = "cpu") -> dict:
+        if self.cu_seqlens is None:
+            return {"window_size": self.window_size}
+        cu_seqlens = torch.tensor(self.cu_seqlens, dtype=torch.int32, device=device)
+        return {"window_size": self.window_size, "cu_seqlens": cu_seqlens}
+
+
+def check_window_attn(
+    fn: Callable, case: WindowCase, dtype: torch.dtype, device: str = "cpu"
+) -> None:
+    """Outputs, lse and all gradients of `fn`, through o and lse both, against float64."""
+    inputs = case.inputs(dtype, device)
+    options = case.options(device)
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    exact = reference.window_attn(*exact_inputs, **options, return_lse=True)
+    same = reference.window_attn(*inputs, **options, return_lse=True)
+    ours = fn(*inputs, **options, return_lse=True)
+    cotangents = [torch.randn_like(x) for x in exact]
+    results = [
+        (
+            *outputs,
+            *torch.autograd.grad(outputs, xs, [c.to(x.dtype) for c, x in zip(cotangents, outputs)]),
+        )
+        for outputs, xs in ((ours, inputs), (same, inputs), (exact, exact_inputs))
+    ]
+    for name, a, s, e in zip(("o", "lse", "dq", "dk", "dv"), *results):
+        if case.single_key and name in ("dq", "dk"):
+            assert_cancelled(a, e, exact_inputs, cotangents[0], name)
+        else:
+            assert_close_to_float64(a, s, e, name)
+
+
+def assert_cancelled(
+    actual: Tensor, exact: Tensor, inputs: list[Tensor], do: Tensor, name: str
+) -> None:
+    """Hold dq or dk of rows that see one key against the rounding of the two terms that cancel in them.
+
+    The gradient of a score is `p (dP - delta)`, where `dP = do . v` and `delta = do . o` are equal, as o
+    is v. A softmax of one element, the plain path's, cancels them without computing either; a
+    backward that starts from the lse computes both, each within eps |do| |v|, and the difference
+    then multiplies a key or a query.
+    """
+    q, k, v = (x.detach() for x in inputs)
+    norms = [x.norm(dim=-1).max() for x in (do, v, k if name == "dq" else q)]
+    bound = 4 * torch.finfo(actual.dtype).eps * torch.stack(norms).prod() * q.shape[-1] ** -0.5
+    error = (actual - exact).abs().max()
+    assert error <= bound, (
+        f"{name}: error {error:.2e} is above the rounding {bound:.2e} of its terms"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class TTTCase:
+    """One shape and set of options of `block_causal_ttt`, and why it is there."""
+
+    reason: str
+    T: int = 11
+    chunk_size: int = 4
+    B: int = 2
+    H: int = 2
+    Dk: int = 5
+    Dv: int = 6
+    Dh: int = 7
+    momentum: bool = False
+    muon: bool = False
+    prenorm: bool = False
+    cu_seqlens: tuple[int, ...] | None = None
+    batched_weights: bool = False
+
+    def __str__(self) -> str:
+        return self.reason.replace(" ", "-")
+
+    def inputs(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
+        """All tensors with gradients: weights whose steps change them visibly, rates around 0.05."""
+        B, T, H, Dk, Dv, Dh = self.B, self.T, self.H, self.Dk, self.Dv, self.Dh
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        rows = (
+            ()
+            if not self.batched_weights
+            else (len(self.cu_seqlens) - 1 if self.cu_seqlens else B,)
+        )
+        shapes = {"q": (B, T, H, Dk), "k": (B, T, H, Dk), "v": (B, T, H, Dv)}
+        tensors = {
+            name: torch.randn(*s, dtype=torch.float64).to(dtype) for name, s in shapes.items()
+        }
+        for name, (r, c) in {"w0": (Dh, Dk), "w1": (Dv, Dh), "w2": (Dh, Dk)}.items():
+            tensors[name] = torch.randn(*rows, H, r, c, dtype=torch.float64).mul_(c**-0.5).to(wide)
+        for name in ("lr0", "lr1", "lr2"):
+            tensors[name] = torch.rand(B, T, H, dtype=torch.float64).mul_(0.1).to(wide)
+        if self.momentum:
+            tensors["momentum"] = torch.rand(B, T, H, dtype=torch.float64).to(wide)
+        return {name: x.to(device).requires_grad_() for name, x in tensors.items()}
+
+    def options(self, device: str = "cpu") -> dict:
+        options = {"chunk_size": self.chunk_size, "muon": self.muon, "prenorm": self.prenorm}
+        if self.cu_seqlens is not None:
+            options["cu_seqlens"] = torch.tensor(self.cu_seqlens, dtype=torch.int32, device=device)
+        return options
+
+
+def check_block_causal_ttt(
+    fn: Callable, case: TTTCase, dtype: torch.dtype, device: str = "cpu"
+) -> None:
+    """Outputs and all gradients of `fn` against float64."""
+    inputs = case.inputs(dtype, device)
+    options = case.options(device)
+    exact_inputs = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+    exact = reference.block_causal_ttt(**exact_inputs, **options)
+    same = reference.block_causal_ttt(**inputs, **options)
+    ours = fn(**inputs, **options)
+    do = torch.randn_like(exact)
+    results = [
+        (o, *torch.autograd.grad(o, list(xs.values()), do.to(o.dtype), materialize_grads=True))
+        for o, xs in ((ours, inputs), (same, inputs), (exact, exact_inputs))
+    ]
+    for name, a, s, e in zip(("o", *(f"d{name}" for name in inputs)), *results):
+        assert_close_to_float64(a, s, e, name)

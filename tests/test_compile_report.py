@@ -1,0 +1,65 @@
+"""Every shipped kernel configuration compiles well for every architecture, without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+
+
+def run_report(*arguments, **variables):
+    """The command in a fresh process: in this one the interpreter has replaced the compiler."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
+    command = [sys.executable, "-m", "benchmarks.compile_report", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """One dict per configuration, compiled once for all tests of this module."""
+    path = tmp_path_factory.mktemp("report") / "rows.jsonl"
+    result = run_report("--json", path)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def describe(row):
+    return {k: row[k] for k in ("kernel", "arch", "dtype", "head_dim_qk", "registers")}
+
+
+def test_every_configuration_is_compiled(rows):
+    from lact_kernels.triton.configs import _TABLE
+
+    shipped = {(name, arch, width, size) for (name, arch, width), r in _TABLE.items() for size in r}
+    widths = {"bfloat16": 16, "float16": 16, "float32": 32}
+    compiled = {(r["kernel"], r["arch"], widths[r["dtype"]], r["head_dim_qk"]) for r in rows}
+    assert compiled == shipped
+
+
+def test_nothing_spills(rows):
+    spilling = [describe(row) for row in rows if row["spilled_bytes"]]
+    assert not spilling
+
+
+def test_shared_memory_is_within_limits(rows):
+    oversized = [describe(row) for row in rows if row["shared_bytes"] > row["shared_limit"]]
+    assert not oversized
+    assert all(row["programs_per_multiprocessor"] >= 1 for row in rows)
+
+
+def test_sixteen_bit_products_use_matrix_instructions(rows):
+    for row in rows:
+        if row["dtype"] != "float32":
+            expected = MATRIX_INSTRUCTION[row["arch"]]
+            assert list(row["matrix_instructions"]) == [expected], describe(row)
+
+
+def test_interpreter_is_refused_with_a_reason():
+    result = run_report("--arch", 90, TRITON_INTERPRET="1")
+    assert result.returncode == 2
+    assert "TRITON_INTERPRET" in result.stderr and "fresh process" in result.stderr

@@ -1,0 +1,135 @@
+"""`window_attn` on the eager backend, against the reference."""
+
+import functools
+
+import pytest
+import torch
+
+from lact_kernels import window_attn
+from lact_kernels.eager import masked_attention
+from lact_kernels.eager import window_attn as eager
+from tests.cases import WindowCase, check_window_attn
+
+eager_window_attn = functools.partial(window_attn, backend="eager")
+
+CASES = [
+    WindowCase("one token", 1, 4),
+    WindowCase("window of one", 67, 1, B=2, Hq=8, Hkv=8),
+    WindowCase("window one less than T", 66, 65),
+    WindowCase("window of T", 66, 66),
+    WindowCase("window beyond T", 66, 1000),
+    WindowCase("no window", 130, None),
+    WindowCase("block minus one", 63, 16),
+    WindowCase("block plus one", 65, 16),
+    WindowCase("batch with an odd tail", 151, 40, B=2),
+    WindowCase("larger blocks", 600, 256, Hq=1, Hkv=1),
+    WindowCase("grouped heads", 140, 33, B=2, Hq=6, Hkv=2),
+    WindowCase("single query on a cache", 1, 20, B=64, Tk=40, Hq=8, Hkv=8),
+    WindowCase("few queries on a cache", 70, 20, Tk=173, Hq=4),
+    WindowCase("queries before a full window", 40, 100, Tk=45),
+    WindowCase("values wider than keys", 90, 30, B=8, Hq=8, Hkv=8, D=8, Dv=20),
+    WindowCase("values narrower than keys", 90, 30, B=8, Hq=8, Hkv=8, D=24, Dv=5),
+    WindowCase("no tokens", 0, 4),
+    WindowCase("no batch", 3, 4, B=0),
+    WindowCase("no queries", 0, 4, Tk=5),
+    WindowCase("packed", 200, 17, cu_seqlens=(0, 0, 1, 70, 70, 135, 200), Hq=4),
+    WindowCase("packed without window", 90, None, cu_seqlens=(0, 25, 90)),
+    WindowCase("packed with nothing", 0, 4, cu_seqlens=(0, 0, 0)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_float64(case, dtype):
+    check_window_attn(eager_window_attn, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES[8:16], ids=str)
+def test_path_of_other_devices(case, dtype, monkeypatch):
+    monkeypatch.setattr(masked_attention, "forward", masked_attention.forward_written_out)
+    monkeypatch.setattr(masked_attention, "backward", masked_attention.backward_written_out)
+    check_window_attn(eager_window_attn, case, dtype)
+
+
+@pytest.mark.parametrize("max_blocks", [1, 2, 3])
+def test_batches_of_blocks_cut_anywhere(max_blocks, monkeypatch):
+    monkeypatch.setattr(eager, "MAX_BLOCKS", max_blocks)
+    case = WindowCase("several batches", 64 * 7 + 5, 10, Hq=4)
+    check_window_attn(eager_window_attn, case, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        WindowCase("window", 9, 3, Hq=1, Hkv=1, D=3, Dv=2),
+        WindowCase("grouped on a cache", 4, 3, Tk=7, Hq=2, Hkv=1, D=2, Dv=3),
+        WindowCase("packed", 8, 3, cu_seqlens=(0, 3, 3, 8), Hq=1, Hkv=1, D=2, Dv=2),
+    ],
+    ids=str,
+)
+def test_gradcheck(case):
+    options = case.options()
+    inputs = case.inputs(torch.float64)
+    torch.autograd.gradcheck(lambda *x: window_attn(*x, **options, return_lse=True), inputs)
+
+
+def test_gradient_through_lse_alone():
+    q, k, v = WindowCase("", 80, 20).inputs(torch.float64)
+    window_attn(q, k, v, 20, return_lse=True)[1].sum().backward()
+    import reference
+
+    expected = reference.window_attn(q, k, v, 20, return_lse=True)[1].sum()
+    dq, dk = torch.autograd.grad(expected, (q, k))
+    torch.testing.assert_close(q.grad, dq)
+    torch.testing.assert_close(k.grad, dk)
+    assert not v.grad.any()
+
+
+def test_strides_are_read_in_place():
+    qkv = torch.randn(2, 100, 3, 4, 16)
+    q, k, v = qkv.unbind(dim=2)
+    heads_first = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    channels_last = [x.transpose(1, 3).contiguous().transpose(1, 3) for x in (q, k, v)]
+    expected = window_attn(*(x.contiguous() for x in (q, k, v)), 30)
+    for inputs in ((q, k, v), heads_first, channels_last):
+        assert torch.equal(window_attn(*inputs, 30), expected)
+
+
+def test_scale_of_scores():
+    q, k, v = WindowCase("", 50, 20).inputs(torch.float64)
+    scaled = window_attn(q, k, v, 20, softmax_scale=0.5)
+    torch.testing.assert_close(scaled, window_attn(q * 2, k, v, 20, softmax_scale=0.25))
+    assert not torch.allclose(scaled, window_attn(q, k, v, 20))
+
+
+def test_huge_scores_stay_finite():
+    q, k, v = WindowCase("", 100, 20).inputs(torch.float32)
+    o, lse = window_attn(q * 1e3, k * 1e3, v, 20, return_lse=True)
+    (o.sum() + lse.sum()).backward()
+    assert all(x.isfinite().all() for x in (o, lse, q.grad, k.grad, v.grad))
+
+
+def test_memory_does_not_grow_with_the_square_of_T():
+    """The largest tensor that any op makes stays linear in T."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class LargestTensor(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in torch.utils._pytree.tree_leaves(out):
+                if isinstance(x, torch.Tensor):
+                    self.size = max(self.size, x.untyped_storage().nbytes())
+            return out
+
+    sizes = []
+    for T in (2048, 4096):
+        q, k, v = (torch.randn(1, T, 1, 8) for _ in range(3))
+        with LargestTensor() as largest:
+            o, lse = eager.window_attn_fwd(q, k, v, 64, 1.0)
+            eager.window_attn_bwd(o, None, q, k, v, o, lse, 64, 1.0)
+        sizes.append(largest.size)
+    assert sizes[1] <= 2.1 * sizes[0]
+    assert sizes[1] < 4096 * 4096
