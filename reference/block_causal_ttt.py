@@ -51,7 +51,7 @@ def block_causal_ttt(
     masters = list(w)
     buffers = [torch.zeros_like(x) for x in w]
     outputs = []
-    for start in range(0, q.shape[1], chunk_size):
+    for start in range(0, max(q.shape[1], 1), chunk_size):
         chunk = slice(start, min(start + chunk_size, q.shape[1]))
         outputs.append(_apply(q[:, chunk], *w))
         if chunk.stop == q.shape[1]:
@@ -66,7 +66,7 @@ def block_causal_ttt(
             steps = [newton_schulz(g) for g in steps]
         masters = [(m if prenorm else x) + step for m, x, step in zip(masters, w, steps)]
         w = [m / (m.norm(dim=-1, keepdim=True) + 1e-5) * n for m, n in zip(masters, target_norms)]
-    return torch.cat(outputs, dim=1) if outputs else torch.zeros_like(v)
+    return torch.cat(outputs, dim=1)
 
 
 def _apply(q: Tensor, w0: Tensor, w1: Tensor, w2: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ import functools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import reference
 from lact_kernels import window_attn
 from lact_kernels.eager import masked_attention
 from lact_kernels.eager import window_attn as eager
@@ -77,8 +79,6 @@ def test_gradcheck(case):
 def test_gradient_through_lse_alone():
     q, k, v = WindowCase("", 80, 20).inputs(torch.float64)
     window_attn(q, k, v, 20, return_lse=True)[1].sum().backward()
-    import reference
-
     expected = reference.window_attn(q, k, v, 20, return_lse=True)[1].sum()
     dq, dk = torch.autograd.grad(expected, (q, k))
     torch.testing.assert_close(q.grad, dq)
@@ -112,7 +112,6 @@ def test_huge_scores_stay_finite():
 
 def test_memory_does_not_grow_with_the_square_of_T():
     """The largest tensor that any op makes stays linear in T."""
-    from torch.utils._python_dispatch import TorchDispatchMode
 
     class LargestTensor(TorchDispatchMode):
         size = 0

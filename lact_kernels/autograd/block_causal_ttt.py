@@ -165,7 +165,7 @@ def _empty_history(
     packed = cu_seqlens is not None
     updates = Tk // chunk_size if packed else num_updates(Tk, chunk_size, return_end)
     like = [*start.weights, *start.masters, *start.weights]
-    return [x.new_empty(updates, B, *x.shape[1:]) for x in like]
+    return [x.new_zeros(updates, B, *x.shape[1:]) for x in like]
 
 
 def _empty_outputs(q: Tensor, v: Tensor) -> Tensor:

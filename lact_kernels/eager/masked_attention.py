@@ -1,12 +1,15 @@
-"""Softmax attention under a mask that every row sees through, with its lse, forward and backward.
+"""Softmax attention under a mask that leaves every row something to see, with its lse, both ways.
 
-All tensors are `[N, H, rows, D]`, with one D for q, k and v; the mask is additive, `[rows, keys]`. On the
-CPU this is PyTorch's own flash kernel, called one level below `scaled_dot_product_attention`, which
-does not hand out the lse. On other devices, whose flash kernels take no such mask, it is written out.
+Tensors are `[N, H, rows, D]` and `[N, H, keys, D]`, with one D for q, k and v; the mask is additive,
+`[rows, keys]`. On the CPU this is PyTorch's own flash kernel, called one level below
+`scaled_dot_product_attention`, which does not hand out the lse. On other devices, whose flash
+kernels take no such mask, it is written out.
 """
 
 import torch
 from torch import Tensor
+
+aten = torch.ops.aten
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -16,9 +19,25 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Outputs in the dtype of q, and lse `[N, H, rows]`."""
-    if q.is_cpu:
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return flash(q, k, v, attn_mask=mask[None, None], scale=scale)
+    if not q.is_cpu:
+        return forward_written_out(q, k, v, mask, scale)
+    flash = aten._scaled_dot_product_flash_attention_for_cpu
+    return flash(q, k, v, attn_mask=mask[None, None], scale=scale)
+
+
+def backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, mask: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    if not q.is_cpu:
+        return backward_written_out(do, q, k, v, o, lse, mask, scale)
+    flash = aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return flash(do, q, k, v, o, lse, 0.0, False, attn_mask=mask[None, None], scale=scale)
+
+
+def forward_written_out(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
     dtype = lse_dtype(q.dtype)
     scores = (q.to(dtype) @ k.to(dtype).mT) * scale + mask
     lse = scores.logsumexp(dim=-1)
@@ -26,13 +45,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tupl
     return o.to(q.dtype), lse
 
 
-def backward(
+def backward_written_out(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, mask: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
-    if q.is_cpu:
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-        return flash(do, q, k, v, o, lse, 0.0, False, attn_mask=mask[None, None], scale=scale)
     dtype = lse_dtype(q.dtype)
     do, q, k, v, o = (x.to(dtype) for x in (do, q, k, v, o))
     p = torch.exp((q @ k.mT) * scale + mask - lse[..., None])

@@ -94,7 +94,7 @@ def block_causal_ttt(
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     weights = tuple(w.expand(N, *w.shape[-3:]) for w in (w0, w1, w2))
     if initial_state is not None:
-        _check_state(initial_state, weights, chunk_size, muon, prenorm, momentum)
+        _check_state(initial_state, k, v, weights, chunk_size, muon, prenorm, momentum)
     state = initial_state or _initial_state(weights, chunk_size, muon, prenorm, momentum)
     tokens = (k, v, lr0, lr1, lr2, momentum)
     if initial_state is None and not return_state:
@@ -121,7 +121,7 @@ def _run(q, tokens, state: TTTState, cu_seqlens=None, return_end: bool = False):
         cu_seqlens,
         state.chunk_size,
         state.muon,
-        bool(state.masters),
+        len(state.masters) > 0,
         return_end,
     )
     if return_end:
@@ -216,7 +216,7 @@ def _check_options(chunk_size, muon, prenorm, backend) -> None:
         )
 
 
-def _check_state(state, weights, chunk_size, muon, prenorm, momentum) -> None:
+def _check_state(state, k, v, weights, chunk_size, muon, prenorm, momentum) -> None:
     if not isinstance(state, TTTState):
         raise TypeError(f"initial_state must be a TTTState, got {type(state).__name__}")
     call = _initial_state(weights, chunk_size, muon, prenorm, momentum)
@@ -227,3 +227,10 @@ def _check_state(state, weights, chunk_size, muon, prenorm, momentum) -> None:
     for i, (ours, w) in enumerate(zip(state.weights, weights)):
         layout = "[N, H, rows, columns] of the call"
         checks.check_tensor(f"initial_state.weights[{i}]", ours, w.shape, layout, w.dtype, w.device)
+    for name, i, x in (("k", 0, k), ("v", 1, v)):
+        for piece in state.pending[:1]:
+            shape = (len(weights[0]), piece[i].shape[1], *x.shape[2:])
+            layout = "[N, pending, H, D] of the call"
+            checks.check_tensor(
+                f"initial_state.pending.{name}", piece[i], shape, layout, x.dtype, x.device
+            )

@@ -11,6 +11,7 @@ import os
 import torch
 from torch import Tensor
 
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # found, not imported
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -107,4 +108,4 @@ def check_backend(backend: str) -> None:
 def triton_runs_on(x: Tensor) -> bool:
     """Whether Triton is installed and can run kernels on this tensor: on a GPU, or interpreted."""
     on_device = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
-    return on_device and importlib.util.find_spec("triton") is not None
+    return on_device and TRITON_INSTALLED

@@ -71,7 +71,7 @@ class TTTState(NamedTuple):
         pieces = list(self.pending)
         while pieces and _can_merge(pieces[-1], tokens):
             tokens = _concatenate(pieces.pop(), tokens)
-        return self._replace(pending=(*pieces, tokens))
+        return TTTState(*self[:4], (*pieces, tokens), self.chunk_size, self.muon)
 
     def entry(self, n: int) -> "TTTState":
         """The state of sequence n alone (N = 1)."""
@@ -94,7 +94,7 @@ class TTTState(NamedTuple):
     def options(self) -> str:
         """The options of the calls that made this state, in words."""
         return (
-            f"chunk_size={self.chunk_size}, muon={self.muon}, prenorm={bool(self.masters)},"
+            f"chunk_size={self.chunk_size}, muon={self.muon}, prenorm={len(self.masters) > 0},"
             f" momentum {'given' if self.buffers else 'not given'}"
         )
 

@@ -1,0 +1,165 @@
+"""Every wrong argument is an error that names it, what came and what was expected."""
+
+import pytest
+import torch
+
+from lact_kernels import TTTState, block_causal_ttt, window_attn
+from tests.cases import TTTCase
+
+
+def window_inputs(**changed):
+    return {
+        "q": torch.randn(1, 6, 4, 8),
+        "k": torch.randn(1, 6, 2, 8),
+        "v": torch.randn(1, 6, 2, 8),
+        "window_size": 3,
+    } | changed
+
+
+def ttt_inputs(**changed):
+    inputs = {name: x.detach() for name, x in TTTCase("", B=1, T=6).inputs(torch.float32).items()}
+    return inputs | {"chunk_size": 4} | changed
+
+
+def cu_seqlens(*values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype)
+
+
+def meta(*shape, dtype=torch.float32):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+WINDOW = [
+    ({"q": [1.0]}, TypeError, r"q must be a tensor \[B, Tq, Hq, D\], got list"),
+    ({"q": torch.ones(1, 6, 4, 8, dtype=torch.int32)}, TypeError, "q .*torch.int32"),
+    ({"q": torch.ones(6, 4, 8)}, ValueError, r"q must have the shape .*\(6, 4, 8\)"),
+    ({"q": torch.ones(1, 6, 4, 0)}, ValueError, "q .*empty"),
+    ({"k": torch.ones(1, 6, 0, 8)}, ValueError, "k .*empty"),
+    ({"k": torch.ones(1, 6, 2, 8).half()}, TypeError, "k .*float32.*float16"),
+    ({"v": torch.ones(1, 6, 2, 8).double()}, TypeError, "v .*float32.*float64"),
+    ({"k": meta(1, 6, 2, 8)}, ValueError, "k must be on cpu like q, got meta"),
+    ({"k": torch.ones(1, 6, 2, 7)}, ValueError, r"k .*\(1, 6, 2, 8\), got \(1, 6, 2, 7\)"),
+    ({"k": torch.ones(2, 6, 2, 8)}, ValueError, "k must have the shape"),
+    ({"v": torch.ones(1, 5, 2, 8)}, ValueError, "v must have the shape"),
+    ({"v": torch.ones(1, 6, 4, 8)}, ValueError, "v must have the shape"),
+    ({"q": torch.ones(1, 6, 3, 8)}, ValueError, "3 heads of q .* multiple of the 2 heads"),
+    ({"q": torch.ones(1, 7, 4, 8)}, ValueError, "q has 7 tokens, more than the 6"),
+    ({"window_size": 0}, ValueError, "window_size must be at least 1, got 0"),
+    ({"window_size": -1}, ValueError, "window_size must be at least 1, got -1"),
+    ({"window_size": 2.0}, TypeError, "window_size must be an int, got 2.0"),
+    ({"window_size": True}, TypeError, "window_size must be an int, got True"),
+    ({"softmax_scale": float("nan")}, ValueError, "softmax_scale must be finite, got nan"),
+    ({"softmax_scale": "1"}, TypeError, "softmax_scale must be a number, got '1'"),
+    ({"return_lse": 1}, TypeError, "return_lse must be True or False, got 1"),
+    ({"backend": "cuda"}, ValueError, "backend must be .* got 'cuda'"),
+    ({"cu_seqlens": [0, 6]}, TypeError, "cu_seqlens must be an int32 tensor"),
+    ({"cu_seqlens": cu_seqlens(0, 6, dtype=torch.int64)}, TypeError, "cu_seqlens .*int32.*int64"),
+    ({"cu_seqlens": cu_seqlens(0)}, ValueError, r"cu_seqlens must have the shape \[N\+1\]"),
+    ({"cu_seqlens": cu_seqlens(1, 6)}, ValueError, "cu_seqlens must start at 0, got 1"),
+    ({"cu_seqlens": cu_seqlens(0, 4, 3, 6)}, ValueError, "descends from 4 to 3 at index 2"),
+    ({"cu_seqlens": cu_seqlens(0, 5)}, ValueError, "cu_seqlens must end at T = 6, got 5"),
+    ({"cu_seqlens": meta(2, dtype=torch.int32)}, ValueError, "cu_seqlens must be on cpu"),
+    (
+        {name: torch.ones(2, 6, 2, 8) for name in "qkv"} | {"cu_seqlens": cu_seqlens(0, 6)},
+        ValueError,
+        "B = 1, got q with B = 2",
+    ),
+    (
+        {"q": torch.ones(1, 5, 4, 8), "cu_seqlens": cu_seqlens(0, 6)},
+        ValueError,
+        "as many queries as keys, got 5 and 6",
+    ),
+]
+
+
+@pytest.mark.parametrize("changed,error,message", WINDOW)
+def test_window_attn(changed, error, message):
+    with pytest.raises(error, match=message):
+        window_attn(**window_inputs(**changed))
+
+
+@pytest.mark.parametrize(
+    "changed,message",
+    [
+        ({"cu_seqlens": cu_seqlens(0, 6)}, "cu_seqlens"),
+        ({name: torch.ones(1, 6, 2, 8).double() for name in "qkv"}, "float64"),
+        ({name: torch.ones(1, 6, 2, 272) for name in "qkv"}, "256, got 272"),
+    ],
+)
+def test_explicit_triton_says_why_it_cannot_run(changed, message):
+    with pytest.raises(ValueError, match=f"backend='triton' cannot run: .*{message}"):
+        window_attn(**window_inputs(**changed), backend="triton")
+
+
+def test_explicit_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="cannot run: .*q is on cpu"):
+        window_attn(**window_inputs(), backend="triton")
+
+
+TTT = [
+    ({"q": None}, TypeError, r"q must be a tensor \[B, T, H, Dk\], got NoneType"),
+    ({"q": torch.ones(6, 2, 5)}, ValueError, r"q must have the shape .*\(6, 2, 5\)"),
+    ({"k": torch.ones(1, 5, 2, 5)}, ValueError, "k must have the shape"),
+    ({"k": torch.ones(1, 6, 2, 5).half()}, TypeError, "k .*float16"),
+    ({"v": torch.ones(1, 6, 3, 6)}, ValueError, "v must have the shape"),
+    ({"w0": torch.ones(2, 7, 4)}, ValueError, r"w0 .*\[H, Dh, Dk\] = \(2, 7, 5\), got \(2, 7, 4\)"),
+    ({"w0": torch.ones(3, 2, 7, 5)}, ValueError, r"w0 .*\[B, H, Dh, Dk\] = \(1, 2, 7, 5\)"),
+    ({"w0": torch.ones(7, 5)}, ValueError, "w0 must have the shape"),
+    ({"w1": torch.ones(2, 7, 6)}, ValueError, r"w1 .*\[H, Dv, Dh\] = \(2, 6, 7\)"),
+    ({"w2": torch.ones(2, 8, 5)}, ValueError, r"w2 .*\[H, Dh, Dk\] = \(2, 7, 5\)"),
+    ({"w2": torch.ones(2, 7, 5).bfloat16()}, TypeError, "w2 .*float32, got torch.bfloat16"),
+    ({"w1": meta(2, 6, 7)}, ValueError, "w1 must be on cpu"),
+    ({"lr0": torch.ones(1, 6)}, ValueError, r"lr0 .*\[B, T, H\] = \(1, 6, 2\), got \(1, 6\)"),
+    ({"lr1": torch.ones(1, 6, 2, 1)}, ValueError, "lr1 must have the shape"),
+    ({"lr2": torch.ones(1, 6, 2).half()}, TypeError, "lr2 .*float32, got torch.float16"),
+    ({"lr2": None}, TypeError, "lr2 must be a tensor"),
+    ({"momentum": torch.ones(1, 2)}, ValueError, "momentum must have the shape"),
+    ({"momentum": 0.9}, TypeError, "momentum must be a tensor"),
+    ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
+    ({"chunk_size": 4.0}, TypeError, "chunk_size must be an int"),
+    ({"muon": 1}, TypeError, "muon must be True or False"),
+    ({"prenorm": None}, TypeError, "prenorm must be True or False"),
+    ({"return_state": "yes"}, TypeError, "return_state must be True or False"),
+    ({"backend": "fast"}, ValueError, "backend must be"),
+    ({"backend": "triton"}, ValueError, "no Triton kernels"),
+    ({"cu_seqlens": cu_seqlens(0, 9)}, ValueError, "cu_seqlens must end at T = 6, got 9"),
+    ({"cu_seqlens": cu_seqlens(0, 9), "return_state": True}, ValueError, "must end at T = 6"),
+    ({"initial_state": {}}, TypeError, "initial_state must be a TTTState, got dict"),
+]
+
+
+@pytest.mark.parametrize("changed,error,message", TTT)
+def test_block_causal_ttt(changed, error, message):
+    with pytest.raises(error, match=message):
+        block_causal_ttt(**ttt_inputs(**changed))
+
+
+STATES = [
+    ({"chunk_size": 5}, "made with chunk_size=4.*this call has chunk_size=5"),
+    ({"muon": True}, "muon=False.*muon=True"),
+    ({"prenorm": True}, "prenorm=False.*prenorm=True"),
+    ({"momentum": torch.ones(1, 6, 2)}, "not given.*given"),
+]
+
+
+@pytest.mark.parametrize("changed,message", STATES)
+def test_state_of_other_options(changed, message):
+    _, state = block_causal_ttt(**ttt_inputs(), return_state=True)
+    with pytest.raises(ValueError, match=message):
+        block_causal_ttt(**ttt_inputs(**changed), initial_state=state)
+
+
+def test_state_of_another_batch_size():
+    _, state = block_causal_ttt(**ttt_inputs(), return_state=True)
+    two = ttt_inputs(cu_seqlens=cu_seqlens(0, 2, 6))
+    with pytest.raises(ValueError, match=r"initial_state.weights\[0\] .*\(2, .*got \(1, "):
+        block_causal_ttt(**two, initial_state=state)
+
+
+def test_state_of_another_dtype():
+    _, state = block_causal_ttt(**ttt_inputs(), return_state=True)
+    assert isinstance(state, TTTState)
+    half = {name: x.half() if name in "qkv" else x for name, x in ttt_inputs().items()}
+    with pytest.raises(TypeError, match="initial_state.pending.k .*float16, got torch.float32"):
+        block_causal_ttt(**half, initial_state=state)

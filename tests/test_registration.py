@@ -1,0 +1,149 @@
+"""Both operations as registered ops: opcheck, torch.compile, repeated backward, nothing mutated."""
+
+import pytest
+import torch
+
+from lact_kernels import TTTState, block_causal_ttt, window_attn
+from lact_kernels.autograd import block_causal_ttt as ttt_ops
+from lact_kernels.autograd import window_attn as attn_ops
+from lact_kernels.ops.block_causal_ttt import _initial_state
+from tests.cases import TTTCase, WindowCase
+
+WINDOW = [
+    WindowCase("window", 70, 16),
+    WindowCase("no window on a cache", 5, None, Tk=9, Hq=4, Dv=8),
+    WindowCase("packed", 40, 7, cu_seqlens=(0, 10, 10, 40)),
+]
+TTT = [
+    TTTCase("plain"),
+    TTTCase("every option", momentum=True, muon=True, prenorm=True),
+    TTTCase("packed", B=1, T=24, cu_seqlens=(0, 3, 3, 16, 24), momentum=True),
+]
+
+
+def all_contiguous_grads(fn, leaves):
+    outputs = [x for x in fn() if x.requires_grad]
+    return torch.autograd.grad(outputs, leaves, [torch.ones_like(x) for x in outputs])
+
+
+@pytest.mark.parametrize("case", WINDOW, ids=str)
+def test_opcheck_window_attn(case):
+    q, k, v = case.inputs(torch.float32)
+    cu_seqlens = case.options().get("cu_seqlens")
+    args = (q, k, v, case.window_size, 0.25, cu_seqlens, "eager")
+    torch.library.opcheck(attn_ops.window_attn_fwd, args)
+    o, lse = (x.detach() for x in attn_ops.window_attn_fwd(*args))
+    q, k, v = (x.detach() for x in (q, k, v))
+    for dlse in (None, torch.ones_like(lse)):
+        torch.library.opcheck(
+            attn_ops.window_attn_bwd, (torch.ones_like(o), dlse, q, k, v, o, lse, *args[3:])
+        )
+
+
+@pytest.mark.parametrize("return_end", [False, True])
+@pytest.mark.parametrize("case", TTT, ids=str)
+def test_opcheck_block_causal_ttt(case, return_end):
+    if case.cu_seqlens and return_end:
+        pytest.skip("packed sequences have no common end")
+    x = case.inputs(torch.float32)
+    cu_seqlens = case.options().get("cu_seqlens")
+    N = len(case.cu_seqlens) - 1 if case.cu_seqlens else case.B
+    weights = tuple(x[name].detach().expand(N, -1, -1, -1).clone() for name in ("w0", "w1", "w2"))
+    state = _initial_state(weights, 4, case.muon, case.prenorm, x.get("momentum"))
+    start = [w.clone().requires_grad_() for triple in state[:4] for w in triple]
+    tokens = [x.get(name) for name in ("q", "k", "v", "lr0", "lr1", "lr2", "momentum")]
+    options = (4, case.muon, case.prenorm, return_end)
+    torch.library.opcheck(
+        ttt_ops.block_causal_ttt_fwd, (*tokens, start, cu_seqlens, *options), atol=1e-4, rtol=1e-3
+    )
+    tokens = [None if t is None else t.detach() for t in tokens]
+    start = [w.detach() for w in start]
+    o, end, history = ttt_ops.block_causal_ttt_fwd(*tokens, start, cu_seqlens, *options)
+    dend = [torch.ones_like(w) for w in end]
+    torch.library.opcheck(
+        ttt_ops.block_causal_ttt_bwd,
+        (torch.ones_like(o), dend, *tokens, start, cu_seqlens, history, *options),
+    )
+
+
+def compiled(fn):
+    """Traced whole; the graphs run as they are, which needs no C++ compiler."""
+    torch._dynamo.reset()
+    return torch.compile(fn, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.parametrize("case", WINDOW, ids=str)
+def test_compile_window_attn(case):
+    inputs, options = case.inputs(torch.float32), case.options()
+
+    def fn(*tensors):
+        o, lse = window_attn(*tensors, **options, return_lse=True)
+        return o * 2, lse
+
+    for eager, traced in zip(fn(*inputs), compiled(fn)(*inputs)):
+        assert torch.equal(eager, traced)
+    grads = [all_contiguous_grads(lambda f=f: f(*inputs), inputs) for f in (fn, compiled(fn))]
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("return_state", [False, True])
+@pytest.mark.parametrize("case", TTT, ids=str)
+def test_compile_block_causal_ttt(case, return_state):
+    if case.cu_seqlens and return_state:
+        pytest.skip("the shapes of a packed batch's state depend on cu_seqlens")
+    inputs, options = case.inputs(torch.float32), case.options()
+
+    def fn(**tensors):
+        result = block_causal_ttt(**tensors, **options, return_state=return_state)
+        if not return_state:
+            return (result * 2,)
+        o, state = result
+        return (o * 2, *state.weights, *state.pending[0].tensors[:5])
+
+    for eager, traced in zip(fn(**inputs), compiled(fn)(**inputs)):
+        assert torch.equal(eager, traced)
+    leaves = list(inputs.values())
+    grads = [all_contiguous_grads(lambda f=f: f(**inputs), leaves) for f in (fn, compiled(fn))]
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
+
+
+def test_compiled_decoding_goes_through_a_state():
+    inputs = {k: x.detach() for k, x in TTTCase("", T=9).inputs(torch.float32).items()}
+
+    def fn(state, **tensors):
+        return block_causal_ttt(**tensors, chunk_size=4, initial_state=state, return_state=True)
+
+    def token(t):
+        return {name: x if name[0] == "w" else x[:, t : t + 1] for name, x in inputs.items()}
+
+    state, outputs, traced = None, [], compiled(fn)
+    for t in range(5):
+        o, state = traced(state, **token(t))
+        outputs.append(o)
+    assert isinstance(state, TTTState)
+    whole = block_causal_ttt(**inputs, chunk_size=4)[:, :5]
+    torch.testing.assert_close(torch.cat(outputs, dim=1), whole)
+
+
+def calls():
+    window = WindowCase("", 70, 16).inputs(torch.float32)
+    ttt = TTTCase("", momentum=True, muon=True, prenorm=True).inputs(torch.float32)
+    yield lambda *x: window_attn(*x, 16, return_lse=True), window
+    names = list(ttt)
+    options = {"chunk_size": 4, "muon": True, "prenorm": True}
+    yield lambda *x: (block_causal_ttt(**dict(zip(names, x)), **options),), list(ttt.values())
+
+
+@pytest.mark.parametrize("call", list(calls()), ids=["window_attn", "block_causal_ttt"])
+def test_second_backward_gives_the_same_and_nothing_is_mutated(call):
+    fn, leaves = call
+    before = [x.detach().clone() for x in leaves]
+    outputs = fn(*leaves)
+    cotangents = [torch.randn_like(x) for x in outputs]
+    kept = [x.detach().clone() for x in (*outputs, *cotangents)]
+    first = torch.autograd.grad(outputs, leaves, cotangents, retain_graph=True)
+    second = torch.autograd.grad(outputs, leaves, cotangents)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert all(torch.equal(a, b) for a, b in zip(before, leaves))
+    assert all(torch.equal(a, b) for a, b in zip(kept, (*outputs, *cotangents)))
