@@ -1,0 +1,93 @@
+"""What `pip install` brings: only `lact_kernels`, importable without Triton, and a README that runs."""
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_python(code: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env=environment | env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def readme_examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """A folder into which the built wheel, and nothing else, has been installed."""
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), "."]
+    subprocess.run([*pip, *build], cwd=ROOT, check=True, timeout=300)
+    wheel = next(folder.glob("lact_kernels-*.whl"))
+    install = ["install", "--no-deps", "--target", str(folder / "site"), str(wheel)]
+    subprocess.run([*pip, *install], check=True, timeout=300)
+    return folder / "site"
+
+
+def test_wheel_contains_the_package_alone(site):
+    names = zipfile.ZipFile(next(site.parent.glob("*.whl"))).namelist()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"lact_kernels"}
+    assert "lact_kernels/py.typed" in names
+    assert "lact_kernels/triton/window_attn_fwd.py" in names
+    installed = {
+        str(path.relative_to(ROOT)) for path in (ROOT / "lact_kernels").rglob("*.py")
+    }  # nothing was left out
+    assert installed <= set(names)
+
+
+@pytest.mark.parametrize("example", range(len(readme_examples())))
+def test_readme_example_runs_from_the_wheel(example, site, tmp_path):
+    where = "import lact_kernels; print(lact_kernels.__file__)\n"
+    done = run_python(where + readme_examples()[example], cwd=tmp_path, PYTHONPATH=str(site))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(site))
+
+
+def test_import_takes_no_triton():
+    done = run_python("import lact_kernels, sys; assert 'triton' not in sys.modules")
+    assert done.returncode == 0, done.stderr
+
+
+WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"  # as if it were not installed
+
+
+def test_eager_backend_works_without_triton():
+    done = run_python(
+        WITHOUT_TRITON
+        + readme_examples()[0]
+        + """
+try:
+    lact_kernels.window_attn(q, k, v, 512, backend="triton")
+except ValueError as error:
+    assert "needs Triton" in str(error), error
+else:
+    raise AssertionError("backend='triton' ran without Triton")
+"""
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_reference_imports_only_torch():
+    done = run_python(
+        "import reference, sys; assert not any(m.startswith('lact_kernels') for m in sys.modules)"
+    )
+    assert done.returncode == 0, done.stderr
+    sources = [path.read_text() for path in (ROOT / "lact_kernels").rglob("*.py")]
+    assert not any(re.search(r"^\s*(import|from) reference", s, re.MULTILINE) for s in sources)
