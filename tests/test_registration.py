@@ -1,5 +1,7 @@
 """Both operations as registered ops: opcheck, torch.compile, repeated backward, nothing mutated."""
 
+import functools
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from lact_kernels import TTTState, block_causal_ttt, window_attn
 from lact_kernels.autograd import block_causal_ttt as ttt_ops
 from lact_kernels.autograd import window_attn as attn_ops
 from lact_kernels.ops.block_causal_ttt import _initial_state
-from tests.cases import TTTCase, WindowCase
+from tests.cases import TTTCase, WindowCase, check_window_attn
 
 WINDOW = [
     WindowCase("window", 70, 16),
@@ -147,3 +149,13 @@ def test_second_backward_gives_the_same_and_nothing_is_mutated(call):
     assert all(torch.equal(a, b) for a, b in zip(first, second))
     assert all(torch.equal(a, b) for a, b in zip(before, leaves))
     assert all(torch.equal(a, b) for a, b in zip(kept, (*outputs, *cotangents)))
+
+
+@pytest.mark.parametrize("case", WINDOW[:2], ids=str)
+def test_triton_goes_through_the_same_op(case):
+    """With the blocks of the table, in the interpreter or on a GPU."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    triton_window_attn = functools.partial(window_attn, backend="triton")
+    check_window_attn(triton_window_attn, case, torch.float32, device)
+    args = (*case.inputs(torch.float32, device), case.window_size, 0.25, None, "triton")
+    torch.library.opcheck(attn_ops.window_attn_fwd, args)

@@ -139,9 +139,10 @@ def _views(
     q, k = queries[0], keys[0]
     (B, Tq, Hq), (Tk, Hkv) = q.shape[:3], k.shape[1:3]
     spans = [(0, Tq, 0, Tk)] if offsets is None else [(*s, *s) for s in zip(offsets, offsets[1:])]
-    longest = max(stop - start for _, _, start, stop in spans)
-    window_size = max(1, min(window_size, longest))
-    rows = min(MAX_ROWS, max(MIN_ROWS, _power_of_two(window_size // 2)))
+    most_queries = max(stop - start for start, stop, _, _ in spans)
+    most_keys = max(stop - start for _, _, start, stop in spans)
+    window_size = max(1, min(window_size, most_keys))
+    rows = min(MAX_ROWS, max(MIN_ROWS, _power_of_two(window_size // 2)), max(1, most_queries))
     band = _band(rows, window_size, q)
     queries = tuple(x.unflatten(2, (Hkv, Hq // Hkv)) for x in queries)
     for first_query, last_query, first_key, last_key in spans:

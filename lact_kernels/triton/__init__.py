@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers, one module per pass; imported only when a launcher runs."""

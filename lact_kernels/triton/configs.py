@@ -1,0 +1,137 @@
+"""Block sizes, warps and pipeline stages of every kernel: one table, in one place.
+
+A row is found by what decides it: the pass, the architecture, the width of the input dtype and the
+class of the head dim (the smallest of 64, 128, 256 that holds both D and Dv). A length, a batch
+size, a head count or a window never decides it.
+
+This module imports neither Triton nor a GPU, so that tests and reports can read the table anywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+ARCHITECTURES = (80, 90, 100)
+HEAD_DIM_CLASSES = (64, 128, 256)
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """One row: `block_m` queries by `block_n` keys per tile, warps per program, pipeline stages."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One shipped specialisation of one kernel, as a report needs it to compile it without a GPU.
+
+    `pointers` gives the element dtype of each pointer argument, `constexprs` the compile-time
+    arguments. Arguments in neither are 32-bit integers, or float32 where the name says `scale`.
+    """
+
+    name: str
+    kernel: Any
+    arch: int
+    dtype: torch.dtype
+    head_dim_qk: int
+    head_dim_v: int
+    window: str
+    config: KernelConfig
+    pointers: dict[str, torch.dtype] = field(repr=False)
+    constexprs: dict[str, Any] = field(repr=False)
+
+
+def _row(*entries: tuple[int, int, int, int]) -> dict[int, KernelConfig]:
+    """The entries of one (pass, architecture, width), in the order of HEAD_DIM_CLASSES."""
+    return {size: KernelConfig(*entry) for size, entry in zip(HEAD_DIM_CLASSES, entries)}
+
+
+# Each entry is (block_m, block_n, warps, stages), for head dims up to 64, 128 and 256.
+# Chosen by the compiler's figures (benchmarks/compile_report.py), not yet timed on a GPU.
+_TABLE: dict[tuple[str, int, int], dict[int, KernelConfig]] = {
+    ("window_attn_fwd", 80, 16): _row((128, 64, 4, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
+    ("window_attn_fwd", 90, 16): _row((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
+    ("window_attn_fwd", 100, 16): _row((128, 128, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
+    ("window_attn_fwd", 80, 32): _row((32, 32, 4, 2), (32, 32, 8, 1), (32, 16, 8, 1)),
+    ("window_attn_fwd", 90, 32): _row((32, 32, 4, 2), (32, 32, 8, 1), (32, 16, 8, 1)),
+    ("window_attn_fwd", 100, 32): _row((32, 32, 4, 2), (32, 32, 8, 1), (32, 16, 8, 1)),
+    ("window_attn_bwd_dkv", 80, 16): _row((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
+    ("window_attn_bwd_dkv", 90, 16): _row((64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2)),
+    ("window_attn_bwd_dkv", 100, 16): _row((64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2)),
+    ("window_attn_bwd_dkv", 80, 32): _row((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
+    ("window_attn_bwd_dkv", 90, 32): _row((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
+    ("window_attn_bwd_dkv", 100, 32): _row((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
+    ("window_attn_bwd_dq", 80, 16): _row((64, 64, 4, 2), (128, 32, 8, 2), (64, 32, 8, 1)),
+    ("window_attn_bwd_dq", 90, 16): _row((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
+    ("window_attn_bwd_dq", 100, 16): _row((128, 64, 8, 2), (128, 64, 4, 2), (64, 32, 8, 2)),
+    ("window_attn_bwd_dq", 80, 32): _row((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2)),
+    ("window_attn_bwd_dq", 90, 32): _row((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2)),
+    ("window_attn_bwd_dq", 100, 32): _row((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2)),
+}
+
+
+def kernel_config(
+    name: str,
+    head_dim_qk: int,
+    head_dim_v: int,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+) -> KernelConfig:
+    """The row of pass `name` for these head dims, dtype and compute capability.
+
+    `capability` is `(major, minor)`; None stands for no GPU (the interpreter) and reads as sm_90.
+    """
+    return _TABLE[name, _architecture(capability), 8 * dtype.itemsize][
+        _head_dim_class(head_dim_qk, head_dim_v)
+    ]
+
+
+def shipped_configs(name: str, arch: int) -> Iterator[tuple[int, int, KernelConfig]]:
+    """Every row of pass `name` on one architecture: (dtype width in bits, head dim, config)."""
+    for (row_name, row_arch, width), row in _TABLE.items():
+        if (row_name, row_arch) == (name, arch):
+            for head_dim, config in row.items():
+                yield width, head_dim, config
+
+
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a CUDA device, None for the CPU."""
+    return _cuda_capability(device.index) if device.type == "cuda" else None
+
+
+@functools.cache
+def _cuda_capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def _architecture(capability: tuple[int, int] | None) -> int:
+    if capability is None:
+        return 90
+    major = capability[0]
+    if major < 8:
+        raise ValueError(
+            f"compute capability {capability[0]}.{capability[1]} is not supported by the Triton"
+            " kernels: expected 8.0 or above"
+        )
+    # Compute capability 12 has the matrix instructions of 8, not those of 9 and 10.
+    return {9: 90, 10: 100}.get(major, 80)
+
+
+def _head_dim_class(head_dim_qk: int, head_dim_v: int) -> int:
+    largest = max(head_dim_qk, head_dim_v)
+    for size in HEAD_DIM_CLASSES:
+        if largest <= size:
+            return size
+    raise ValueError(
+        f"head dims {head_dim_qk} (q, k) and {head_dim_v} (v) are not supported by the Triton"
+        f" kernels: expected at most {HEAD_DIM_CLASSES[-1]}"
+    )

@@ -1,0 +1,156 @@
+r"""What the attention kernels share: tile bounds, the window's mask, online softmax, tile loads.
+
+Query i stands at position `i + Tk - Tq` and sees the keys `position - W < j <= position`. The keys
+that a tile of queries sees form one interval, cut into key tiles in three segments:
+
+```
+    keys ->       first      interior         diagonal  end
+    queries         | \ # # # | # # # # # # # | # .     |
+       |            | . \ # # | # # # # # # # | # # .   |
+       v            | . . \ # | # # # # # # # | # # # . |
+                    masked     no mask and     masked
+                               no bounds check
+```
+
+Seen from a tile of keys, the queries that see it form an interval too: diagonal, interior, right
+edge. Every tile from `first` up to `end` holds at least one visible pair, and no other tile does.
+In an interior tile every pair is visible and every row is in bounds. The order of tiles does not
+matter, so a kernel visits both masked segments in one loop and the interior in another.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# The running maximum before any key: finite, so that a row that has seen no key gives no NaN.
+LOWEST = tl.constexpr(-1.0e38)
+
+
+def block_dim(head_dim: int) -> int:
+    """The padded head dim: a power of two, and at least what a matrix instruction takes."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+@triton.jit
+def query_tile_program(Tq, Hq, Hkv, BLOCK_M: tl.constexpr):
+    """Batch row, query head, kv head and first query of this program.
+
+    Neighbours are the query heads of one kv head, then the query tiles of these heads, so that
+    programs that read the same keys run at the same time. The last queries, which see the most
+    keys, come first.
+    """
+    groups = Hq // Hkv
+    num_tiles = tl.cdiv(Tq, BLOCK_M)
+    pid = tl.program_id(0)
+    group = pid % groups
+    tile = num_tiles - 1 - (pid // groups) % num_tiles
+    batch_head = pid // (groups * num_tiles)
+    kv_head = batch_head % Hkv
+    return batch_head // Hkv, kv_head * groups + group, kv_head, tile * BLOCK_M
+
+
+@triton.jit
+def key_tile_bounds(first_query, Tq, Tk, window_size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Key tiles seen by the queries of one tile: (first, interior, diagonal, end)."""
+    first_position = first_query + Tk - Tq
+    last_position = tl.minimum(first_query + BLOCK_M, Tq) - 1 + Tk - Tq
+    first = tl.maximum(first_position - window_size + 1, 0) // BLOCK_N
+    end = last_position // BLOCK_N + 1
+    # From here on the last query still sees the whole tile.
+    interior = tl.minimum(tl.cdiv(tl.maximum(last_position - window_size + 1, 0), BLOCK_N), end)
+    # Up to here the first query sees the whole tile.
+    diagonal = tl.maximum((first_position + 1) // BLOCK_N, interior)
+    return first, interior, diagonal, end
+
+
+@triton.jit
+def query_tile_bounds(first_key, Tq, Tk, window_size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Query tiles that see the keys of one tile: (first, interior, right edge, end)."""
+    offset = Tk - Tq
+    last_key = tl.minimum(first_key + BLOCK_N, Tk) - 1
+    first = tl.maximum(first_key - offset, 0) // BLOCK_M
+    end = tl.cdiv(tl.maximum(tl.minimum(last_key + window_size - offset, Tq), 0), BLOCK_M)
+    end = tl.maximum(end, first)
+    # From here on every query comes after the last key.
+    interior = tl.cdiv(tl.maximum(last_key - offset, 0), BLOCK_M)
+    interior = tl.minimum(tl.maximum(interior, first), end)
+    # Up to here every query exists and still sees the first key.
+    edge = tl.maximum(tl.minimum(first_key + window_size - offset, Tq), 0) // BLOCK_M
+    edge = tl.maximum(edge, interior)
+    return first, interior, edge, end
+
+
+@triton.jit
+def nth_tile(first_tile, step, gap_start, gap, HAS_GAP: tl.constexpr):
+    """Tile number `step` of a segment, which may leave out `gap` tiles from `gap_start` on."""
+    tile = first_tile + step
+    if HAS_GAP:
+        tile = tl.where(tile >= gap_start, tile + gap, tile)
+    return tile
+
+
+@triton.jit
+def visible(positions, keys, window_size):
+    """The window's mask; the two arguments broadcast against each other.
+
+    The keys a query sees exist by construction: no check against Tk is needed here.
+    """
+    return (keys <= positions) & (keys > positions - window_size)
+
+
+@triton.jit
+def softmax_step(scores, row_max, row_sum, scale_log2):
+    """One tile of the online softmax, over the last axis of `scores` [BLOCK_M, BLOCK_N].
+
+    Returns the unnormalised probabilities, the factor by which earlier sums shrink, and the new
+    maximum and sum. The maximum stays in the units of `scores`: it is subtracted before scaling,
+    because `scores * scale - maximum * scale` in one fused operation is far from 0 at the maximum
+    itself when scores are large.
+    """
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1))  # [BLOCK_M]
+    probs = tl.exp2((scores - new_max[:, None]) * scale_log2)  # [BLOCK_M, BLOCK_N]
+    decay = tl.exp2((row_max - new_max) * scale_log2)  # [BLOCK_M]
+    return probs, decay, new_max, row_sum * decay + tl.sum(probs, axis=1)
+
+
+@triton.jit
+def softmax_from_lse(scores, lse, scale):
+    """Probabilities again, from the log of their denominators.
+
+    The difference is taken before the change of base, which leaves one rounding where it counts.
+    Probabilities never exceed 1; the bound matters where scores are so large that the lse is
+    coarse.
+    """
+    return tl.exp2(tl.minimum(scores * scale - lse, 0.0) * LOG2_E)
+
+
+@triton.jit
+def load_rows(
+    pointers,  # [ROWS, BLOCK_COLS]
+    rows,
+    num_rows,
+    cols,
+    NUM_COLS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+):
+    """A tile of rows, zero beyond `num_rows` (if asked) and beyond NUM_COLS (if padded)."""
+    if CHECK_ROWS:
+        if NUM_COLS == BLOCK_COLS:
+            tile = tl.load(pointers, mask=(rows < num_rows)[:, None], other=0.0)
+        else:
+            inside = (rows < num_rows)[:, None] & (cols < NUM_COLS)[None, :]
+            tile = tl.load(pointers, mask=inside, other=0.0)
+    else:
+        if NUM_COLS == BLOCK_COLS:
+            tile = tl.load(pointers)
+        else:
+            tile = tl.load(pointers, mask=(cols < NUM_COLS)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def store_rows(pointers, tile, rows, num_rows, cols, NUM_COLS: tl.constexpr):
+    """Store the rows and columns of `tile` that exist, in the dtype of the memory."""
+    inside = (rows < num_rows)[:, None] & (cols < NUM_COLS)[None, :]
+    tl.store(pointers, tile.to(pointers.dtype.element_ty), mask=inside)

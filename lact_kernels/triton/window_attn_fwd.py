@@ -1,0 +1,264 @@
+"""`window_attn`, forward: one program per tile of queries, online softmax over the tiles it sees.
+
+```
+    S = Q K^T      P = exp2((S - max S) * scale * log2 e)      O = P V / sum P
+    lse = max S * scale + ln sum P
+```
+
+The key tiles form three segments (see `primitives`): left edge and diagonal are visited in one
+loop with a mask and bounds checks, the interior in another with neither. Products take the input
+dtype and accumulate in float32; for float32 input they are full float32 products. Row statistics
+are float32. The window and the lengths are runtime values: no length, window, batch size or head
+count makes the kernel compile again.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lact_kernels.triton.configs import (
+    CompileCase,
+    KernelConfig,
+    capability_of,
+    kernel_config,
+    shipped_configs,
+)
+from lact_kernels.triton.primitives import (
+    LOG2_E,
+    LOWEST,
+    block_dim,
+    key_tile_bounds,
+    load_rows,
+    nth_tile,
+    query_tile_program,
+    softmax_step,
+    store_rows,
+    visible,
+)
+
+
+@triton.jit
+def _fwd_segment(
+    acc,  # [BLOCK_M, BLOCK_DV]
+    row_max,  # [BLOCK_M]
+    row_sum,  # [BLOCK_M]
+    q,  # [BLOCK_M, BLOCK_D]
+    k_ptr,  # of this kv head
+    v_ptr,
+    k_offsets,  # within a tile: [BLOCK_N, BLOCK_D]
+    v_offsets,  # [BLOCK_N, BLOCK_DV]
+    positions,  # [BLOCK_M]
+    first_tile,
+    num_tiles,
+    gap_start,
+    gap,
+    stride_kt,
+    stride_vt,
+    Tk,
+    window_size,
+    scale_log2,
+    HEAD_DIM_QK: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    cols_qk = tl.arange(0, BLOCK_D)
+    cols_v = tl.arange(0, BLOCK_DV)
+    for step in range(0, num_tiles):
+        first_key = nth_tile(first_tile, step, gap_start, gap, MASKED) * BLOCK_N
+        keys = first_key + tl.arange(0, BLOCK_N)
+        k_pointers = k_ptr + tl.cast(first_key, tl.int64) * stride_kt + k_offsets
+        v_pointers = v_ptr + tl.cast(first_key, tl.int64) * stride_vt + v_offsets
+        k = load_rows(k_pointers, keys, Tk, cols_qk, HEAD_DIM_QK, BLOCK_D, MASKED)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        if MASKED:
+            seen = visible(positions[:, None], keys[None, :], window_size)
+            scores = tl.where(seen, scores, float("-inf"))
+        probs, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2)
+        acc = acc * decay[:, None]
+        v = load_rows(v_pointers, keys, Tk, cols_v, HEAD_DIM_V, BLOCK_DV, MASKED)
+        acc = tl.dot(probs.to(v.dtype), v, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_DV]
+    return acc, row_max, row_sum
+
+
+@triton.jit(do_not_specialize=["window_size", "Tq", "Tk", "Hq", "Hkv"])
+def _window_attn_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,
+    lse_ptr,  # [B, Hq, Tq], contiguous
+    softmax_scale,  # > 0
+    window_size,
+    Tq,
+    Tk,
+    Hq,
+    Hkv,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    HEAD_DIM_QK: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    b, h, h_kv, first_query = query_tile_program(Tq, Hq, Hkv, BLOCK_M)
+    b, h, h_kv = tl.cast(b, tl.int64), tl.cast(h, tl.int64), tl.cast(h_kv, tl.int64)
+    q_ptr += b * stride_qb + h * stride_qh
+    k_ptr += b * stride_kb + h_kv * stride_kh
+    v_ptr += b * stride_vb + h_kv * stride_vh
+    o_ptr += b * stride_ob + h * stride_oh
+    lse_ptr += (b * Hq + h) * Tq
+
+    queries = first_query + tl.arange(0, BLOCK_M)
+    positions = queries + (Tk - Tq)
+    cols_qk = tl.arange(0, BLOCK_D)
+    cols_v = tl.arange(0, BLOCK_DV)
+    rows_m = queries.to(tl.int64)[:, None]
+    rows_n = tl.arange(0, BLOCK_N)[:, None]
+    k_offsets = rows_n * stride_kt + cols_qk[None, :]  # [BLOCK_N, BLOCK_D]
+    v_offsets = rows_n * stride_vt + cols_v[None, :]  # [BLOCK_N, BLOCK_DV]
+    q_pointers = q_ptr + rows_m * stride_qt + cols_qk[None, :]
+    q = load_rows(q_pointers, queries, Tq, cols_qk, HEAD_DIM_QK, BLOCK_D, True)
+
+    scale_log2 = softmax_scale * LOG2_E
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    first, interior, diagonal, end = key_tile_bounds(
+        first_query, Tq, Tk, window_size, BLOCK_M, BLOCK_N
+    )
+    inside = diagonal - interior
+    acc, row_max, row_sum = _fwd_segment(
+        acc, row_max, row_sum, q, k_ptr, v_ptr, k_offsets, v_offsets, positions,
+        first, end - first - inside, interior, inside,
+        stride_kt, stride_vt, Tk, window_size, scale_log2,
+        HEAD_DIM_QK, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, MASKED=True,
+    )  # fmt: skip
+    acc, row_max, row_sum = _fwd_segment(
+        acc, row_max, row_sum, q, k_ptr, v_ptr, k_offsets, v_offsets, positions,
+        interior, inside, interior, 0,
+        stride_kt, stride_vt, Tk, window_size, scale_log2,
+        HEAD_DIM_QK, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, MASKED=False,
+    )  # fmt: skip
+
+    # Rows beyond Tq may have seen no key; their zero sums are kept away from the log.
+    row_sum = tl.where(queries < Tq, row_sum, 1.0)
+    o_pointers = o_ptr + rows_m * stride_ot + cols_v[None, :]
+    store_rows(o_pointers, acc / row_sum[:, None], queries, Tq, cols_v, HEAD_DIM_V)
+    lse = row_max * softmax_scale + tl.log(row_sum)
+    tl.store(lse_ptr + queries, lse, mask=queries < Tq)
+
+
+def window_attn_fwd(
+    q: Tensor,  # [B, Tq, Hq, D]
+    k: Tensor,  # [B, Tk, Hkv, D]
+    v: Tensor,  # [B, Tk, Hkv, Dv]
+    window_size: int,
+    softmax_scale: float,
+    *,
+    config: KernelConfig | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, Tq, Hq, Dv]` in the dtype of `q`, and the lse `[B, Hq, Tq]` in float32.
+
+    `window_size` counts the query itself, is at least 1 and at most Tk. Inputs are read in place
+    unless their last stride is not 1. `config` overrides the table.
+    """
+    B, Tq, Hq, D = q.shape
+    Tk, Hkv, Dv = v.shape[1:]
+    o = q.new_empty(B, Tq, Hq, Dv)
+    lse = q.new_empty(B, Hq, Tq, dtype=torch.float32)
+    if o.numel() == 0:
+        return o, lse
+    q, sign, softmax_scale = positive_scale(q, softmax_scale)
+    q, k, v = readable_in_place(q, k, v)
+    config = config or kernel_config("window_attn_fwd", D, Dv, q.dtype, capability_of(q.device))
+    with on_device(q):
+        _window_attn_fwd_kernel[(triton.cdiv(Tq, config.block_m) * B * Hq,)](
+            q, k, v, o, lse, softmax_scale, window_size, Tq, Tk, Hq, Hkv,
+            *outer_strides(q, k, v, o),
+            **_constexprs(D, Dv, config), num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return o, lse
+
+
+def positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, int, float]:
+    """The same scores with a positive scale: `(sign * q, sign, scale)`, at no cost where it is.
+
+    The kernels take the maximum before scaling, which is right for a positive scale only.
+    """
+    if softmax_scale > 0:
+        return q, 1, softmax_scale
+    sign = -1 if softmax_scale < 0 else 0
+    return q * sign, sign, abs(softmax_scale) or 1.0
+
+
+def readable_in_place(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors themselves, or a contiguous copy where the kernels cannot address them.
+
+    The last axis must be dense, and offsets inside a tile of up to 256 rows must fit 32 bits.
+    """
+    return tuple(
+        x if x.stride(-1) == 1 and x.stride(1) < 2**23 else x.contiguous() for x in tensors
+    )
+
+
+def outer_strides(*tensors: Tensor) -> list[int]:
+    """Strides of batch, time and head of each tensor.
+
+    An axis of one element gets 0: its stride is arbitrary, and an odd one would make Triton compile
+    a kernel without wide loads.
+    """
+    return [0 if x.size(axis) == 1 else x.stride(axis) for x in tensors for axis in range(3)]
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Launch on the device of `x`, which need not be the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def compile_cases(arch: int) -> Iterator[CompileCase]:
+    """Every shipped specialisation, for benchmarks/compile_report.py."""
+    for width, head_dim, config in shipped_configs("window_attn_fwd", arch):
+        dtype = torch.bfloat16 if width == 16 else torch.float32
+        pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), dtype)
+        yield CompileCase(
+            name="window_attn_fwd",
+            kernel=_window_attn_fwd_kernel,
+            arch=arch,
+            dtype=dtype,
+            head_dim_qk=head_dim,
+            head_dim_v=head_dim,
+            window="any",
+            config=config,
+            pointers={**pointers, "lse_ptr": torch.float32},
+            constexprs=_constexprs(head_dim, head_dim, config),
+        )
+
+
+def _constexprs(D: int, Dv: int, config: KernelConfig) -> dict[str, int]:
+    return {
+        "HEAD_DIM_QK": D,
+        "HEAD_DIM_V": Dv,
+        "BLOCK_D": block_dim(D),
+        "BLOCK_DV": block_dim(Dv),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+    }
