@@ -166,6 +166,19 @@ def test_state_does_not_share_memory_with_the_weights():
     assert torch.equal(state.weights[0], before)
 
 
+def test_state_keeps_copies_of_its_tokens():
+    """A caller may reuse the memory of k, and a long call is not kept alive by its last tokens."""
+    inputs = {k: x.detach() for k, x in TTTCase("", T=11).inputs(torch.float32).items()}
+    for start, stop in ((0, 2), (0, 6)):  # without an update, and after one
+        first = {name: x.clone() for name, x in tokens_at(inputs, start, stop).items()}
+        _, state = block_causal_ttt(**first, chunk_size=4, return_state=True)
+        kept = state.pending[0].k
+        assert kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()
+        before = kept.clone()
+        first["k"].zero_()
+        assert torch.equal(kept, before)
+
+
 def test_one_state_may_be_continued_twice():
     case = TTTCase("", T=11)
     inputs = {name: x.detach() for name, x in case.inputs(torch.float32).items()}

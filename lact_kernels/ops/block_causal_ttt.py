@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lact_kernels.autograd.block_causal_ttt import block_causal_ttt_fwd, num_updates
 from lact_kernels.ops import checks
-from lact_kernels.ops.ttt_state import TTTState, TTTTokens, joined_tokens
+from lact_kernels.ops.ttt_state import TTTState, TTTTokens, describe_options, joined_tokens
 
 __all__ = ["TTTState", "TTTTokens", "block_causal_ttt"]
 
@@ -151,9 +151,11 @@ def _continue(q, tokens, state: TTTState, cu_seqlens, return_state: bool):
     if cu_seqlens is None and len(set(pending)) == 1:
         joined = joined_tokens(state, TTTTokens(*tokens, lengths))
         o, end = _run(q, joined, state, return_end=return_state)
-        full = (pending[0] + T) // C * C
-        rest = (None if x is None else x[:, full:] for x in joined)
-        return o, end.append(TTTTokens(*rest, (pending[0] + T - full,) * B))
+        if not return_state:
+            return o, None
+        left = (pending[0] + T) % C
+        rest = (None if x is None else x[:, x.shape[1] - left :] for x in joined)
+        return o, end.append(TTTTokens(*rest, (left,) * B))
 
     outputs, states = [], []
     for n, (start, stop) in enumerate(spans):
@@ -162,7 +164,8 @@ def _continue(q, tokens, state: TTTState, cu_seqlens, return_state: bool):
         o, end = _continue(q[at], row, state.entry(n), None, return_state)
         outputs.append(o)
         states.append(end)
-    return torch.cat(outputs, dim=0 if cu_seqlens is None else 1), TTTState.stack(states)
+    o = torch.cat(outputs, dim=0 if cu_seqlens is None else 1)
+    return o, TTTState.stack(states) if return_state else None
 
 
 def _as_tokens(tokens, spans, lengths, cu_seqlens) -> TTTTokens:
@@ -219,11 +222,9 @@ def _check_options(chunk_size, muon, prenorm, backend) -> None:
 def _check_state(state, k, v, weights, chunk_size, muon, prenorm, momentum) -> None:
     if not isinstance(state, TTTState):
         raise TypeError(f"initial_state must be a TTTState, got {type(state).__name__}")
-    call = _initial_state(weights, chunk_size, muon, prenorm, momentum)
-    if state.options != call.options:
-        raise ValueError(
-            f"initial_state was made with {state.options}; this call has {call.options}"
-        )
+    options = describe_options(chunk_size, muon, prenorm, momentum is not None)
+    if state.options != options:
+        raise ValueError(f"initial_state was made with {state.options}; this call has {options}")
     for i, (ours, w) in enumerate(zip(state.weights, weights)):
         layout = "[N, H, rows, columns] of the call"
         checks.check_tensor(f"initial_state.weights[{i}]", ours, w.shape, layout, w.dtype, w.device)

@@ -28,6 +28,9 @@ class TTTTokens(NamedTuple):
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self[:-1]
 
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "TTTTokens":
+        return TTTTokens(*(None if x is None else fn(x) for x in self.tensors), self.lengths)
+
     @property
     def is_padded(self) -> bool:
         return any(length != self.k.shape[1] for length in self.lengths)
@@ -65,9 +68,10 @@ class TTTState(NamedTuple):
         return tuple(map(sum, zip(*columns))) if columns else (0,) * self.num_sequences
 
     def append(self, tokens: TTTTokens) -> "TTTState":
-        """The state after more tokens that do not fill a chunk."""
+        """The state after more tokens that do not fill a chunk. They are copied."""
         if not any(tokens.lengths):
             return self
+        tokens = tokens.map(torch.clone)
         pieces = list(self.pending)
         while pieces and _can_merge(pieces[-1], tokens):
             tokens = _concatenate(pieces.pop(), tokens)
@@ -93,19 +97,20 @@ class TTTState(NamedTuple):
     @property
     def options(self) -> str:
         """The options of the calls that made this state, in words."""
-        return (
-            f"chunk_size={self.chunk_size}, muon={self.muon}, prenorm={len(self.masters) > 0},"
-            f" momentum {'given' if self.buffers else 'not given'}"
-        )
+        has = (len(self.masters) > 0, len(self.buffers) > 0)
+        return describe_options(self.chunk_size, self.muon, *has)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "TTTState":
         """The state with `fn` applied to every tensor: `state.map(torch.Tensor.detach)`."""
         fields = [tuple(map(fn, triple)) for triple in self[:4]]
-        pending = tuple(
-            TTTTokens(*(None if x is None else fn(x) for x in piece.tensors), piece.lengths)
-            for piece in self.pending
-        )
+        pending = tuple(piece.map(fn) for piece in self.pending)
         return TTTState(*fields, pending, self.chunk_size, self.muon)
+
+
+def describe_options(chunk_size: int, muon: bool, prenorm: bool, momentum: bool) -> str:
+    """The options that all calls of one sequence share, in words."""
+    given = "given" if momentum else "not given"
+    return f"chunk_size={chunk_size}, muon={muon}, prenorm={prenorm}, momentum {given}"
 
 
 def joined_tokens(state: TTTState, tokens: TTTTokens) -> list[Tensor | None]:
