@@ -195,7 +195,8 @@ def _pieces(
         if whole_chunks:
             count, length = whole_chunks, chunk_size
         else:
-            count, length = 1, min(most, chunk_size - inside, T - first)
+            room = min(chunk_size - inside, T - first)
+            count, length = 1, -(-room // -(-room // most))  # pieces of nearly equal length
         yield _Piece(first, chunk, count, length)
         first += count * length
 

@@ -1,0 +1,165 @@
+"""All variants of one point, measured together: warmed up, compared, timed in turns."""
+
+import dataclasses
+import gc
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from benchmarks import timing
+from benchmarks.peers import Unavailable, Variant
+from benchmarks.registry import (
+    BlockCausalTTT,
+    Point,
+    empty_output,
+    forward_backward,
+    output_gradient,
+)
+from benchmarks.report import Row
+
+MATRIX = "matrix product"
+
+# A variant further than this from ours computes something else and is not timed. Half-precision
+# results differ by rounding alone; a window off by one differs by about sqrt(2 / window_size).
+DIFFERENCE_LIMITS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    dtype: torch.dtype
+    device: torch.device
+    rounds: int  # turns that variants take
+    seconds: float  # per point; fewer rounds where they would take longer
+
+
+def measure_point(
+    point: Point, mode: str, swept: str, variants: list[Variant], settings: Settings
+) -> Iterator[Row]:
+    """A row for every variant, whether it ran or not. Ratios refer to the first peer."""
+    dtype = str(settings.dtype).removeprefix("torch.")
+    rows = {
+        v.name: Row(point.op, v.name, swept, dataclasses.asdict(point), dtype, mode)
+        for v in variants
+    }
+    torch.compiler.reset()  # every point compiles afresh, or torch gives up recompiling at some point
+    _free(settings.device)
+    try:
+        inputs = point.inputs(settings.dtype, settings.device)
+        do = output_gradient(empty_output(point, settings.dtype, settings.device))
+    except torch.OutOfMemoryError:
+        for row in rows.values():
+            row.status = "the inputs do not fit in memory"
+        yield from rows.values()
+        return
+
+    runs: dict[str, Callable[[], object]] = {}
+    ours: dict[str, Tensor] | None = None
+    for variant in variants:
+        row = rows[variant.name]
+        try:
+            run = runner(variant.build(point, mode), inputs, do, mode)
+            result = run()
+            if ours is None and variant.ours:
+                ours = result
+            elif ours is not None:
+                row.difference = _difference(result, ours)
+            del result
+            row.peak_memory_bytes = timing.peak_memory(run, settings.device)
+        except Unavailable as error:
+            row.status = f"unavailable: {error}"
+        except torch.OutOfMemoryError:
+            row.status = "out of memory"
+        except Exception as error:  # a peer that breaks is a row, not the end of the run
+            row.status = _first_line(error)
+        else:
+            if _computes_the_same(point, row.difference, settings.dtype):
+                runs[variant.name] = run
+            else:
+                row.status = f"not timed: differs from ours by {row.difference:.1%}"
+        _free(settings.device)
+    del ours
+
+    baseline = next((v.name for v in variants if not v.ours), None)
+    _time(rows, runs, point.flops(mode), baseline, settings)
+    yield from rows.values()
+
+
+def _time(
+    rows: dict[str, Row],
+    runs: dict[str, Callable[[], object]],
+    flops: int,
+    baseline: str | None,
+    settings: Settings,
+) -> None:
+    """Time `runs` in turns with a matrix product, and fill in their rows."""
+    product, product_flops = timing.matrix_product(settings.dtype, settings.device)
+    product()
+    try:
+        measured = timing.interleaved(
+            runs | {MATRIX: product}, settings.device, settings.rounds, settings.seconds
+        )
+    except torch.OutOfMemoryError:
+        for name in runs:
+            rows[name].status = "out of memory while timing"
+        return
+    matrix_ms = timing.percentiles(measured.pop(MATRIX))[1]
+    for name, milliseconds in measured.items():
+        row = rows[name]
+        row.rounds = len(milliseconds)
+        row.p20_ms, row.p50_ms, row.p80_ms = timing.percentiles(milliseconds)
+        row.needed_tflops = flops / row.p50_ms / 1e9
+        row.matrix_tflops = product_flops / matrix_ms / 1e9
+        row.share_of_matrix_rate = row.needed_tflops / row.matrix_tflops
+    for name in measured:
+        if baseline in measured:
+            rows[name].baseline = baseline
+            rows[name].ratio_to_baseline = rows[baseline].p50_ms / rows[name].p50_ms
+
+
+def runner(
+    function: Callable[..., Tensor], inputs: dict[str, Tensor], do: Tensor, mode: str
+) -> Callable[[], dict[str, Tensor]]:
+    """One call in `mode`; forward alone runs without autograd, on inputs that need no gradients.
+
+    On a GPU the call returns before its kernels have ended.
+    """
+    plain = {name: x.detach() for name, x in inputs.items()}
+
+    def forward() -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {"o": function(**plain)}
+
+    return forward if mode == "fwd" else lambda: forward_backward(function, inputs, do)
+
+
+def _computes_the_same(point: Point, difference: float | None, dtype: torch.dtype) -> bool:
+    """Whether a difference may come from rounding alone. `None` is ours, which others differ from.
+
+    Muon amplifies rounding at every update, so after many of them only the gate, with two, can judge.
+    """
+    if difference is None or (isinstance(point, BlockCausalTTT) and point.muon):
+        return True
+    return difference <= DIFFERENCE_LIMITS[dtype]  # False for NaN
+
+
+def _difference(result: dict[str, Tensor], ours: dict[str, Tensor]) -> float:
+    """`||result - ours|| / ||ours||` of the tensor where it is largest; NaN if any is not finite."""
+    ratios = []
+    for name, x in ours.items():
+        norm = torch.linalg.vector_norm(x, dtype=torch.float32)
+        error = torch.linalg.vector_norm((result[name] - x).float(), dtype=torch.float32)
+        ratios.append((error / norm).item() if norm else error.item())
+    return max(ratios, key=lambda ratio: (ratio != ratio, ratio))
+
+
+def _first_line(error: Exception) -> str:
+    line = next((x for x in str(error).splitlines() if x.strip()), "")
+    return f"failed: {type(error).__name__}: {line[:160]}"
+
+
+def _free(device: torch.device) -> None:
+    """Give back what failed or finished variants held."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()

@@ -1,0 +1,148 @@
+"""What else computes the same function on the same inputs: the baselines of every benchmark.
+
+A `Variant` is built for one point and gives a function of that point's inputs. Building may fail: a
+peer that is not installed or cannot do what is asked raises `Unavailable` with the reason, which
+becomes the row's status.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.registry import BlockCausalTTT, Point, WindowAttn
+
+
+class Unavailable(Exception):
+    """This variant cannot run here, for the reason given."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One implementation: `build(point, mode)` returns `function(**inputs) -> o`."""
+
+    name: str
+    build: Callable[[Point, str], Callable[..., Tensor]]
+    ours: bool = False
+
+
+def variants(op: str, device: torch.device) -> list[Variant]:
+    """Ours first, then the peers on this kind of device; the first peer is the baseline."""
+    return [_ours(backend) for backend in BACKENDS[op, device.type]] + _PEERS[op, device.type]
+
+
+def _ours(backend: str) -> Variant:
+    def build(point: Point, mode: str) -> Callable[..., Tensor]:
+        return lambda **inputs: point.run(backend, **inputs)
+
+    return Variant(f"lact_kernels {backend}", build, ours=True)
+
+
+def _dense_sdpa(point: WindowAttn, mode: str) -> Callable[..., Tensor]:
+    """`scaled_dot_product_attention` with a T x T boolean mask, made beforehand on the first call."""
+    masks = []
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not masks:
+            i = torch.arange(point.T, device=q.device)
+            distance = i[:, None] - i  # [T, T]
+            masks.append((distance >= 0) & (distance < point.swept_value))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        o = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=masks[0], enable_gqa=point.Hq != point.Hkv
+        )
+        return o.transpose(1, 2)
+
+    return run
+
+
+def _flex_attention(point: WindowAttn, mode: str) -> Callable[..., Tensor]:
+    """Compiled FlexAttention; its sliding BlockMask is made beforehand on the first call."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    W = point.swept_value
+    compiled = torch.compile(flex_attention, dynamic=False)
+    masks = []
+
+    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i >= j) & (i - j < W)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.device.type == "cpu" and mode != "fwd":
+            raise Unavailable("FlexAttention has no backward on the CPU")
+        if not masks:
+            # Compiled, because the uncompiled mask of T x T does not fit at long lengths.
+            make = torch.compile(create_block_mask) if q.is_cuda else create_block_mask
+            masks.append(make(visible, None, None, point.T, point.T, device=q.device))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        o = compiled(q, k, v, block_mask=masks[0], enable_gqa=point.Hq != point.Hkv)
+        return o.transpose(1, 2)
+
+    return run
+
+
+def _varlen_attn(point: WindowAttn, mode: str) -> Callable[..., Tensor]:
+    """FlashAttention-2 as PyTorch carries it: the batch laid end to end, a left window of W - 1."""
+    varlen_attn = _find("torch.nn.attention.varlen", "varlen_attn")
+    left = -1 if point.swept_value >= point.T else point.swept_value - 1
+    borders = []
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not borders:
+            ends = torch.arange(point.B + 1, dtype=torch.int32, device=q.device) * point.T
+            borders.append(ends)
+        lengths = (borders[0], borders[0], point.T, point.T)
+        packed = (x.flatten(0, 1) for x in (q, k, v))
+        return varlen_attn(*packed, *lengths, window_size=(left, 0)).unflatten(0, q.shape[:2])
+
+    return run
+
+
+def _parallel_attn(point: WindowAttn, mode: str) -> Callable[..., Tensor]:
+    """flash-linear-attention's softmax attention, whose `window_size` counts the query as ours does."""
+    parallel_attn = _find("fla.ops.attn", "parallel_attn")
+    window_size = None if point.swept_value >= point.T else point.swept_value
+    return lambda q, k, v: parallel_attn(q, k, v, window_size=window_size)
+
+
+def _reference_loop(point: BlockCausalTTT, mode: str) -> Callable[..., Tensor]:
+    return point.reference
+
+
+def _compiled_reference_loop(point: BlockCausalTTT, mode: str) -> Callable[..., Tensor]:
+    """The chunk loop of the reference, unrolled and compiled as one graph."""
+    return torch.compile(point.reference, dynamic=False)
+
+
+def _find(module: str, name: str) -> Callable:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise Unavailable(f"{module}.{name} is not installed ({error})") from None
+
+
+BACKENDS = {
+    ("window_attn", "cpu"): ("eager",),
+    ("window_attn", "cuda"): ("triton", "eager"),
+    ("block_causal_ttt", "cpu"): ("eager",),
+    ("block_causal_ttt", "cuda"): ("eager",),
+}
+_PEERS = {
+    ("window_attn", "cpu"): [
+        Variant("dense-mask SDPA", _dense_sdpa),
+        Variant("FlexAttention", _flex_attention),
+    ],
+    ("window_attn", "cuda"): [
+        Variant("FlexAttention", _flex_attention),
+        Variant("FlashAttention-2 varlen_attn", _varlen_attn),
+        Variant("FLA parallel_attn", _parallel_attn),
+    ],
+    ("block_causal_ttt", "cpu"): [Variant("reference loop", _reference_loop)],
+    ("block_causal_ttt", "cuda"): [
+        Variant("compiled reference loop", _compiled_reference_loop),
+        Variant("reference loop", _reference_loop),
+    ],
+}

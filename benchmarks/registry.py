@@ -1,0 +1,211 @@
+"""What is measured: each operation once, with its inputs, its needed FLOPs and its reference.
+
+A *point* is one operation at one size, a frozen dataclass: `WindowAttn` or `BlockCausalTTT`. It makes
+its own seeded inputs, runs the operation on a backend, runs the reference, and counts the FLOPs that
+the mathematics needs: masked work and padding earn nothing, nor does recomputation (but for the scores
+in the backward of attention, which everybody recomputes and everybody counts). `benchmarks/peers.py` holds
+what others make of the same inputs.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+import lact_kernels
+import reference
+
+MODES = ("fwd", "fwd_bwd")
+
+# The dense reference needs scores of T x T per head, so beyond this size a smaller point is checked.
+GATE_SCORES = 2**23
+GATE_WINDOW = 1024
+GATE_TOKENS = 2**12
+GATE_CHUNK = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowAttn:
+    """One size of `window_attn`. `window_size` None is full causal attention."""
+
+    op: ClassVar[str] = "window_attn"
+    swept: ClassVar[str] = "window_size"
+
+    T: int
+    window_size: int | None
+    B: int = 1
+    Hq: int = 4
+    Hkv: int = 4
+    D: int = 64
+    Dv: int = 64
+
+    @property
+    def swept_value(self) -> int:
+        """The place on the horizontal axis: full attention is a window of T."""
+        return self.T if self.window_size is None else self.window_size
+
+    def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
+        """Leaves q `[B, T, Hq, D]`, k `[B, T, Hkv, D]`, v `[B, T, Hkv, Dv]`, standard normal."""
+        normal = _normal(device, seed)
+        shapes = {
+            "q": (self.B, self.T, self.Hq, self.D),
+            "k": (self.B, self.T, self.Hkv, self.D),
+            "v": (self.B, self.T, self.Hkv, self.Dv),
+        }
+        return {name: normal(shape).to(dtype).requires_grad_() for name, shape in shapes.items()}
+
+    def run(self, backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return lact_kernels.window_attn(q, k, v, self.window_size, backend=backend)
+
+    def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return reference.window_attn(q, k, v, self.window_size)
+
+    def flops(self, mode: str) -> int:
+        """Two products of P pairs per head forward; backward four, and the scores once more.
+
+        P counts the pairs of a query and a key that it sees: `sum_i min(i + 1, window_size)`.
+        """
+        W = min(self.swept_value, self.T)
+        pairs = W * (W + 1) // 2 + (self.T - W) * W
+        forward = 2 * pairs * (self.D + self.Dv)
+        backward = 2 * pairs * (3 * self.D + 2 * self.Dv)
+        return self.B * self.Hq * (forward + (backward if mode == "fwd_bwd" else 0))
+
+    def gate(self) -> "WindowAttn":
+        """The point itself where the dense reference fits, else the same windows over fewer tokens."""
+        if self.B * self.Hq * self.T**2 <= GATE_SCORES:
+            return self
+        group = self.Hq // self.Hkv
+        Hkv = min(self.Hkv, 2)
+        window_size = self.window_size and min(self.window_size, GATE_WINDOW)
+        T = min(self.T, (window_size or GATE_WINDOW) + 129)  # the window's edge in odd places
+        return dataclasses.replace(self, B=1, T=T, Hq=group * Hkv, Hkv=Hkv, window_size=window_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockCausalTTT:
+    """One size of `block_causal_ttt`: fast weights `w0, w2 [H, Dh, Dk]` and `w1 [H, Dv, Dh]`."""
+
+    op: ClassVar[str] = "block_causal_ttt"
+    swept: ClassVar[str] = "chunk_size"
+
+    T: int
+    chunk_size: int
+    B: int = 1
+    H: int = 4
+    Dk: int = 192
+    Dv: int = 192
+    Dh: int = 192
+    muon: bool = False
+    momentum: bool = False
+
+    @property
+    def swept_value(self) -> int:
+        return self.chunk_size
+
+    def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
+        """Leaves as `block_causal_ttt` takes them: unit q and k, rates that change the weights visibly.
+
+        Tokens are in `dtype`; fast weights, rates and momentum are float32.
+        """
+        normal = _normal(device, seed)
+        B, T, H, Dk, Dv, Dh = self.B, self.T, self.H, self.Dk, self.Dv, self.Dh
+        inputs = {
+            "q": torch.nn.functional.normalize(normal((B, T, H, Dk)), dim=-1).to(dtype),
+            "k": torch.nn.functional.normalize(normal((B, T, H, Dk)), dim=-1).to(dtype),
+            "v": normal((B, T, H, Dv)).to(dtype),
+            "w0": normal((H, Dh, Dk)) / Dk**0.5,
+            "w1": normal((H, Dv, Dh)) / Dh**0.5,
+            "w2": normal((H, Dh, Dk)) / Dk**0.5,
+        }
+        for name in ("lr0", "lr1", "lr2"):
+            inputs[name] = 0.02 * normal((B, T, H)).sigmoid()
+        if self.momentum:
+            inputs["momentum"] = normal((B, T, H)).sigmoid()
+        return {name: x.requires_grad_() for name, x in inputs.items()}
+
+    def run(self, backend: str, **inputs: Tensor) -> Tensor:
+        return lact_kernels.block_causal_ttt(**inputs, **self._options(), backend=backend)
+
+    def reference(self, **inputs: Tensor) -> Tensor:
+        return reference.block_causal_ttt(**inputs, **self._options())
+
+    def flops(self, mode: str) -> int:
+        """Matrix products only, in units of `Dk Dh` or `Dv Dh` multiply-adds per token and head.
+
+        Apply: w0 q, w2 q, w1 h. Update: w0 k, w2 k, w1^T v and three outer products. The last chunk
+        is applied but never updated. Backward is twice forward: two gradients for each product.
+        """
+        B, H, Dk, Dv, Dh = self.B, self.H, self.Dk, self.Dv, self.Dh
+        updates = max(-(-self.T // self.chunk_size) - 1, 0)
+        updated = updates * self.chunk_size
+        apply = self.T * (4 * Dk * Dh + 2 * Dv * Dh)
+        update = updated * (8 * Dk * Dh + 4 * Dv * Dh)
+        total = (apply + update) * (3 if mode == "fwd_bwd" else 1)
+        if self.muon:
+            shapes = ((Dh, Dk), (Dv, Dh), (Dh, Dk))
+            total += updates * sum(_newton_schulz_flops(*shape, mode) for shape in shapes)
+        return B * H * total
+
+    def gate(self) -> "BlockCausalTTT":
+        """The point itself where it is small, else two updates and an odd rest, with fewer heads."""
+        if self.B * self.T * self.H <= GATE_TOKENS:
+            return self
+        chunk_size = min(self.chunk_size, GATE_CHUNK)
+        T = min(self.T, 2 * chunk_size + 33)
+        return dataclasses.replace(self, B=1, T=T, H=min(self.H, 2), chunk_size=chunk_size)
+
+    def _options(self) -> dict:
+        return {"chunk_size": self.chunk_size, "muon": self.muon}
+
+
+Point = WindowAttn | BlockCausalTTT
+OPERATIONS: dict[str, type[Point]] = {x.op: x for x in (WindowAttn, BlockCausalTTT)}
+
+
+def _newton_schulz_flops(rows: int, columns: int, mode: str) -> int:
+    """Five steps of `A = X X^T; X = a X + (b A + c A A) X` with X `[m, n]`, m <= n.
+
+    Backward: gradients of B and X from `B X`, two of `A A`, one of `X X^T`, which is symmetric.
+    """
+    m, n = sorted((rows, columns))
+    forward = 4 * m * m * n + 2 * m**3
+    backward = 6 * m * m * n + 4 * m**3
+    return 5 * (forward + (backward if mode == "fwd_bwd" else 0))
+
+
+def _normal(device: torch.device, seed: int) -> Callable[[tuple[int, ...]], Tensor]:
+    """Standard normal float32 tensors, drawn on the device from one generator."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return lambda shape: torch.randn(shape, generator=generator, device=device)
+
+
+def empty_output(point: Point, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised, with the shape of the point's output, `[B, T, H, Dv]`."""
+    H = point.Hq if isinstance(point, WindowAttn) else point.H
+    return torch.empty(point.B, point.T, H, point.Dv, dtype=dtype, device=device)
+
+
+def output_gradient(o: Tensor, seed: int = 1) -> Tensor:
+    """Something for a backward to start from: standard normal, in the shape and dtype of `o`."""
+    return _normal(o.device, seed)(o.shape).to(o.dtype)
+
+
+def forward_backward(
+    function: Callable[..., Tensor], inputs: dict[str, Tensor], do: Tensor
+) -> dict[str, Tensor]:
+    """Output "o" and the gradient "dx" of every input x, as new tensors; backward starts from `do`.
+
+    An input that `o` does not depend on, such as the keys of a single chunk, has a gradient of zeros.
+    """
+    o = function(**inputs)
+    gradients = torch.autograd.grad(
+        o, list(inputs.values()), do.to(o.dtype), allow_unused=True, materialize_grads=True
+    )
+    return {"o": o.detach()} | {f"d{name}": g for name, g in zip(inputs, gradients)}
+
+
+def in_float64(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.detach().double().requires_grad_() for name, x in inputs.items()}

@@ -1,0 +1,257 @@
+"""Correctness first, then time and memory of both operations and of what else computes them.
+
+```
+python -m benchmarks.run                               # this device's default sweeps
+python -m benchmarks.run --op window_attn --window-sizes 512 4096 full --mode fwd_bwd
+python -m benchmarks.run --memory                      # peak memory against T, up to 65,536 tokens
+```
+
+Rows appear on the screen and are appended to `<out>/<device>.jsonl` as they are finished, so
+stopping with Ctrl-C loses none of them. Exit status: 0, 1 when the gate fails or an implementation
+of ours does, 2 for bad arguments, 130 after Ctrl-C.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks import gate, peers, report, timing
+from benchmarks.measure import Settings, measure_point
+from benchmarks.plot import plot
+from benchmarks.registry import MODES, OPERATIONS, BlockCausalTTT, Point, WindowAttn
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MEMORY_SIZE = 512  # window or chunk of the sweep over T
+MEMORY_LENGTH = 65536  # its longest T; the others are halves of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Defaults:
+    """Sizes that show a device in minutes."""
+
+    dtype: str
+    seq_len: int
+    window_sizes: tuple[int | None, ...]
+    heads: int
+    head_dim: int
+    chunk_sizes: tuple[int, ...]
+    fast_weight_dims: tuple[int, ...]
+    rounds: int
+
+
+DEFAULTS = {
+    "cpu": Defaults(
+        dtype="float32",
+        seq_len=8192,
+        window_sizes=(64, 128, 256, 512, 1024, 2048, 4096),
+        heads=4,
+        head_dim=64,
+        chunk_sizes=(256, 512, 1024, 2048, 4096),
+        fast_weight_dims=(192,),
+        rounds=7,
+    ),
+    "cuda": Defaults(
+        dtype="bfloat16",
+        seq_len=32768,
+        window_sizes=(512, 1024, 2048, 4096, 8192, 16384, None),
+        heads=16,
+        head_dim=128,
+        chunk_sizes=(1024, 2048, 4096),
+        fast_weight_dims=(384, 768),
+        rounds=20,
+    ),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    device = torch.device(options.device)
+    dtype = DTYPES[options.dtype]
+    sweeps = _sweeps(options)
+    environment = report.environment(device)
+    try:
+        rows_file = report.JsonLines(options.out, environment)
+    except OSError as error:
+        print(f"cannot write results to {options.out}: {error}", file=sys.stderr)
+        return 2
+    print(f"{environment['device']}, {options.dtype}, commit {environment['commit']}")
+    print(", ".join(f"{name} {x}" for name, x in environment["versions"].items()), flush=True)
+
+    rows: list[report.Row] = []
+    try:
+        if not _gates_pass(sweeps, dtype, device):
+            print("the correctness gate failed, so nothing was timed", file=sys.stderr)
+            return 1
+        for row in _measure(
+            sweeps, options, Settings(dtype, device, options.repeats, options.seconds)
+        ):
+            rows_file.append(row)
+            rows.append(row)
+            print(report.table_line(row), flush=True)
+        status = int(any(row.ours and row.status != "ok" for row in rows))
+    except KeyboardInterrupt:
+        print("\nstopped; the rows above are kept", file=sys.stderr)
+        status = 130
+    _print_memory_growth(rows)
+    print(f"{len(rows)} rows appended to {rows_file.path}")
+    for op in dict.fromkeys(row.op for row in rows):
+        path = rows_file.path.with_name(f"{rows_file.path.stem}-{op}.png")
+        plot([row for row in rows if row.op == op], environment["device"], path)
+    return status
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Options with every default filled in for the device."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--op", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=DTYPES)
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--seq-len", type=_positive, metavar="T")
+    parser.add_argument("--window-sizes", nargs="+", type=_window_size, metavar="W")
+    parser.add_argument("--heads", type=_positive, help="query heads of window_attn")
+    parser.add_argument("--kv-heads", type=_positive, help="key/value heads; must divide --heads")
+    parser.add_argument("--head-dim", type=_positive)
+    parser.add_argument("--chunk-sizes", nargs="+", type=_positive, metavar="C")
+    parser.add_argument("--fast-weight-heads", type=_positive, default=4)
+    parser.add_argument(
+        "--fast-weight-dims", nargs="+", type=_positive, metavar="D", help="each for Dk = Dv = Dh"
+    )
+    parser.add_argument("--muon", action="store_true", help="block_causal_ttt with Muon")
+    parser.add_argument("--momentum", action="store_true", help="block_causal_ttt with momentum")
+    parser.add_argument("--repeats", type=_positive, metavar="N", help="turns that variants take")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=20.0,
+        help=f"per point; fewer turns, but {timing.MIN_ROUNDS}, where they would take longer",
+    )
+    parser.add_argument("--no-peers", action="store_true", help="only our own backends")
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="sweep T instead, ours only, at one window and chunk size",
+    )
+    parser.add_argument("--out", type=Path, default=Path(report.RESULTS), metavar="DIR")
+    options = parser.parse_args(arguments)
+
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no CUDA device here")
+    defaults = DEFAULTS[options.device]
+    options.dtype = options.dtype or defaults.dtype
+    options.seq_len = options.seq_len or (MEMORY_LENGTH if options.memory else defaults.seq_len)
+    T = options.seq_len
+    if any(W is not None and W > T for W in options.window_sizes or ()):
+        parser.error(
+            f"--window-sizes {max(options.window_sizes)} is beyond --seq-len {T}; say full"
+        )
+    if options.memory:
+        options.window_sizes = options.window_sizes or [min(MEMORY_SIZE, T)]
+        options.chunk_sizes = options.chunk_sizes or [MEMORY_SIZE]
+    options.window_sizes = options.window_sizes or [
+        W for W in defaults.window_sizes if W is None or W <= T
+    ]
+    options.heads = options.heads or defaults.heads
+    options.kv_heads = options.kv_heads or options.heads
+    options.head_dim = options.head_dim or defaults.head_dim
+    options.chunk_sizes = options.chunk_sizes or list(defaults.chunk_sizes)
+    options.fast_weight_dims = options.fast_weight_dims or list(defaults.fast_weight_dims)
+    options.repeats = options.repeats or defaults.rounds
+    if options.heads % options.kv_heads:
+        parser.error(f"--kv-heads {options.kv_heads} does not divide --heads {options.heads}")
+    return options
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text!r}") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def _window_size(text: str) -> int | None:
+    return None if text == "full" else _positive(text)
+
+
+def _sweeps(options: argparse.Namespace) -> list[tuple[str, list[Point]]]:
+    """The swept variable and its points, one sweep per operation and fast-weight dimension."""
+    sweeps: list[tuple[str, list[Point]]] = []
+    T = options.seq_len
+    if "window_attn" in options.op:
+        heads = {"Hq": options.heads, "Hkv": options.kv_heads}
+        dims = {"D": options.head_dim, "Dv": options.head_dim}
+        points = [WindowAttn(T=T, window_size=W, **heads, **dims) for W in options.window_sizes]
+        sweeps += _sweep(points, options.memory)
+    if "block_causal_ttt" in options.op:
+        flags = {"muon": options.muon, "momentum": options.momentum}
+        for D in options.fast_weight_dims:
+            dims = {"H": options.fast_weight_heads, "Dk": D, "Dv": D, "Dh": D}
+            points = [
+                BlockCausalTTT(T=T, chunk_size=C, **dims, **flags) for C in options.chunk_sizes
+            ]
+            sweeps += _sweep(points, options.memory)
+    return sweeps
+
+
+def _sweep(points: list[Point], memory: bool) -> list[tuple[str, list[Point]]]:
+    """One sweep over the points as they are, or for each of them one over T: a sixteenth to all."""
+    if not memory:
+        return [(points[0].swept, points)]
+    lengths = [max(points[0].T >> shift, 1) for shift in (4, 3, 2, 1, 0)]
+    return [("T", [dataclasses.replace(point, T=T) for T in lengths]) for point in points]
+
+
+def _variants(point: Point, options: argparse.Namespace) -> list[peers.Variant]:
+    variants = peers.variants(point.op, torch.device(options.device))
+    return [x for x in variants if x.ours or not (options.no_peers or options.memory)]
+
+
+def _gates_pass(sweeps, dtype: torch.dtype, device: torch.device) -> bool:
+    results = [
+        gate.passes(points, peers.BACKENDS[points[0].op, device.type], dtype, device)
+        for _, points in sweeps
+    ]
+    return all(results)
+
+
+def _measure(sweeps, options: argparse.Namespace, settings: Settings) -> Iterator[report.Row]:
+    for swept, points in sweeps:
+        _print_title(points[0], swept)
+        for mode in options.mode:
+            for point in points:
+                yield from measure_point(point, mode, swept, _variants(point, options), settings)
+
+
+def _print_memory_growth(rows: list[report.Row]) -> None:
+    """What doubling T did to the peak memory, at the longest two lengths of each sweep over T."""
+    rows = [row for row in rows if row.swept == "T" and row.peak_memory_bytes]
+    for shorter, longer in zip(rows, rows[1:]):
+        same = (shorter.op, shorter.mode) == (longer.op, longer.mode)
+        if same and longer.place == 2 * shorter.place:
+            growth = longer.peak_memory_bytes / shorter.peak_memory_bytes
+            print(
+                f"{longer.op} {longer.mode}: T {shorter.place} -> {longer.place}"
+                f" multiplies peak memory by {growth:.2f}"
+            )
+
+
+def _print_title(point: Point, swept: str) -> None:
+    fixed = (f"{name}={x}" for name, x in dataclasses.asdict(point).items() if name != swept)
+    print(f"\n{point.op} against {swept}, {' '.join(fixed)}\n{report.HEADER}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
