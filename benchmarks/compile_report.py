@@ -77,6 +77,7 @@ class CompileRow:
     block_n: int
     num_warps: int
     num_stages: int
+    split: bool
     registers: int
     spilled_bytes: int
     shared_bytes: int

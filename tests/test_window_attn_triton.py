@@ -121,6 +121,12 @@ def test_unequal_blocks(block_m, block_n):
 
 
 @needs_interpreter
+def test_dk_and_dv_in_launches_of_their_own():
+    config = KernelConfig(16, 16, num_warps=4, num_stages=1, split=True)
+    check(*make_inputs(1, 31, 40, 4, 2, 16, 24, torch.float32), 13, config)
+
+
+@needs_interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_blocks_of_the_table(dtype):
     check(*make_inputs(1, 150, 170, 1, 1, 64, 64, dtype), 70, None)

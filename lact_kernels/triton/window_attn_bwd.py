@@ -8,8 +8,10 @@
 The dq pass walks the key tiles that a tile of queries sees, as the forward does, and leaves the
 row statistics (lse and `delta`) for the other. The dk/dv pass walks the query tiles that see a tile
 of keys, for each query head of its kv head, in three segments: diagonal and right edge (masked, one
-loop) and interior (no mask, no bounds checks). It computes the transposed products directly,
-`S^T = K Q^T`: a transposed matrix product that feeds another one is miscompiled on Hopper.
+loop) and interior (no mask, no bounds checks). Where the two accumulators do not fit in registers
+(head dims beyond 128 on sm_90), dk and dv have a launch each, and the scores are computed twice.
+The transposed products are computed directly, `S^T = K Q^T`: a transposed matrix product that feeds
+another one is miscompiled on Hopper.
 
 Products take the input dtype and accumulate in float32 (full float32 products for float32 input);
 P and dS are rounded to the input dtype for their second product. Everything is read in place, and
@@ -223,6 +225,8 @@ def _dkv_segment(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     STATS_WIDTH: tl.constexpr,
+    OWNS_DK: tl.constexpr,
+    OWNS_DV: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     cols_qk = tl.arange(0, BLOCK_D)
@@ -255,10 +259,12 @@ def _dkv_segment(
             seen = visible(queries[None, :], diagonal[:, None], window_size)
             scores = tl.where(seen & (queries < Tq)[None, :], scores, float("-inf"))
         probs = softmax_from_lse(scores, lse[None, :], softmax_scale)
-        dv = tl.dot(probs.to(do.dtype), do, dv, input_precision="ieee")  # [BLOCK_N, BLOCK_DV]
-        dprobs = tl.dot(v, tl.trans(do), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-        dscores = probs * (dprobs - delta[None, :])
-        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
+        if OWNS_DV:
+            dv = tl.dot(probs.to(do.dtype), do, dv, input_precision="ieee")  # [BLOCK_N, BLOCK_DV]
+        if OWNS_DK:
+            dprobs = tl.dot(v, tl.trans(do), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+            dscores = probs * (dprobs - delta[None, :])
+            dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
         group = tl.where(step == num_tiles - 1, group + 1, group)
         step = tl.where(step == num_tiles - 1, 0, step + 1)
     return dk, dv
@@ -304,6 +310,8 @@ def _window_attn_bwd_dkv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STATS_WIDTH: tl.constexpr,
+    OWNS_DK: tl.constexpr,
+    OWNS_DV: tl.constexpr,
 ):
     # The key tiles of one kv head follow each other: neighbours share most of their queries.
     num_tiles = tl.cdiv(Tk, BLOCK_N)
@@ -341,24 +349,28 @@ def _window_attn_bwd_dkv_kernel(
         dk, dv, k, v, q_ptr, do_ptr, stats_ptr, q_offsets, do_offsets, diagonal,
         first, end - first - inside, interior, inside,
         groups, stride_qt, stride_qh, stride_dot, stride_doh, Tq, window_size, softmax_scale,
-        HEAD_DIM_QK, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, STATS_WIDTH, MASKED=True,
+        HEAD_DIM_QK, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, STATS_WIDTH,
+        OWNS_DK, OWNS_DV, MASKED=True,
     )  # fmt: skip
     dk, dv = _dkv_segment(
         dk, dv, k, v, q_ptr, do_ptr, stats_ptr, q_offsets, do_offsets, diagonal,
         interior, inside, interior, 0,
         groups, stride_qt, stride_qh, stride_dot, stride_doh, Tq, window_size, softmax_scale,
-        HEAD_DIM_QK, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, STATS_WIDTH, MASKED=False,
+        HEAD_DIM_QK, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, STATS_WIDTH,
+        OWNS_DK, OWNS_DV, MASKED=False,
     )  # fmt: skip
     # Rows are counted from the tile's first key here: nothing computed above stays in registers.
     first_row = tl.cast(first_key, tl.int64)
     rows = tl.arange(0, BLOCK_N)
     num_rows = Tk - first_key
-    dk_offsets = rows[:, None] * stride_dkt + cols_qk[None, :]
-    dv_offsets = rows[:, None] * stride_dvt + cols_v[None, :]
-    dk_pointers = dk_ptr + first_row * stride_dkt + dk_offsets
-    dv_pointers = dv_ptr + first_row * stride_dvt + dv_offsets
-    store_rows(dk_pointers, dk * softmax_scale, rows, num_rows, cols_qk, HEAD_DIM_QK)
-    store_rows(dv_pointers, dv, rows, num_rows, cols_v, HEAD_DIM_V)
+    if OWNS_DK:
+        dk_offsets = rows[:, None] * stride_dkt + cols_qk[None, :]
+        dk_pointers = dk_ptr + first_row * stride_dkt + dk_offsets
+        store_rows(dk_pointers, dk * softmax_scale, rows, num_rows, cols_qk, HEAD_DIM_QK)
+    if OWNS_DV:
+        dv_offsets = rows[:, None] * stride_dvt + cols_v[None, :]
+        dv_pointers = dv_ptr + first_row * stride_dvt + dv_offsets
+        store_rows(dv_pointers, dv, rows, num_rows, cols_v, HEAD_DIM_V)
 
 
 def window_attn_bwd(
@@ -400,11 +412,12 @@ def window_attn_bwd(
             *outer_strides(q, k, v, o, do, dq), **_constexprs(D, Dv, dq_config, width),
             num_warps=dq_config.num_warps, num_stages=dq_config.num_stages,
         )  # fmt: skip
-        _window_attn_bwd_dkv_kernel[(triton.cdiv(Tk, dkv_config.block_n) * B * Hkv,)](
-            q, k, v, do, stats, dk, dv, *sizes,
-            *outer_strides(q, k, v, do, dk, dv), **_constexprs(D, Dv, dkv_config, width),
-            num_warps=dkv_config.num_warps, num_stages=dkv_config.num_stages,
-        )  # fmt: skip
+        for owned in _owned(dkv_config):
+            _window_attn_bwd_dkv_kernel[(triton.cdiv(Tk, dkv_config.block_n) * B * Hkv,)](
+                q, k, v, do, stats, dk, dv, *sizes, *outer_strides(q, k, v, do, dk, dv),
+                **_constexprs(D, Dv, dkv_config, width), **owned,
+                num_warps=dkv_config.num_warps, num_stages=dkv_config.num_stages,
+            )  # fmt: skip
     return (dq if sign == 1 else dq * sign), dk, dv
 
 
@@ -420,20 +433,26 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
             pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", *outputs), dtype)
             pointers |= dict.fromkeys(("lse_ptr", "stats_ptr"), torch.float32)
             constexprs = _constexprs(head_dim, head_dim, config, _stats_width(config))
-            if name == "window_attn_bwd_dq":
-                constexprs["dlse_ptr"] = None
-            yield CompileCase(
-                name=name,
-                kernel=kernel,
-                arch=arch,
-                dtype=dtype,
-                head_dim_qk=head_dim,
-                head_dim_v=head_dim,
-                window="any",
-                config=config,
-                pointers=pointers,
-                constexprs=constexprs,
-            )
+            is_dq = name == "window_attn_bwd_dq"
+            for variant in [{"dlse_ptr": None}] if is_dq else _owned(config):
+                yield CompileCase(
+                    name=name,
+                    kernel=kernel,
+                    arch=arch,
+                    dtype=dtype,
+                    head_dim_qk=head_dim,
+                    head_dim_v=head_dim,
+                    window="any",
+                    config=config,
+                    pointers=pointers,
+                    constexprs=constexprs | variant,
+                )
+
+
+def _owned(config: KernelConfig) -> list[dict[str, bool]]:
+    """The launches of the dk/dv pass, by the gradients that each owns: both, or one after the other."""
+    both = {"OWNS_DK": True, "OWNS_DV": True}
+    return [both | {"OWNS_DV": False}, both | {"OWNS_DK": False}] if config.split else [both]
 
 
 def _stats_width(dkv_config: KernelConfig) -> int:
