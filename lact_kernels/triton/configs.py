@@ -1,7 +1,8 @@
 """Block sizes, warps and pipeline stages of every kernel: one table, in one place.
 
 A row is found by what decides it: the pass, the architecture, the width of the input dtype and the
-class of the head dim (the smallest of 64, 128, 256 that holds both D and Dv). A length, a batch
+class of the head dim: the smallest of 64, 112, 128, 256 that holds both D and Dv (up to 112, the
+tiles are padded to 128 and masked, which takes registers). A length, a batch
 size, a head count or a window never decides it.
 
 This module imports neither Triton nor a GPU, so that tests and reports can read the table anywhere.
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 ARCHITECTURES = (80, 90, 100)
-HEAD_DIM_CLASSES = (64, 128, 256)
+HEAD_DIM_CLASSES = (64, 112, 128, 256)
 
 
 @dataclass(frozen=True)
@@ -56,27 +57,63 @@ def _row(*entries: tuple) -> dict[int, KernelConfig]:
     return {size: KernelConfig(*entry) for size, entry in zip(HEAD_DIM_CLASSES, entries)}
 
 
-# Each entry is (block_m, block_n, warps, stages), for head dims up to 64, 128 and 256.
+# Each entry is (block_m, block_n, warps, stages), for head dims up to 64, 112, 128 and 256.
 # Chosen by the compiler's figures (benchmarks/compile_report.py), not yet timed on a GPU.
 _TABLE: dict[tuple[str, int, int], dict[int, KernelConfig]] = {
-    ("window_attn_fwd", 80, 16): _row((128, 64, 4, 3), (128, 64, 8, 2), (64, 64, 8, 2)),
-    ("window_attn_fwd", 90, 16): _row((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)),
-    ("window_attn_fwd", 100, 16): _row((128, 128, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)),
-    ("window_attn_fwd", 80, 32): _row((32, 32, 4, 2), (32, 32, 8, 1), (32, 16, 8, 1)),
-    ("window_attn_fwd", 90, 32): _row((32, 32, 4, 2), (32, 32, 8, 1), (32, 16, 8, 1)),
-    ("window_attn_fwd", 100, 32): _row((32, 32, 4, 2), (32, 32, 8, 1), (32, 16, 8, 1)),
-    ("window_attn_bwd_dkv", 80, 16): _row((64, 64, 4, 2), (64, 64, 8, 2), (32, 64, 8, 1)),
-    ("window_attn_bwd_dkv", 90, 16): _row((64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2, True)),
-    ("window_attn_bwd_dkv", 100, 16): _row((64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2)),
-    ("window_attn_bwd_dkv", 80, 32): _row((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
-    ("window_attn_bwd_dkv", 90, 32): _row((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
-    ("window_attn_bwd_dkv", 100, 32): _row((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)),
-    ("window_attn_bwd_dq", 80, 16): _row((64, 64, 4, 2), (128, 32, 8, 2), (64, 32, 8, 1)),
-    ("window_attn_bwd_dq", 90, 16): _row((128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)),
-    ("window_attn_bwd_dq", 100, 16): _row((128, 64, 8, 2), (128, 64, 4, 2), (64, 32, 8, 2)),
-    ("window_attn_bwd_dq", 80, 32): _row((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2)),
-    ("window_attn_bwd_dq", 90, 32): _row((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2)),
-    ("window_attn_bwd_dq", 100, 32): _row((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2)),
+    ("window_attn_fwd", 80, 16): _row(
+        (128, 64, 4, 3), (128, 32, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)
+    ),
+    ("window_attn_fwd", 90, 16): _row(
+        (128, 128, 8, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)
+    ),
+    ("window_attn_fwd", 100, 16): _row(
+        (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)
+    ),
+    ("window_attn_fwd", 80, 32): _row(
+        (32, 32, 4, 2), (16, 16, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)
+    ),
+    ("window_attn_fwd", 90, 32): _row(
+        (32, 32, 4, 2), (16, 16, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)
+    ),
+    ("window_attn_fwd", 100, 32): _row(
+        (32, 32, 4, 2), (16, 16, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)
+    ),
+    ("window_attn_bwd_dkv", 80, 16): _row(
+        (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 1)
+    ),
+    ("window_attn_bwd_dkv", 90, 16): _row(
+        (64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2, True)
+    ),
+    ("window_attn_bwd_dkv", 100, 16): _row(
+        (64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2)
+    ),
+    ("window_attn_bwd_dkv", 80, 32): _row(
+        (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)
+    ),
+    ("window_attn_bwd_dkv", 90, 32): _row(
+        (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)
+    ),
+    ("window_attn_bwd_dkv", 100, 32): _row(
+        (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)
+    ),
+    ("window_attn_bwd_dq", 80, 16): _row(
+        (64, 64, 4, 2), (128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)
+    ),
+    ("window_attn_bwd_dq", 90, 16): _row(
+        (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)
+    ),
+    ("window_attn_bwd_dq", 100, 16): _row(
+        (128, 64, 8, 2), (128, 64, 4, 2), (128, 64, 4, 2), (64, 32, 8, 2)
+    ),
+    ("window_attn_bwd_dq", 80, 32): _row(
+        (32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2)
+    ),
+    ("window_attn_bwd_dq", 90, 32): _row(
+        (32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2)
+    ),
+    ("window_attn_bwd_dq", 100, 32): _row(
+        (32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2)
+    ),
 }
 
 
