@@ -161,6 +161,25 @@ def test_strided_inputs_are_read_in_place(monkeypatch):
     check(q.transpose(2, 3).contiguous().transpose(2, 3), k, v, do, None, 7, SMALL)
 
 
+@pytest.mark.parametrize("stride", ["time", "batch"])
+def test_offsets_beyond_32_bits(stride):
+    """Views over memory that is never touched between the tokens, so only a few pages are real."""
+    T, D = 300, 16
+    strides = (2**31 + 64, D, D, 1) if stride == "batch" else (D, 2**23 - 64, D, 1)
+    B = 2 if stride == "batch" else 1
+    size = 1 + sum((n - 1) * step for n, step in zip((B, T, 1, D), strides))
+    far = torch.empty(size, dtype=torch.float16, device=DEVICE).as_strided((B, T, 1, D), strides)
+    far.copy_(torch.randn(B, T, 1, D))
+    config = KernelConfig(128, 128, num_warps=4, num_stages=1)
+    near = far.contiguous()
+    do = torch.randn(B, T, 1, D, device=DEVICE).half()
+    expected = run_kernels(near, near, near, do, None, 40, 0.25, config)
+    actual = run_kernels(far, far, far, far, None, 40, 0.25, config)
+    again = run_kernels(near, near, near, near, None, 40, 0.25, config)
+    assert torch.equal(actual[0], expected[0])
+    assert all(torch.equal(a, b) for a, b in zip(actual, again))
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.7, 3.0])
 def test_any_scale(scale):
     check(*make_inputs(1, 20, 20, 1, 1, 16, 16, torch.float32), 7, SMALL, scale)
