@@ -254,7 +254,7 @@ def _sweeps(points, backends, dtype, device) -> list[list[report.Row]]:
 def _sweep(swept: str, points: list[Point], backends, settings) -> list[report.Row]:
     """Measure forward + backward at each point, and print time beside the needed FLOPs.
 
-    Times are the 20th percentile, which other work on the machine disturbs least.
+    Times are medians.
     """
     op = points[0].op
     variants = [v for v in peers.variants(op, settings.device) if v.name.endswith(backends[op])]
@@ -269,14 +269,14 @@ def _sweep(swept: str, points: list[Point], backends, settings) -> list[report.R
         rows.append(row)
         gflop = point.flops("fwd_bwd") / 1e9
         print(
-            f"  {row.place:>11} {gflop:>13.2f} {row.p20_ms:>9.2f} {1e3 * gflop / row.p20_ms:>9.1f}",
+            f"  {row.place:>11} {gflop:>13.2f} {row.p50_ms:>9.2f} {1e3 * gflop / row.p50_ms:>9.1f}",
             flush=True,
         )
     if len(rows) > 1:
         work = points[-1].flops("fwd_bwd") / points[0].flops("fwd_bwd")
         print(
             f"  from {rows[0].place} to {rows[-1].place}: needed FLOPs x {work:.1f},"
-            f" time x {rows[-1].p20_ms / rows[0].p20_ms:.1f}"
+            f" time x {rows[-1].p50_ms / rows[0].p50_ms:.1f}"
         )
     return rows
 

@@ -58,7 +58,7 @@ def _draw_sweep(axis, rows: list[Row]) -> None:
 
     places = [row.place for row in rows]
     flops = [row.needed_tflops * row.p50_ms for row in rows]  # in units of 1e9
-    times = [row.p20_ms for row in rows]
+    times = [row.p50_ms for row in rows]
     if rows[0].swept == "T":
         axis.plot(places, times, "o-", label="measured")
         axis.plot(places, [x / flops[-1] * times[-1] for x in flops], "k--", label="needed FLOPs")
