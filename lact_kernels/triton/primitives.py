@@ -134,15 +134,15 @@ def load_rows(
     BLOCK_COLS: tl.constexpr,
     CHECK_ROWS: tl.constexpr,
 ):
-    """A tile of rows, zero beyond `num_rows` (if asked) and beyond NUM_COLS (if padded)."""
+    """A tile of rows, zero beyond `num_rows` (if asked) and beyond NUM_COLS (if the tiles exceed it)."""
     if CHECK_ROWS:
-        if NUM_COLS == BLOCK_COLS:
+        if NUM_COLS % BLOCK_COLS == 0:
             tile = tl.load(pointers, mask=(rows < num_rows)[:, None], other=0.0)
         else:
             inside = (rows < num_rows)[:, None] & (cols < NUM_COLS)[None, :]
             tile = tl.load(pointers, mask=inside, other=0.0)
     else:
-        if NUM_COLS == BLOCK_COLS:
+        if NUM_COLS % BLOCK_COLS == 0:
             tile = tl.load(pointers)
         else:
             tile = tl.load(pointers, mask=(cols < NUM_COLS)[None, :], other=0.0)

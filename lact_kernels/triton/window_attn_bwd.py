@@ -32,6 +32,7 @@ from lact_kernels.triton.configs import (
     kernel_config,
     shipped_configs,
 )
+from lact_kernels.triton.launch import on_device, outer_strides, readable_in_place
 from lact_kernels.triton.primitives import (
     block_dim,
     key_tile_bounds,
@@ -43,12 +44,7 @@ from lact_kernels.triton.primitives import (
     store_rows,
     visible,
 )
-from lact_kernels.triton.window_attn_fwd import (
-    on_device,
-    outer_strides,
-    positive_scale,
-    readable_in_place,
-)
+from lact_kernels.triton.window_attn_fwd import positive_scale
 
 
 @triton.jit

@@ -12,7 +12,6 @@ are float32. The window and the lengths are runtime values: no length, window, b
 count makes the kernel compile again.
 """
 
-import contextlib
 from collections.abc import Iterator
 
 import torch
@@ -27,6 +26,7 @@ from lact_kernels.triton.configs import (
     kernel_config,
     shipped_configs,
 )
+from lact_kernels.triton.launch import on_device, outer_strides, readable_in_place
 from lact_kernels.triton.primitives import (
     LOG2_E,
     LOWEST,
@@ -208,30 +208,6 @@ def positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, int, float]
         return q, 1, softmax_scale
     sign = -1 if softmax_scale < 0 else 0
     return q * sign, sign, abs(softmax_scale) or 1.0
-
-
-def readable_in_place(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors themselves, or a contiguous copy where the kernels cannot address them.
-
-    The last axis must be dense, and offsets inside a tile of up to 256 rows must fit 32 bits.
-    """
-    return tuple(
-        x if x.stride(-1) == 1 and x.stride(1) < 2**23 else x.contiguous() for x in tensors
-    )
-
-
-def outer_strides(*tensors: Tensor) -> list[int]:
-    """Strides of batch, time and head of each tensor.
-
-    An axis of one element gets 0: its stride is arbitrary, and an odd one would make Triton compile
-    a kernel without wide loads.
-    """
-    return [0 if x.size(axis) == 1 else x.stride(axis) for x in tensors for axis in range(3)]
-
-
-def on_device(x: Tensor) -> contextlib.AbstractContextManager:
-    """Launch on the device of `x`, which need not be the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:

@@ -1,0 +1,30 @@
+"""What every launcher does to its arguments first. Needs torch alone."""
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+
+def readable_in_place(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors themselves, or a contiguous copy where the kernels cannot address them.
+
+    The last axis must be dense, and offsets inside a tile of up to 256 rows must fit 32 bits.
+    """
+    return tuple(
+        x if x.stride(-1) == 1 and x.stride(1) < 2**23 else x.contiguous() for x in tensors
+    )
+
+
+def outer_strides(*tensors: Tensor) -> list[int]:
+    """Strides of batch, time and head of each tensor.
+
+    An axis of one element gets 0: its stride is arbitrary, and an odd one would make Triton compile
+    a kernel without wide loads.
+    """
+    return [0 if x.size(axis) == 1 else x.stride(axis) for x in tensors for axis in range(3)]
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager:
+    """Launch on the device of `x`, which need not be the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
