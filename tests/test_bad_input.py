@@ -91,10 +91,29 @@ def test_explicit_triton_says_why_it_cannot_run(changed, message):
         window_attn(**window_inputs(**changed), backend="triton")
 
 
-def test_explicit_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
+@pytest.mark.parametrize(
+    "changed,dtype,message",
+    [
+        ({}, torch.float64, "float64"),
+        ({"Dk": 1025}, torch.float32, "Dk, Dv and Dh go up to 1024, got Dk = 1025"),
+        ({"Dv": 1040}, torch.bfloat16, "1024, got Dv = 1040"),
+        ({"Dh": 1536}, torch.float16, "1024, got Dh = 1536.*smaller one.*backend='eager'"),
+    ],
+)
+def test_explicit_triton_says_why_block_causal_ttt_cannot_run(changed, dtype, message):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    inputs = TTTCase("", B=1, T=6, **changed).inputs(dtype, device)
+    with pytest.raises(ValueError, match=f"backend='triton' cannot run: .*{message}"):
+        block_causal_ttt(**inputs, backend="triton")
+
+
+@pytest.mark.parametrize(
+    "op,inputs", [(window_attn, window_inputs), (block_causal_ttt, ttt_inputs)]
+)
+def test_explicit_triton_needs_a_gpu_or_the_interpreter(op, inputs, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="cannot run: .*q is on cpu"):
-        window_attn(**window_inputs(), backend="triton")
+        op(**inputs(), backend="triton")
 
 
 TTT = [
@@ -122,7 +141,8 @@ TTT = [
     ({"prenorm": None}, TypeError, "prenorm must be True or False"),
     ({"return_state": "yes"}, TypeError, "return_state must be True or False"),
     ({"backend": "fast"}, ValueError, "backend must be"),
-    ({"backend": "triton"}, ValueError, "no Triton kernels"),
+    ({"checkpoint_interval": 0}, ValueError, "checkpoint_interval must be at least 1, got 0"),
+    ({"checkpoint_interval": None}, TypeError, "checkpoint_interval must be an int, got None"),
     ({"cu_seqlens": cu_seqlens(0, 9)}, ValueError, "cu_seqlens must end at T = 6, got 9"),
     ({"cu_seqlens": cu_seqlens(0, 9), "return_state": True}, ValueError, "must end at T = 6"),
     ({"initial_state": {}}, TypeError, "initial_state must be a TTTState, got dict"),
@@ -135,7 +155,7 @@ def test_block_causal_ttt(changed, error, message):
         block_causal_ttt(**ttt_inputs(**changed))
 
 
-STATES = [
+OPTIONS = [
     ({"chunk_size": 5}, "made with chunk_size=4.*this call has chunk_size=5"),
     ({"muon": True}, "muon=False.*muon=True"),
     ({"prenorm": True}, "prenorm=False.*prenorm=True"),
@@ -143,11 +163,41 @@ STATES = [
 ]
 
 
-@pytest.mark.parametrize("changed,message", STATES)
+@pytest.mark.parametrize("changed,message", OPTIONS)
 def test_state_of_other_options(changed, message):
     _, state = block_causal_ttt(**ttt_inputs(), return_state=True)
     with pytest.raises(ValueError, match=message):
         block_causal_ttt(**ttt_inputs(**changed), initial_state=state)
+
+
+def test_state_with_momentum_for_a_call_without():
+    _, state = block_causal_ttt(**ttt_inputs(momentum=torch.ones(1, 6, 2)), return_state=True)
+    with pytest.raises(ValueError, match="momentum given; this call has .*momentum not given"):
+        block_causal_ttt(**ttt_inputs(), initial_state=state)
+
+
+SIZES = [
+    ({"B": 2}, ValueError, r"weights\[0\] .*\[N, H, Dh, Dk\] .*\(2, 2, 7, 5\), got \(1, 2, 7, 5\)"),
+    ({"H": 3}, ValueError, r"weights\[0\] .*\(1, 3, 7, 5\), got \(1, 2, 7, 5\)"),
+    ({"Dk": 4}, ValueError, r"weights\[0\] .*\(1, 2, 7, 4\), got \(1, 2, 7, 5\)"),
+    (
+        {"Dv": 8},
+        ValueError,
+        r"weights\[1\] .*\[N, H, Dv, Dh\] .*\(1, 2, 8, 7\), got \(1, 2, 6, 7\)",
+    ),
+    ({"Dh": 9}, ValueError, r"weights\[0\] .*\(1, 2, 9, 5\), got \(1, 2, 7, 5\)"),
+    ({"dtype": torch.float64}, TypeError, r"weights\[0\] .*float64, got torch.float32"),
+]
+
+
+@pytest.mark.parametrize("changed,error,message", SIZES)
+def test_state_of_another_size_or_weight_dtype(changed, error, message):
+    """The message has what the call needs, then what the state has."""
+    _, state = block_causal_ttt(**ttt_inputs(), return_state=True)
+    changed = {"B": 1, "T": 6, "dtype": torch.float32} | changed
+    dtype = changed.pop("dtype")
+    with pytest.raises(error, match=f"initial_state.{message}"):
+        block_causal_ttt(**TTTCase("", **changed).inputs(dtype), chunk_size=4, initial_state=state)
 
 
 def test_state_of_another_batch_size():

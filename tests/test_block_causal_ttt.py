@@ -1,56 +1,33 @@
 """`block_causal_ttt` on the eager backend, against the reference."""
 
+import dataclasses
 import functools
-import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 import reference
 from lact_kernels import block_causal_ttt
+from lact_kernels.eager import block_causal_ttt as eager
 from lact_kernels.eager import swiglu
 from lact_kernels.eager.newton_schulz import newton_schulz, newton_schulz_bwd
-from tests.cases import TTTCase, check_block_causal_ttt
+from lact_kernels.ops.ttt_types import FastWeights, Options, Tokens
+from tests.cases import TTT_OPTIONS, TTT_SHAPES, TTTCase, check_block_causal_ttt, tensors_of
 
 eager_block_causal_ttt = functools.partial(block_causal_ttt, backend="eager")
 
-OPTIONS = [
-    TTTCase(
-        " ".join(name for name, on in zip(("momentum", "muon", "prenorm"), flags) if on) or "plain",
-        momentum=flags[0],
-        muon=flags[1],
-        prenorm=flags[2],
-    )
-    for flags in itertools.product((False, True), repeat=3)
-]
-PACKED = (0, 0, 3, 7, 7, 16, 24)  # nothing, less than a chunk, one chunk, more than two, two
-SHAPES = [
-    TTTCase("one token", T=1),
-    TTTCase("one chunk", T=4),
-    TTTCase("chunk minus one", T=3),
-    TTTCase("chunk plus one", T=5),
-    TTTCase("whole chunks", T=12),
-    TTTCase("chunks of one token", T=5, chunk_size=1, momentum=True),
-    TTTCase("chunk beyond T", T=5, chunk_size=100),
-    TTTCase("no tokens", T=0),
-    TTTCase("no batch", B=0),
-    TTTCase("weights for each row", batched_weights=True, momentum=True, prenorm=True),
-    TTTCase("wide hidden layer", Dk=8, Dv=3, Dh=20, T=9, muon=True),
-    TTTCase("narrow hidden layer", Dk=9, Dv=12, Dh=2, T=9, muon=True),
-    TTTCase("packed", B=1, T=24, cu_seqlens=PACKED, momentum=True, muon=True),
-    TTTCase("packed prenorm", B=1, T=24, cu_seqlens=PACKED, prenorm=True, batched_weights=True),
-    TTTCase("packed with nothing", B=1, T=0, cu_seqlens=(0, 0)),
-    TTTCase("larger", B=2, T=300, chunk_size=96, H=3, Dk=32, Dv=24, Dh=40, momentum=True),
-]
 # float32 and half inputs at sizes where rounding has its usual statistics.
 LARGER = [
     TTTCase(case.reason, B=2, T=250, chunk_size=64, H=2, Dk=24, Dv=20, Dh=32,
             momentum=case.momentum, muon=case.muon, prenorm=case.prenorm)
-    for case in OPTIONS
+    for case in TTT_OPTIONS
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", OPTIONS + SHAPES, ids=str)
+@pytest.mark.parametrize("case", TTT_OPTIONS + TTT_SHAPES, ids=str)
 def test_float64_equals_the_reference(case):
     """In float64 nothing hides in rounding: the hand-written backward is autograd's."""
     inputs, options = case.inputs(torch.float64), case.options()
@@ -77,7 +54,7 @@ def test_against_float64(case, dtype):
     check_block_causal_ttt(eager_block_causal_ttt, case, dtype)
 
 
-@pytest.mark.parametrize("case", OPTIONS, ids=str)
+@pytest.mark.parametrize("case", TTT_OPTIONS, ids=str)
 def test_gradcheck(case):
     case = TTTCase(
         case.reason, T=5, chunk_size=2, B=1, H=1, Dk=2, Dv=2, Dh=3,
@@ -86,11 +63,8 @@ def test_gradcheck(case):
     inputs = case.inputs(torch.float64)
 
     def through_output_and_state(*tensors):
-        o, state = block_causal_ttt(
-            **dict(zip(inputs, tensors)), **case.options(), return_state=True
-        )
-        pending = [x for piece in state.pending for x in piece.tensors if x is not None]
-        return o, *state.weights, *state.norms, *state.masters, *state.buffers, *pending
+        inputs_and_options = dict(zip(inputs, tensors)) | case.options()
+        return tuple(tensors_of(block_causal_ttt(**inputs_and_options, return_state=True)))
 
     torch.autograd.gradcheck(through_output_and_state, tuple(inputs.values()))
 
@@ -102,6 +76,101 @@ def test_gradcheck_packed():
         lambda *tensors: block_causal_ttt(**dict(zip(inputs, tensors)), **case.options()),
         tuple(inputs.values()),
     )
+
+
+CHECKPOINTED = {
+    "dense": {"T": 24},  # six whole chunks: intervals 2 and 3 end where the sequence does
+    "packed": {"B": 1, "T": 40, "cu_seqlens": (0, 2, 15, 15, 40)},
+}
+
+
+@pytest.mark.parametrize("return_state", [False, True])
+@pytest.mark.parametrize("shape", CHECKPOINTED.values(), ids=CHECKPOINTED)
+@pytest.mark.parametrize("case", TTT_OPTIONS, ids=str)
+def test_checkpoints_change_nothing(case, shape, return_state):
+    case = dataclasses.replace(case, **shape)
+    inputs = case.inputs(torch.float64)
+    options = case.options() | {"return_state": return_state}
+    results = []
+    for interval in (1, 2, 3, 100):
+        outputs = tensors_of(
+            eager_block_causal_ttt(**inputs, **options, checkpoint_interval=interval)
+        )
+        cotangents = [torch.linspace(-1, 1, x.numel()).double().view(x.shape) for x in outputs]
+        grads = torch.autograd.grad(outputs, list(inputs.values()), cotangents)
+        results.append([*outputs, *grads])
+    for result in results[1:]:
+        for ours, expected in zip(result, results[0]):
+            scale = max(1.0, expected.abs().max().item())
+            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12 * scale)
+
+
+@pytest.mark.parametrize("shape", CHECKPOINTED.values(), ids=CHECKPOINTED)
+@pytest.mark.parametrize("case", TTT_OPTIONS, ids=str)
+def test_what_is_kept_shrinks_with_the_interval(case, shape):
+    case = dataclasses.replace(case, **shape)
+    inputs = case.inputs(torch.float64)
+    updates = case.T // 4 if case.cu_seqlens else (case.T - 1) // 4
+    weights = case.H * case.B * case.Dh * (2 * case.Dk + case.Dv) * 8  # bytes
+    for interval in (1, 2, 3, 100):
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x):
+            eager_block_causal_ttt(**inputs, **case.options(), checkpoint_interval=interval)
+        rows = (
+            updates // interval if case.cu_seqlens or interval == 1 else (updates - 1) // interval
+        )
+        copies = 1 + case.prenorm + (case.momentum or interval == 1)
+        history = [x for x in saved if x.ndim == 5]
+        assert sum(x.nbytes for x in history) == rows * copies * weights
+
+
+class PeakBytes(TorchDispatchMode):
+    """The most that tensors made under it have held at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages, self.peak = WeakIdKeyDictionary(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self.storages[x.untyped_storage()] = None
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.storages))
+        return result
+
+
+def test_an_interval_bounds_the_memory_of_both_directions():
+    """33 updates of large weights: at intervals of 6, five checkpoints and one segment at a time."""
+    case = TTTCase("", T=34, chunk_size=1, B=1, H=1, Dk=32, Dv=32, Dh=32, momentum=True)
+    x = {name: t.detach() for name, t in case.inputs(torch.float32).items()}
+    tokens = Tokens(*(x[name] for name in ("k", "v", "lr0", "lr1", "lr2", "momentum")))
+    weights = tuple(x[name][None] for name in ("w0", "w1", "w2"))
+    norms = tuple(w.norm(dim=-1) for w in weights)
+    start = FastWeights(weights, norms, (), tuple(map(torch.zeros_like, weights)))
+    copy = sum(w.nbytes for w in weights)
+    peaks = {}
+    for interval in (1, 6):
+        options = Options(1, False, False, False, interval)
+        with PeakBytes() as forward:
+            o, _, history = eager.block_causal_ttt_fwd(x["q"], tokens, start, None, options)
+        with PeakBytes() as backward:
+            eager.block_causal_ttt_bwd(
+                torch.ones_like(o), None, x["q"], tokens, start, history, None, options
+            )
+        peaks[interval] = forward.peak / copy, backward.peak / copy
+    kept, segment, everything = 2 * 5, 6 + 1, 2 * 33
+    assert peaks[6][0] < kept + 4 * segment < everything < peaks[1][0]
+    assert peaks[6][1] < kept + 6 * segment < everything < peaks[1][1]
+
+
+def test_phases_are_marked_in_profiles():
+    inputs = TTTCase("").inputs(torch.float32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        eager_block_causal_ttt(**inputs, chunk_size=4, checkpoint_interval=2).sum().backward()
+    counts = {event.key: event.count for event in profile.key_averages()}
+    phases = {"scan": 2, "apply": 1, "apply backward": 1, "reverse scan": 1}
+    assert all(counts[f"block_causal_ttt {name}"] == count for name, count in phases.items())
 
 
 @pytest.mark.parametrize("size", [1, 7, 100, 1 << 14])

@@ -1,13 +1,18 @@
 """Both operations as registered ops: opcheck, torch.compile, repeated backward, nothing mutated."""
 
+import dataclasses
 import functools
+import itertools
+import types
 
 import pytest
 import torch
 
+import lact_kernels.triton
 from lact_kernels import TTTState, block_causal_ttt, window_attn
 from lact_kernels.autograd import block_causal_ttt as ttt_ops
 from lact_kernels.autograd import window_attn as attn_ops
+from lact_kernels.eager import block_causal_ttt as eager
 from lact_kernels.ops.block_causal_ttt import _initial_state
 from tests.cases import TTTCase, WindowCase, check_window_attn
 
@@ -45,27 +50,67 @@ def test_opcheck_window_attn(case):
 @pytest.mark.parametrize("return_end", [False, True])
 @pytest.mark.parametrize("case", TTT, ids=str)
 def test_opcheck_block_causal_ttt(case, return_end):
-    if case.cu_seqlens and return_end:
-        pytest.skip("packed sequences have no common end")
+    opcheck_block_causal_ttt(case, return_end)
+
+
+@pytest.mark.parametrize("case", TTT, ids=str)
+def test_opcheck_block_causal_ttt_with_checkpoints(case):
+    opcheck_block_causal_ttt(dataclasses.replace(case, chunk_size=2), True, checkpoint_interval=2)
+
+
+def opcheck_block_causal_ttt(case, return_end, checkpoint_interval=1):
     x = case.inputs(torch.float32)
-    cu_seqlens = case.options().get("cu_seqlens")
-    N = len(case.cu_seqlens) - 1 if case.cu_seqlens else case.B
+    cu_seqlens, N = (None, None), case.B
+    if case.cu_seqlens:  # each sequence's first token is waiting in a state: a key without a query
+        N = len(case.cu_seqlens) - 1
+        queries = [0, *itertools.accumulate(max(b - a - 1, 0) for a, b in case.spans)]
+        x["q"] = x["q"].detach()[:, : queries[-1]].clone().requires_grad_()
+        borders = (queries, case.cu_seqlens)
+        cu_seqlens = tuple(torch.tensor(x, dtype=torch.int32) for x in borders)
     weights = tuple(x[name].detach().expand(N, -1, -1, -1).clone() for name in ("w0", "w1", "w2"))
-    state = _initial_state(weights, 4, case.muon, case.prenorm, x.get("momentum"))
+    C = case.chunk_size
+    state = _initial_state(weights, case.prenorm, x.get("momentum"), (C, case.muon, torch.float32))
     start = [w.clone().requires_grad_() for triple in state[:4] for w in triple]
     tokens = [x.get(name) for name in ("q", "k", "v", "lr0", "lr1", "lr2", "momentum")]
-    options = (4, case.muon, case.prenorm, return_end)
+    options = (C, case.muon, case.prenorm, return_end, checkpoint_interval, "eager")
     torch.library.opcheck(
-        ttt_ops.block_causal_ttt_fwd, (*tokens, start, cu_seqlens, *options), atol=1e-4, rtol=1e-3
+        ttt_ops.block_causal_ttt_fwd, (*tokens, start, *cu_seqlens, *options), atol=1e-4, rtol=1e-3
     )
     tokens = [None if t is None else t.detach() for t in tokens]
     start = [w.detach() for w in start]
-    o, end, history = ttt_ops.block_causal_ttt_fwd(*tokens, start, cu_seqlens, *options)
+    o, end, history = ttt_ops.block_causal_ttt_fwd(*tokens, start, *cu_seqlens, *options)
     dend = [torch.ones_like(w) for w in end]
     torch.library.opcheck(
         ttt_ops.block_causal_ttt_bwd,
-        (torch.ones_like(o), dend, *tokens, start, cu_seqlens, history, *options),
+        (torch.ones_like(o), dend, history, *tokens, start, *cu_seqlens, *options),
     )
+
+
+def test_every_part_of_block_causal_ttt_goes_to_the_chosen_backend(monkeypatch):
+    """With a stand-in for the Triton backend, which records what is asked of it."""
+    calls = []
+
+    def recording(name):
+        def fn(*args):
+            calls.append(name)
+            return getattr(eager, name)(*args)
+
+        return fn
+
+    names = [f"block_causal_ttt_{part}" for part in ("fwd", "bwd", "history")]
+    stand_in = types.SimpleNamespace(**{name: recording(name) for name in names})
+    monkeypatch.setattr(lact_kernels.triton, "block_causal_ttt", stand_in, raising=False)
+    inputs = TTTCase("").inputs(torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
+    leaves = list(inputs.values())
+
+    def fn(**tensors):
+        return block_causal_ttt(**tensors, chunk_size=4, backend="triton")
+
+    torch.autograd.grad(fn(**inputs).sum(), leaves)
+    assert calls == names[:2]
+    calls.clear()
+    torch.autograd.grad(compiled(fn)(**inputs).sum(), leaves)
+    assert sorted(set(calls)) == sorted(names)
 
 
 def compiled(fn):
@@ -82,8 +127,8 @@ def test_compile_window_attn(case):
         o, lse = window_attn(*tensors, **options, return_lse=True)
         return o * 2, lse
 
-    for eager, traced in zip(fn(*inputs), compiled(fn)(*inputs)):
-        assert torch.equal(eager, traced)
+    for plain, traced in zip(fn(*inputs), compiled(fn)(*inputs)):
+        assert torch.equal(plain, traced)
     grads = [all_contiguous_grads(lambda f=f: f(*inputs), inputs) for f in (fn, compiled(fn))]
     assert all(torch.equal(a, b) for a, b in zip(*grads))
 
@@ -102,8 +147,8 @@ def test_compile_block_causal_ttt(case, return_state):
         o, state = result
         return (o * 2, *state.weights, *state.pending[0].tensors[:5])
 
-    for eager, traced in zip(fn(**inputs), compiled(fn)(**inputs)):
-        assert torch.equal(eager, traced)
+    for plain, traced in zip(fn(**inputs), compiled(fn)(**inputs)):
+        assert torch.equal(plain, traced)
     leaves = list(inputs.values())
     grads = [all_contiguous_grads(lambda f=f: f(**inputs), leaves) for f in (fn, compiled(fn))]
     for a, b in zip(*grads):

@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lact_kernels import TTTState, block_causal_ttt
 from lact_kernels.ops import block_causal_ttt as ops
-from tests.cases import TTTCase
-from tests.test_block_causal_ttt import OPTIONS
+from tests.cases import TTT_OPTIONS, TTTCase, tensors_of
 
 TOKENS = ("q", "k", "v", "lr0", "lr1", "lr2", "momentum")
 CUTS = {
@@ -36,7 +37,7 @@ def run_in_pieces(inputs, options, cuts):
 
 
 @pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
-@pytest.mark.parametrize("case", OPTIONS, ids=str)
+@pytest.mark.parametrize("case", TTT_OPTIONS, ids=str)
 def test_cuts_change_nothing(case, cuts):
     inputs, options = case.inputs(torch.float64), case.options()
     whole = block_causal_ttt(**inputs, **options)
@@ -60,7 +61,7 @@ def test_cuts_in_float32(muon, bound):
         assert (pieces - whole).abs().max() <= bound * whole.abs().max()
 
 
-@pytest.mark.parametrize("case", OPTIONS, ids=str)
+@pytest.mark.parametrize("case", TTT_OPTIONS, ids=str)
 def test_packed_sequences_go_on(case):
     """Three sequences, packed in every call, at different places of their chunks."""
     case = dataclasses.replace(case, B=3, T=13)
@@ -93,6 +94,127 @@ def test_packed_sequences_go_on(case):
         torch.testing.assert_close(*pair, rtol=1e-7, atol=1e-7, msg=f"d{name}")
 
 
+@pytest.fixture
+def op_calls(monkeypatch):
+    """How many keys each call of the registered op is given."""
+    calls = []
+    original = ops.block_causal_ttt_fwd
+
+    def spy(q, k, *args):
+        calls.append(k.shape[1])
+        return original(q, k, *args)
+
+    monkeypatch.setattr(ops, "block_causal_ttt_fwd", spy)
+    return calls
+
+
+@pytest.mark.parametrize("case", TTT_OPTIONS, ids=str)
+def test_rows_at_different_places_go_on_together(case, op_calls):
+    """Rows that stand 1, 0 and 2 tokens after an update, in one dense call."""
+    prompts, new = (5, 8, 2), 7
+    case = dataclasses.replace(case, B=3, T=15)
+    inputs, options = case.inputs(torch.float64), case.options()
+    whole = block_causal_ttt(**inputs, **options)
+    expected = torch.cat([whole[n, : p + new] for n, p in enumerate(prompts)])
+
+    before, states = [], []
+    for n, p in enumerate(prompts):
+        prompt = {name: x[n : n + 1, :p] if name in TOKENS else x for name, x in inputs.items()}
+        o, state = block_causal_ttt(**prompt, **options, return_state=True)
+        before.append(o[0])
+        states.append(state)
+    rows = {
+        name: torch.stack([x[n, p : p + new] for n, p in enumerate(prompts)])
+        if name in TOKENS
+        else x
+        for name, x in inputs.items()
+    }
+    options["initial_state"] = TTTState.stack(states)
+    op_calls.clear()
+    after, state = block_causal_ttt(**rows, **options, return_state=True)
+    assert op_calls == [sum(p % 4 + new for p in prompts)]
+    assert state.pending_lengths == (0, 3, 1)
+    ours = torch.cat([x for pair in zip(before, after) for x in pair])
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+    do, leaves = torch.randn_like(ours), list(inputs.values())
+    for name, *pair in zip(
+        inputs, torch.autograd.grad(ours, leaves, do), torch.autograd.grad(expected, leaves, do)
+    ):
+        torch.testing.assert_close(*pair, rtol=1e-7, atol=1e-7, msg=f"d{name}")
+    assert torch.equal(block_causal_ttt(**rows, **options), after)
+
+
+def test_packed_sequences_are_scanned_together(op_calls):
+    """With a state as without, whether they fill a chunk or not."""
+    case = TTTCase("", B=1, T=14, cu_seqlens=(0, 9, 9, 14), momentum=True)
+    inputs = {name: x.detach() for name, x in case.inputs(torch.float32).items()}
+    _, state = block_causal_ttt(**inputs, **case.options(), return_state=True)
+    assert op_calls == [14] and state.pending_lengths == (1, 0, 1)
+    block_causal_ttt(**inputs, **case.options(), initial_state=state)
+    assert op_calls == [14, 16]
+
+
+class CountElements(TorchDispatchMode):
+    """Elements of all tensors that are made under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.count += sum(x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor))
+        return result
+
+
+@pytest.mark.parametrize("new", [2, 6], ids=["without an update", "with updates"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_work_is_proportional_to_the_number_of_sequences(packed, new):
+    """Forward and backward, of sequences at two places of their chunks."""
+    work = {}
+    for N in (8, 32):
+        shape = {"B": 1, "T": N * new} if packed else {"B": N, "T": new}
+        inputs = TTTCase("", **shape, H=1, Dk=4, Dv=4, Dh=4).inputs(torch.float32)
+        options = {"chunk_size": 4}
+        if packed:
+            options["cu_seqlens"] = torch.arange(N + 1, dtype=torch.int32) * new
+        one = TTTCase("", B=N // 2, T=1, H=1, Dk=4, Dv=4, Dh=4).inputs(torch.float32)
+        _, behind = block_causal_ttt(**one, chunk_size=4, return_state=True)
+        _, fresh = block_causal_ttt(**tokens_at(one, 0, 0), chunk_size=4, return_state=True)
+        state = TTTState.stack([behind, fresh]).map(lambda x: x.detach().requires_grad_())
+        with CountElements() as elements:
+            o, state = block_causal_ttt(**inputs, **options, initial_state=state, return_state=True)
+            outputs = [x for x in tensors_of((o, state)) if x.requires_grad]
+            torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+        work[N] = elements.count
+    assert work[32] < 4.1 * work[8]
+
+
+@pytest.mark.parametrize("case", TTT_OPTIONS, ids=str)
+def test_a_state_does_not_depend_on_the_checkpoints(case):
+    inputs, options = case.inputs(torch.float64), case.options()
+    results = []
+    for intervals in ((1, 1), (2, 1), (1, 3)):
+        state, outputs = None, []
+        for (start, stop), interval in zip(((0, 6), (6, 11)), intervals):
+            o, state = block_causal_ttt(
+                **tokens_at(inputs, start, stop),
+                **options,
+                initial_state=state,
+                return_state=True,
+                checkpoint_interval=interval,
+            )
+            outputs.append(o)
+        outputs = [*outputs, *tensors_of((o, state))]
+        grads = torch.autograd.grad(
+            outputs, list(inputs.values()), [torch.ones_like(x) for x in outputs]
+        )
+        results.append([*outputs, *grads])
+    for result in results[1:]:
+        for ours, expected in zip(result, results[0]):
+            torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+
+
 def test_packed_prefill_then_dense_decoding():
     """Prompts of different lengths in one packed call, then one token for each at a time."""
     prompts, T = (5, 8, 2), 12
@@ -118,20 +240,12 @@ def test_packed_prefill_then_dense_decoding():
         torch.testing.assert_close(o, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_decoding_neither_updates_nor_recomputes(monkeypatch):
+def test_decoding_neither_updates_nor_recomputes(op_calls):
     """Up to the last token of a chunk, a token reads its own k and v, and no earlier one's."""
     case = TTTCase("", T=8, chunk_size=8)
     inputs = {name: x.detach() for name, x in case.inputs(torch.float32).items()}
-    calls = []
-    original = ops.block_causal_ttt_fwd
-
-    def spy(q, k, *args):
-        calls.append(k.shape[1])
-        return original(q, k, *args)
-
-    monkeypatch.setattr(ops, "block_causal_ttt_fwd", spy)
     _, state = run_in_pieces(inputs, case.options(), range(1, 8))
-    assert calls == [1] * 7 + [8]  # the eighth token fills the chunk, which is then read once
+    assert op_calls == [1] * 7 + [8]  # the eighth token fills the chunk, which is then read once
     assert state.pending == ()
 
 

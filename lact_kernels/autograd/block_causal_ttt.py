@@ -4,35 +4,30 @@ Fast weights travel through the ops as lists, three tensors (for w0, w1, w2) at 
 norms, then masters with pre-norm, then buffers with momentum.
 
     start    before the first token, `[B, H, ...]`, or `[N, H, ...]` for N packed sequences
-    end      the same after the last update; empty unless `return_end`. Packed sequences have no
-             end: they are at different places of their chunks
-    history  for the backward: weights, masters and steps of every update, `[updates, B, H, ...]`;
-             of packed sequences one behind the other
+    end      the same after each sequence's last update; empty unless `return_end`
+    history  what the backend's backward needs beside its inputs; only the backend can read it
 
-Beside its inputs the backward keeps the history: two (pre-norm: three) copies of the fast weights, in
-float32, for each update.
+A backend is a module with the three functions `block_causal_ttt_fwd`, `block_causal_ttt_bwd` and
+`block_causal_ttt_history` of `lact_kernels.eager.block_causal_ttt`. What they return is contiguous and
+shares no memory with what they are given.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from lact_kernels.eager import block_causal_ttt as eager
-from lact_kernels.eager.block_causal_ttt import FastWeights, Tokens, Update
 from lact_kernels.ops import checks
+from lact_kernels.ops.ttt_types import FastWeights, Offsets, Options, Tokens
 
 TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor lr0, Tensor lr1, Tensor lr2, Tensor? momentum,"
-    " Tensor[] start, Tensor? cu_seqlens"
+    " Tensor[] start, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
 )
-OPTIONS = "SymInt chunk_size, bool muon, bool prenorm, bool return_end"
-
-
-def num_updates(Tk: int, chunk_size: int, return_end: bool) -> int:
-    """All full chunks, or without an end: the last chunk's update would change no output."""
-    return Tk // chunk_size if return_end else max(Tk - 1, 0) // chunk_size
+OPTIONS = (
+    "SymInt chunk_size, bool muon, bool prenorm, bool return_end, SymInt checkpoint_interval,"
+    " str backend"
+)
 
 
 @torch.library.custom_op(
@@ -41,144 +36,119 @@ def num_updates(Tk: int, chunk_size: int, return_end: bool) -> int:
     schema=f"({TENSORS}, {OPTIONS}) -> (Tensor o, Tensor[] end, Tensor[] history)",
 )
 def block_causal_ttt_fwd(
-    q, k, v, lr0, lr1, lr2, momentum, start, cu_seqlens, chunk_size, muon, prenorm, return_end
+    q, k, v, lr0, lr1, lr2, momentum, start, cu_seqlens_q, cu_seqlens_k, *options
 ):
-    tokens = Tokens(k, v, lr0, lr1, lr2, momentum)
-    start = FastWeights.from_list(start, prenorm)
-    o = _empty_outputs(q, v)
-    history = _empty_history(k, start, cu_seqlens, chunk_size, return_end)
-    end = []
-    for run in _runs(k, cu_seqlens, chunk_size, return_end):
-        run_start = start.at(run.rows)
-        out, updates = eager.block_causal_ttt_fwd(
-            q[:, run.tokens], tokens.at(run.tokens), run_start, chunk_size, muon, len(run.updates)
+    backend, options = _read(options)
+    with _no_autocast(q):
+        o, end, history = backend.block_causal_ttt_fwd(
+            q,
+            Tokens(k, v, lr0, lr1, lr2, momentum),
+            FastWeights.from_list(start, options.prenorm),
+            _offsets(q, k, cu_seqlens_q, cu_seqlens_k),
+            options,
         )
-        o[:, run.tokens] = out
-        for c, update in zip(run.updates, updates):
-            for stack, x in zip(history, _flat(update)):
-                stack[c] = x
-        if return_end:
-            end = _flat(updates[-1].after(run_start) if updates else run_start)
-    return o, [x.clone() for x in end], history
+    return o, [] if end is None else end.to_list(), history
 
 
 @block_causal_ttt_fwd.register_fake
-def _(q, k, v, lr0, lr1, lr2, momentum, start, cu_seqlens, chunk_size, muon, prenorm, return_end):
-    history = _empty_history(
-        k, FastWeights.from_list(start, prenorm), cu_seqlens, chunk_size, return_end
-    )
-    return _empty_outputs(q, v), _empty_like(start) if return_end else [], history
+def _(q, k, v, lr0, lr1, lr2, momentum, start, cu_seqlens_q, cu_seqlens_k, *options):
+    backend, options = _read(options)
+    o = q.new_empty(*q.shape[:3], v.shape[-1])
+    end = _empty_like(start) if options.return_end else []
+    start = FastWeights.from_list(start, options.prenorm)
+    history = backend.block_causal_ttt_history(k, start, cu_seqlens_k is not None, options)
+    return o, end, history
 
 
 @torch.library.custom_op(
     "lact_kernels::block_causal_ttt_bwd",
     mutates_args=(),
-    schema=f"(Tensor do, Tensor[] dend, {TENSORS}, Tensor[] history, {OPTIONS})"
+    schema=f"(Tensor do, Tensor[] dend, Tensor[] history, {TENSORS}, {OPTIONS})"
     " -> (Tensor dq, Tensor[] dtokens, Tensor[] dstart)",
 )
 def block_causal_ttt_bwd(
-    do, dend, q, k, v, lr0, lr1, lr2, momentum, start, cu_seqlens, history,
-    chunk_size, muon, prenorm, return_end,
+    do, dend, history,
+    q, k, v, lr0, lr1, lr2, momentum, start, cu_seqlens_q, cu_seqlens_k, *options,
 ):  # fmt: skip
-    tokens = Tokens(k, v, lr0, lr1, lr2, momentum)
-    dend = FastWeights.from_list(dend or [torch.zeros_like(x) for x in start], prenorm)
-    dq = _empty_like([q])[0]
-    dtokens = Tokens(*(None if x is None else _empty_like([x])[0] for x in tokens))
-    dstart = FastWeights.from_list(_empty_like(start), prenorm)
-    start = FastWeights.from_list(start, prenorm)
-    for run in _runs(k, cu_seqlens, chunk_size, return_end):
-        updates = [
-            Update(tuple(x[:3]), tuple(x[3:-3]), tuple(x[-3:]))
-            for x in ([stack[c] for stack in history] for c in run.updates)
-        ]
-        grads = eager.block_causal_ttt_bwd(
-            do[:, run.tokens], dend.at(run.rows), q[:, run.tokens], tokens.at(run.tokens),
-            start.at(run.rows), chunk_size, muon, updates,
-        )  # fmt: skip
-        places = (dq[:, run.tokens], dtokens.at(run.tokens), dstart.at(run.rows))
-        for place, grad in zip(_flat(places), _flat(grads)):
-            place.copy_(grad)
-    return dq, _flat(dtokens), _flat(dstart)
+    backend, options = _read(options)
+    with _no_autocast(q):
+        dq, dtokens, dstart = backend.block_causal_ttt_bwd(
+            do,
+            FastWeights.from_list(dend, options.prenorm) if dend else None,
+            q,
+            Tokens(k, v, lr0, lr1, lr2, momentum),
+            FastWeights.from_list(start, options.prenorm),
+            history,
+            _offsets(q, k, cu_seqlens_q, cu_seqlens_k),
+            options,
+        )
+    return dq, [x for x in dtokens if x is not None], dstart.to_list()
 
 
 @block_causal_ttt_bwd.register_fake
 def _(
-    do, dend, q, k, v, lr0, lr1, lr2, momentum, start, cu_seqlens, history,
-    chunk_size, muon, prenorm, return_end,
+    do, dend, history,
+    q, k, v, lr0, lr1, lr2, momentum, start, cu_seqlens_q, cu_seqlens_k, *options,
 ):  # fmt: skip
     tokens = [k, v, lr0, lr1, lr2] + ([] if momentum is None else [momentum])
-    return _empty_like([q])[0], _empty_like(tokens), _empty_like(start)
+    return q.new_empty(q.shape), _empty_like(tokens), _empty_like(start)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, lr0, lr1, lr2, momentum, start, cu_seqlens, *ctx.options = inputs
-    o, end, history = output
+    *tokens, start, cu_seqlens_q, cu_seqlens_k = inputs[:10]
+    _, _, history = output
     ctx.num_start = len(start)
-    ctx.save_for_backward(q, k, v, lr0, lr1, lr2, momentum, cu_seqlens, *start, *history)
+    ctx.options = inputs[10:]
+    ctx.save_for_backward(*tokens, cu_seqlens_q, cu_seqlens_k, *start, *history)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, do, dend, _dhistory):
-    q, k, v, lr0, lr1, lr2, momentum, cu_seqlens, *lists = ctx.saved_tensors
+    *tokens, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors[:9]
+    lists = ctx.saved_tensors[9:]
     start, history = lists[: ctx.num_start], lists[ctx.num_start :]
+    q, _, v, *_, momentum = tokens
     if do is None:
         do = q.new_zeros(*q.shape[:3], v.shape[-1])
     if dend:
         dend = [torch.zeros_like(x) if g is None else g for x, g in zip(start, dend)]
-    tensors = (q, k, v, lr0, lr1, lr2, momentum, start, cu_seqlens)
-    dq, dtokens, dstart = block_causal_ttt_bwd(do, dend or [], *tensors, history, *ctx.options)
+    dq, dtokens, dstart = block_causal_ttt_bwd(
+        do, dend or [], history, *tokens, start, cu_seqlens_q, cu_seqlens_k, *ctx.options
+    )
     dmomentum = dtokens[5] if momentum is not None else None
-    return dq, *dtokens[:5], dmomentum, dstart, None, None, None, None, None
+    return dq, *dtokens[:5], dmomentum, dstart, None, None, *(None for _ in ctx.options)
 
 
 block_causal_ttt_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
-class _Run(NamedTuple):
-    """Rows that are scanned together: the whole batch, or one packed sequence."""
-
-    rows: slice  # of the fast weights
-    tokens: slice
-    updates: range  # in the history
-
-
-def _runs(
-    k: Tensor, cu_seqlens: Tensor | None, chunk_size: int, return_end: bool
-) -> Iterator[_Run]:
-    if cu_seqlens is None:
-        updates = range(num_updates(k.shape[1], chunk_size, return_end))
-        yield _Run(slice(None), slice(None), updates)
-        return
-    offsets = checks.packed_offsets(cu_seqlens, k.shape[1])
-    first = 0
-    for n, (start, stop) in enumerate(zip(offsets, offsets[1:])):
-        updates = range(first, first + num_updates(stop - start, chunk_size, return_end))
-        yield _Run(slice(n, n + 1), slice(start, stop), updates)
-        first = updates.stop
+def _read(options: tuple) -> tuple[ModuleType, Options]:
+    """The chosen backend, imported only now, and what it is to do."""
+    *options, backend = options
+    if backend == "triton":
+        from lact_kernels.triton import block_causal_ttt
+    else:
+        from lact_kernels.eager import block_causal_ttt
+    return block_causal_ttt, Options(*options)
 
 
-def _empty_history(
-    k: Tensor, start: FastWeights, cu_seqlens: Tensor | None, chunk_size: int, return_end: bool
-) -> list[Tensor]:
-    """Room for every update. What packed sequences need is known by its upper bound, T // chunk_size."""
-    B, Tk = k.shape[:2]
-    packed = cu_seqlens is not None
-    updates = Tk // chunk_size if packed else num_updates(Tk, chunk_size, return_end)
-    like = [*start.weights, *start.masters, *start.weights]
-    return [x.new_zeros(updates, B, *x.shape[1:]) for x in like]
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Inside, products are computed in the dtypes that the backend chooses for them."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
-def _empty_outputs(q: Tensor, v: Tensor) -> Tensor:
-    return q.new_empty(*q.shape[:3], v.shape[-1])
+def _offsets(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+) -> Offsets | None:
+    """The borders of packed sequences, read on the host."""
+    if cu_seqlens_k is None:
+        return None
+    return Offsets(
+        checks.packed_offsets(cu_seqlens_q, q.shape[1]),
+        checks.packed_offsets(cu_seqlens_k, k.shape[1]),
+    )
 
 
 def _empty_like(tensors: list[Tensor]) -> list[Tensor]:
     """Contiguous, whatever the strides of the originals."""
     return [x.new_empty(x.shape) for x in tensors]
-
-
-def _flat(tree) -> list[Tensor]:
-    """The tensors of nested tuples, in order."""
-    if isinstance(tree, tuple):
-        return [x for branch in tree for x in _flat(branch)]
-    return [] if tree is None else [tree]

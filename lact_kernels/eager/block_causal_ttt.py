@@ -3,8 +3,13 @@
     scan    for every chunk in turn: gradients -> momentum -> Muon -> renorm -> the next weights
     apply   all chunks' queries through their chunk's weights, as one batch
 
-and backward in the opposite order: the apply branch of all chunks, then the scan in reverse. The
+and backward in the opposite order: the apply branch of all chunks, then the scan in reverse. Packed
+sequences take turns. With a checkpoint interval n > 1 so do segments of n updates: the forward keeps
+the fast weights between two of them, and the backward scans each again when its turn comes. The
 products over tokens are in `swiglu.py`; this file is the recurrence over weights.
+
+The history is a stack `[rows, B, H, ...]` for each tensor of an `Update`: a row for each update, or,
+with an interval n > 1, for each border between segments.
 
 Weights are `[B, H, rows, columns]`, float32 (float64 for float64 tokens), tokens `[B, T, H, D]`.
 """
@@ -16,28 +21,17 @@ from torch import Tensor
 
 from lact_kernels.eager import swiglu
 from lact_kernels.eager.newton_schulz import newton_schulz, newton_schulz_bwd
+from lact_kernels.ops.ttt_types import (
+    FastWeights,
+    Offsets,
+    Options,
+    Tokens,
+    Triple,
+    num_updates,
+    phase,
+)
 
 RENORM_EPS = 1e-5
-
-Triple = tuple[Tensor, ...]  # one tensor for each of w0, w1, w2; empty where an option is off
-
-
-class FastWeights(NamedTuple):
-    """The fast weights between two chunks, and what their next update needs."""
-
-    weights: Triple
-    norms: Triple  # target norms of the rows, [B, H, rows]
-    masters: Triple  # weights before renorm: pre-norm only
-    buffers: Triple  # momentum, where there is any
-
-    @classmethod
-    def from_list(cls, x: list[Tensor], prenorm: bool) -> "FastWeights":
-        """Of three tensors for each field that is not empty."""
-        masters, buffers = (x[6:9], x[9:]) if prenorm else ((), x[6:])
-        return cls(tuple(x[:3]), tuple(x[3:6]), tuple(masters), tuple(buffers))
-
-    def at(self, rows: slice) -> "FastWeights":
-        return FastWeights(*(tuple(x[rows] for x in triple) for triple in self))
 
 
 class Update(NamedTuple):
@@ -52,71 +46,191 @@ class Update(NamedTuple):
         return FastWeights(self.weights, state.norms, self.masters, state.buffers and self.steps)
 
 
-class Tokens(NamedTuple):
-    """What an update reads: k `[B, T, H, Dk]`, v `[B, T, H, Dv]`, the rates and momentum `[B, T, H]`."""
+class _Segment(NamedTuple):
+    """Updates that are computed in one go, and their tokens; a sequence's last has its tail, too."""
 
-    k: Tensor
-    v: Tensor
-    lr0: Tensor
-    lr1: Tensor
-    lr2: Tensor
-    momentum: Tensor | None
-
-    def at(self, tokens: slice) -> "Tokens":
-        return Tokens(*(None if x is None else x[:, tokens] for x in self))
-
-    def chunk(self, c: int, chunk_size: int) -> "Tokens":
-        return self.at(slice(c * chunk_size, (c + 1) * chunk_size))
+    rows: slice  # of the fast weights: the batch, or one packed sequence
+    queries: slice
+    keys: slice
+    offset: int  # of the first query among the keys
+    updates: int
+    kept: range  # what this segment adds to the history
+    is_first: bool
+    is_last: bool
 
 
 def block_causal_ttt_fwd(
-    q: Tensor, tokens: Tokens, start: FastWeights, chunk_size: int, muon: bool, updates: int
-) -> tuple[Tensor, list[Update]]:
-    """Outputs `[B, Tq, H, Dv]`, and the updates of the first `updates` chunks.
+    q: Tensor, tokens: Tokens, start: FastWeights, offsets: Offsets | None, options: Options
+) -> tuple[Tensor, FastWeights | None, list[Tensor]]:
+    """Outputs `[B, Tq, H, Dv]`, the fast weights after the last update, and the history.
 
     The queries are those of the last Tq of the Tk tokens.
     """
-    state, history = start, []
-    for c in range(updates):
-        chunk = tokens.chunk(c, chunk_size)
-        steps = swiglu.gradients(*chunk[:5], *state.weights)
-        if state.buffers:
-            beta = _mean_momentum(chunk)
-            steps = tuple(g + beta * m for g, m in zip(steps, state.buffers))
-        sums = _add_steps(state, steps, muon)
-        weights = tuple(_renorm(x, norm) for x, norm in zip(sums, state.norms))
-        history.append(Update(weights, state.masters and sums, steps))
-        state = history[-1].after(state)
-    return swiglu.apply(q, _offset(q, tokens), chunk_size, *_all_weights(start, history)), history
+    o = q.new_empty(*q.shape[:3], tokens.v.shape[-1])
+    history = block_causal_ttt_history(tokens.k, start, offsets is not None, options)
+    ends = []
+    for s in _segments(q, tokens, offsets, options):
+        if s.is_first:
+            state = start.at(s.rows)
+        with phase("scan"):
+            updates = _scan(tokens.at(s.keys), state, s.updates, options)
+        with phase("apply"):
+            o[:, s.queries] = swiglu.apply(
+                q[:, s.queries], s.offset, options.chunk_size, *_all_weights(state, updates)
+            )
+        kept = updates if options.checkpoint_interval == 1 else updates[-1:]
+        for row, update in zip(s.kept, kept):
+            for stack, x in zip(history, (*update.weights, *update.masters, *update.steps)):
+                stack[row] = x
+        if updates:
+            state = updates[-1].after(state)
+        if s.is_last:
+            ends.append(state)
+        del updates, kept  # before the next segment makes its own
+    return o, _concatenated(ends) if options.return_end else None, history
 
 
 def block_causal_ttt_bwd(
     do: Tensor,
-    dend: FastWeights,
+    dend: FastWeights | None,
     q: Tensor,
     tokens: Tokens,
     start: FastWeights,
-    chunk_size: int,
-    muon: bool,
-    history: list[Update],
+    history: list[Tensor],
+    offsets: Offsets | None,
+    options: Options,
 ) -> tuple[Tensor, Tokens, FastWeights]:
     """Gradients of q, the tokens and the starting weights.
 
     `do` and `dend` are the gradients of the outputs and of the weights after the last update.
     """
-    all_weights = _all_weights(start, history)
-    dq, *dapply = swiglu.apply_bwd(do, q, _offset(q, tokens), chunk_size, *all_weights)
-    dtokens = Tokens(*(None if x is None else torch.zeros_like(x) for x in tokens))
+    dq = q.new_empty(q.shape)
+    dtokens = Tokens(*(None if x is None else x.new_zeros(x.shape) for x in tokens))
+    dend = dend or FastWeights(*(tuple(map(torch.zeros_like, triple)) for triple in start))
+    dstarts = []
+    for s in reversed(_segments(q, tokens, offsets, options)):
+        state, chunks = start.at(s.rows), tokens.at(s.keys)
+        if s.is_last:
+            dstate = dend.at(s.rows)
+        if not s.is_first:
+            state = _read(history, s.kept.start - 1, options).after(state)
+        if options.checkpoint_interval == 1:
+            updates = [_read(history, row, options) for row in s.kept]
+        else:
+            with phase("scan"):
+                updates = _scan(chunks, state, s.updates, options)
+        with phase("apply backward"):
+            dq[:, s.queries], *dapply = swiglu.apply_bwd(
+                do[:, s.queries],
+                q[:, s.queries],
+                s.offset,
+                options.chunk_size,
+                *_all_weights(state, updates),
+            )
+        with phase("reverse scan"):
+            dstate = _reverse_scan(
+                dstate, dapply, chunks, state, updates, options, dtokens.at(s.keys)
+            )
+        if s.is_first:
+            dstarts.append(dstate)
+        del updates, dapply  # before the next segment makes its own
+    return dq, dtokens, _concatenated(dstarts[::-1])
 
+
+def block_causal_ttt_history(
+    k: Tensor, start: FastWeights, packed: bool, options: Options
+) -> list[Tensor]:
+    """Room for the history, knowing shapes only: of packed sequences as much as they may need."""
+    B, Tk = k.shape[:2]
+    interval = options.checkpoint_interval
+    updates = num_updates(Tk, options.chunk_size, options.return_end)
+    if packed:
+        rows = Tk // options.chunk_size // interval
+    elif interval == 1:
+        rows = updates
+    else:
+        rows = max(updates - 1, 0) // interval
+    steps = start.weights if interval == 1 else start.buffers  # a scan restarts from momentum alone
+    like = (*start.weights, *start.masters, *steps)
+    return [x.new_zeros(rows, B, *x.shape[1:]) for x in like]
+
+
+def _segments(
+    q: Tensor, tokens: Tokens, offsets: Offsets | None, options: Options
+) -> list[_Segment]:
+    """In order, sequence by sequence."""
+    C, interval = options.chunk_size, options.checkpoint_interval
+    borders = offsets or Offsets([0, q.shape[1]], [0, tokens.k.shape[1]])
+    segments, num_kept = [], 0
+    for n, (first_key, stop_key) in enumerate(zip(borders.keys, borders.keys[1:])):
+        first_query, stop_query = borders.queries[n : n + 2]
+        ahead = stop_key - stop_query  # of a query's place in its row, its key's
+        updates = num_updates(stop_key - first_key, C, options.return_end)
+        length = interval if interval > 1 else max(updates, 1)
+        for begin in range(0, max(updates, 1), length):
+            stop = min(begin + length, updates)
+            is_last = stop == updates
+            keys = slice(first_key + begin * C, stop_key if is_last else first_key + stop * C)
+            first = max(keys.start - ahead, first_query)
+            queries = slice(first, max(keys.stop - ahead, first))
+            rows = updates if interval == 1 else int(not is_last)
+            kept, num_kept = range(num_kept, num_kept + rows), num_kept + rows
+            segments.append(
+                _Segment(
+                    rows=slice(None) if offsets is None else slice(n, n + 1),
+                    queries=queries,
+                    keys=keys,
+                    offset=first + ahead - keys.start,
+                    updates=stop - begin,
+                    kept=kept,
+                    is_first=begin == 0,
+                    is_last=is_last,
+                )
+            )
+    return segments
+
+
+def _scan(tokens: Tokens, state: FastWeights, count: int, options: Options) -> list[Update]:
+    """The updates of the first `count` chunks."""
+    updates = []
+    for c in range(count):
+        chunk = tokens.chunk(c, options.chunk_size)
+        steps = swiglu.gradients(*chunk[:5], *state.weights)
+        if state.buffers:
+            beta = _mean_momentum(chunk)
+            steps = tuple(g + beta * m for g, m in zip(steps, state.buffers))
+        sums = _add_steps(state, steps, options.muon)
+        weights = tuple(_renorm(x, norm) for x, norm in zip(sums, state.norms))
+        updates.append(Update(weights, state.masters and sums, steps))
+        state = updates[-1].after(state)
+    return updates
+
+
+def _reverse_scan(
+    dend: FastWeights,
+    dapply: list[Tensor],
+    tokens: Tokens,
+    state: FastWeights,
+    updates: list[Update],
+    options: Options,
+    dtokens: Tokens,
+) -> FastWeights:
+    """Gradients of the tokens into `dtokens`; that of `state`, before the first update, is returned.
+
+    `dapply` are the gradients that the weights, `[updates + 1, B, H, ...]`, get from their queries.
+    """
+    states = [state]
+    for update in updates[:-1]:
+        states.append(update.after(state))
     dweights, dnorms, dmasters, dbuffers = dend
-    for c in reversed(range(len(history))):
-        chunk, dchunk = tokens.chunk(c, chunk_size), dtokens.chunk(c, chunk_size)
-        state = history[c - 1].after(start) if c else start
-        steps = history[c].steps
+    for c in reversed(range(len(updates))):
+        chunk = tokens.chunk(c, options.chunk_size)
+        dchunk = dtokens.chunk(c, options.chunk_size)
+        state, steps = states[c], updates[c].steps
 
         # renorm and the sum before it
         dweights = tuple(dw + da[c + 1] for dw, da in zip(dweights, dapply))
-        sums = history[c].masters or _add_steps(state, steps, muon)
+        sums = updates[c].masters or _add_steps(state, steps, options.muon)
         dsums, dtargets = zip(*map(_renorm_bwd, dweights, sums, state.norms))
         dnorms = tuple(dn + dt for dn, dt in zip(dnorms, dtargets))
         if state.masters:
@@ -126,27 +240,35 @@ def block_causal_ttt_bwd(
             dweights = dsums
 
         # Muon and momentum
-        dsteps = tuple(map(newton_schulz_bwd, dsums, steps)) if muon else dsums
+        dsteps = tuple(map(newton_schulz_bwd, dsums, steps)) if options.muon else dsums
         if state.buffers:
             dsteps = tuple(d + db for d, db in zip(dsteps, dbuffers))
             dbuffers = tuple(_mean_momentum(chunk) * d for d in dsteps)
             dbeta = sum((d * m).sum(dim=(-2, -1)) for d, m in zip(dsteps, state.buffers))  # [B, H]
-            dchunk.momentum.copy_((dbeta / chunk_size)[:, None])
+            dchunk.momentum.copy_((dbeta / options.chunk_size)[:, None])
 
         dgradients = swiglu.gradients_bwd(*dsteps, *chunk[:5], *state.weights, out=dchunk[:5])
         dweights = tuple(dw + dg for dw, dg in zip(dweights, dgradients))
 
     dweights = tuple(dw + da[0] for dw, da in zip(dweights, dapply))
-    return dq, dtokens, FastWeights(dweights, dnorms, dmasters, dbuffers)
+    return FastWeights(dweights, dnorms, dmasters, dbuffers)
 
 
-def _offset(q: Tensor, tokens: Tokens) -> int:
-    return tokens.k.shape[1] - q.shape[1]
+def _read(history: list[Tensor], row: int, options: Options) -> Update:
+    """The update that this row of the history holds."""
+    x = [stack[row] for stack in history]
+    masters = 3 if options.prenorm else 0
+    return Update(tuple(x[:3]), tuple(x[3 : 3 + masters]), tuple(x[3 + masters :]))
 
 
-def _all_weights(start: FastWeights, history: list[Update]) -> Triple:
+def _concatenated(states: list[FastWeights]) -> FastWeights:
+    """The fast weights of several sequences as one, in order, copied."""
+    return FastWeights(*(tuple(map(torch.cat, zip(*triples))) for triples in zip(*states)))
+
+
+def _all_weights(start: FastWeights, updates: list[Update]) -> Triple:
     """The weights of every chunk, `[updates + 1, B, H, ...]`."""
-    return tuple(map(torch.stack, zip(start.weights, *(update.weights for update in history))))
+    return tuple(map(torch.stack, zip(start.weights, *(update.weights for update in updates))))
 
 
 def _add_steps(state: FastWeights, steps: Triple, muon: bool) -> Triple:

@@ -1,13 +1,25 @@
 """`block_causal_ttt`: test-time training of SwiGLU fast weights, chunk by chunk."""
 
+import itertools
+import operator
+
 import torch
 from torch import Tensor
 
-from lact_kernels.autograd.block_causal_ttt import block_causal_ttt_fwd, num_updates
+from lact_kernels.autograd.block_causal_ttt import block_causal_ttt_fwd
 from lact_kernels.ops import checks
-from lact_kernels.ops.ttt_state import TTTState, TTTTokens, describe_options, joined_tokens
+from lact_kernels.ops.ttt_state import (
+    StateOptions,
+    TTTState,
+    TTTTokens,
+    joined_tokens,
+    packed_tokens,
+)
+from lact_kernels.ops.ttt_types import FastWeights, num_updates
 
 __all__ = ["TTTState", "TTTTokens", "block_causal_ttt"]
+
+MAX_TRITON_DIM = 1024
 
 
 def block_causal_ttt(
@@ -28,6 +40,7 @@ def block_causal_ttt(
     cu_seqlens: Tensor | None = None,
     initial_state: TTTState | None = None,
     return_state: bool = False,
+    checkpoint_interval: int = 1,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, TTTState]:
     """A small network per head, `f(x) = w1 (silu(w0 x) * (w2 x))`, that learns from what it has read.
@@ -64,22 +77,32 @@ def block_causal_ttt(
         muon: orthogonalise each step by five Newton-Schulz iterations.
         prenorm: accumulate steps in un-normalised masters instead of the normalised weights.
         cu_seqlens: int32 `[N+1]`, the borders of N sequences laid end to end in one row (`B = 1`); the
-            fast weights start afresh in each. It starts at 0, does not descend and ends at T.
+            fast weights start afresh in each. It starts at 0, does not descend and ends at T. It is
+            read once, on the host.
         initial_state: go on where the call that returned this state stopped. Then the weights come
             from it, and w0, w1, w2 are only checked against it. It has one entry for each batch row
             or packed sequence.
         return_state: also return the state after the last token. Cutting a sequence anywhere, any
             number of times, and passing the state on gives the outputs of one call.
-        backend: `"eager"` (any device), or `"auto"`. There are no Triton kernels for this operation
-            yet: `"triton"` raises.
+        checkpoint_interval: keep the fast weights of every n-th chunk only for the backward, which
+            recomputes the others. Less memory, no other difference; it is no part of a state.
+        backend: `"triton"` (NVIDIA GPUs; float16, bfloat16 and float32; Dk, Dv and Dh up to 1024),
+            `"eager"` (any device), or `"auto"`: Triton where it can run, else eager. An explicit
+            choice raises when it cannot run.
 
     Returns:
         The outputs `[B, T, H, Dv]` in the dtype of q, and with `return_state` also the `TTTState`.
         Gradients flow to every floating-point argument, through every update, through
         `initial_state` and through the returned state; a state holds on to the graph that made it
         (`state.map(torch.Tensor.detach)` cuts it). Weights and updates are float32; matrix products
-        take the input dtype and accumulate in float32; Newton-Schulz runs in float32. Beside its
-        inputs, the backward keeps two (pre-norm: three) float32 copies of the weights per update.
+        take the input dtype and accumulate in float32. Newton-Schulz runs in float32; on the Triton
+        backend with half-precision inputs in float16 with float32 accumulation.
+
+        Beside the inputs, the eager backend keeps for each update two (pre-norm: three) float32
+        copies of the weights, and with a `checkpoint_interval` above 1, for each interval, one copy
+        each of the weights, the pre-norm masters and the momentum. The Triton backend keeps, for
+        each update, the weights in the dtype of the products and their float32 sums before renorm,
+        and with momentum or Muon the float32 steps.
 
     Raises:
         TypeError: an argument of the wrong type, or a tensor of the wrong dtype.
@@ -90,94 +113,97 @@ def block_causal_ttt(
     """
     checks.check_flag("return_state", return_state)
     _check_inputs(q, k, v, (w0, w1, w2), (lr0, lr1, lr2), momentum, cu_seqlens)
-    _check_options(chunk_size, muon, prenorm, backend)
+    _check_options(chunk_size, muon, prenorm, checkpoint_interval)
+    backend = checks.choose_backend(backend, q, _triton_obstacle(q, v, w0))
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     weights = tuple(w.expand(N, *w.shape[-3:]) for w in (w0, w1, w2))
     if initial_state is not None:
         _check_state(initial_state, k, v, weights, chunk_size, muon, prenorm, momentum)
-    state = initial_state or _initial_state(weights, chunk_size, muon, prenorm, momentum)
+    options = (chunk_size, muon, q.dtype)
+    state = initial_state or _initial_state(weights, prenorm, momentum, options)
     tokens = (k, v, lr0, lr1, lr2, momentum)
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.cpu()  # read once: from here on nothing waits for the device
+    how = (checkpoint_interval, backend)
     if initial_state is None and not return_state:
-        return _run(q, tokens, state, cu_seqlens)[0]
+        return _run(q, tokens, state, cu_seqlens, cu_seqlens, False, how)[0]
     if initial_state is None:
         state = state.map(torch.clone)  # its own memory: an optimizer changes w0, w1, w2 in place
-    o, state = _continue(q, tokens, state, cu_seqlens, return_state)
+    o, state = _continue(q, tokens, state, cu_seqlens, return_state, how)
     return (o, state) if return_state else o
 
 
-def _initial_state(weights, chunk_size, muon, prenorm, momentum) -> TTTState:
+def _initial_state(weights, prenorm, momentum, options) -> TTTState:
     norms = tuple(torch.linalg.vector_norm(w, dim=-1) for w in weights)
     buffers = () if momentum is None else tuple(w.new_zeros(()).expand(w.shape) for w in weights)
-    return TTTState(weights, norms, weights if prenorm else (), buffers, (), chunk_size, muon)
+    return TTTState(weights, norms, weights if prenorm else (), buffers, (), *options)
 
 
-def _run(q, tokens, state: TTTState, cu_seqlens=None, return_end: bool = False):
-    """The registered op: outputs, and with `return_end` the state after the last full chunk."""
-    fast_weights = [x for triple in state[:4] for x in triple]
-    o, end, _ = block_causal_ttt_fwd(
-        q,
-        *tokens,
-        fast_weights,
-        cu_seqlens,
-        state.chunk_size,
-        state.muon,
-        len(state.masters) > 0,
-        return_end,
-    )
+def _run(q, tokens, state: TTTState, cu_seqlens_q, cu_seqlens_k, return_end: bool, how):
+    """The registered op: outputs, and with `return_end` the state after the last full chunks.
+
+    `how` is what a call chooses for itself alone: checkpoint interval and backend.
+    """
+    prenorm = len(state.masters) > 0
+    start = FastWeights(*state[:4]).to_list()
+    options = (state.chunk_size, state.muon, prenorm, return_end, *how)
+    o, end, _ = block_causal_ttt_fwd(q, *tokens, start, cu_seqlens_q, cu_seqlens_k, *options)
     if return_end:
-        end = iter(end)
-        state = TTTState(
-            *(tuple(next(end) for _ in triple) for triple in state[:4]), (), *state[5:]
-        )
+        state = TTTState(*FastWeights.from_list(end, prenorm), (), *state[5:])
     return o, state
 
 
-def _continue(q, tokens, state: TTTState, cu_seqlens, return_state: bool):
+def _continue(q, tokens, state: TTTState, cu_seqlens, return_state: bool, how):
     """Outputs, and the state after these tokens.
 
-    Sequences none of which fills a chunk only apply their weights, together. Those that stand at
-    the same place of their chunk are scanned together. All others are taken one by one.
+    Sequences none of which fills a chunk only apply their weights. Rows that stand at the same place
+    of their chunks are scanned as they are; all others as one packed row, side by side.
     """
     B, T = q.shape[:2]
-    offsets = None if cu_seqlens is None else checks.packed_offsets(cu_seqlens, T)
-    spans = [(0, T)] * B if offsets is None else list(zip(offsets, offsets[1:]))
-    lengths = tuple(stop - start for start, stop in spans)
-    pending = state.pending_lengths
     C = state.chunk_size
-    if not any(num_updates(p + t, C, return_state) for p, t in zip(pending, lengths)):
-        o, _ = _run(q, tokens, state, cu_seqlens)
-        return o, state.append(_as_tokens(tokens, spans, lengths, cu_seqlens))
+    packed = cu_seqlens is not None
+    lengths = (T,) * B
+    if packed:
+        offsets = checks.packed_offsets(cu_seqlens, T)
+        lengths = tuple(stop - start for start, stop in zip(offsets, offsets[1:]))
+    totals = tuple(map(operator.add, state.pending_lengths, lengths))
 
-    if cu_seqlens is None and len(set(pending)) == 1:
-        joined = joined_tokens(state, TTTTokens(*tokens, lengths))
-        o, end = _run(q, joined, state, return_end=return_state)
-        if not return_state:
-            return o, None
-        left = (pending[0] + T) % C
+    if not any(num_updates(total, C, return_state) for total in totals):
+        o, _ = _run(q, tokens, state, cu_seqlens, cu_seqlens, False, how)
+        new = TTTTokens.padded(_split(tokens, lengths)) if packed else TTTTokens(*tokens, lengths)
+        return o, state.append(new) if return_state else None
+
+    if not packed and len(set(totals)) == 1:
+        joined = joined_tokens(state, tokens) if state.pending else tokens
+        o, end = _run(q, joined, state, None, None, return_state, how)
+        left = totals[0] % C
         rest = (None if x is None else x[:, x.shape[1] - left :] for x in joined)
-        return o, end.append(TTTTokens(*rest, (left,) * B))
+        return o, end.append(TTTTokens(*rest, (left,) * B)) if return_state else None
 
-    outputs, states = [], []
-    for n, (start, stop) in enumerate(spans):
-        at = (slice(n, n + 1),) if cu_seqlens is None else (slice(None), slice(start, stop))
-        row = tuple(None if x is None else x[at] for x in tokens)
-        o, end = _continue(q[at], row, state.entry(n), None, return_state)
-        outputs.append(o)
-        states.append(end)
-    o = torch.cat(outputs, dim=0 if cu_seqlens is None else 1)
-    return o, TTTState.stack(states) if return_state else None
+    if not packed:
+        q, *tokens = (None if x is None else x.flatten(0, 1)[None] for x in (q, *tokens))
+        cu_seqlens = _borders(lengths)
+    joined = packed_tokens(state, _split(tokens, lengths)) if state.pending else tokens
+    cu_seqlens_k = _borders(totals)
+    o, end = _run(q, joined, state, cu_seqlens, cu_seqlens_k, return_state, how)
+    o = o.view(B, T, *o.shape[2:])
+    if not return_state:
+        return o, None
+    rest = [
+        None if column is None else [x[len(x) // C * C :] for x in column]
+        for column in _split(joined, totals)
+    ]
+    return o, end.append(TTTTokens.padded(rest))
 
 
-def _as_tokens(tokens, spans, lengths, cu_seqlens) -> TTTTokens:
-    """The tokens of a call as one piece of a state: a packed row is cut up and padded."""
-    if cu_seqlens is not None:
-        tokens = (
-            None
-            if x is None
-            else torch.nn.utils.rnn.pad_sequence([x[0, a:b] for a, b in spans], True)
-            for x in tokens
-        )
-    return TTTTokens(*tokens, lengths)
+def _split(tokens, lengths):
+    """The tokens of a packed row, sequence by sequence."""
+    return [None if x is None else x[0].split(lengths) for x in tokens]
+
+
+def _borders(lengths) -> Tensor:
+    """The `cu_seqlens` of sequences of these lengths."""
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
 def _check_inputs(q, k, v, weights, lrs, momentum, cu_seqlens) -> None:
@@ -208,30 +234,35 @@ def _check_inputs(q, k, v, weights, lrs, momentum, cu_seqlens) -> None:
             checks.check_tensor(name, x, (B, T, H), "[B, T, H]", wide, q.device)
 
 
-def _check_options(chunk_size, muon, prenorm, backend) -> None:
+def _check_options(chunk_size, muon, prenorm, checkpoint_interval) -> None:
     checks.check_positive_int("chunk_size", chunk_size)
     checks.check_flag("muon", muon)
     checks.check_flag("prenorm", prenorm)
-    checks.check_backend(backend)
-    if backend == "triton":
-        raise ValueError(
-            "backend='triton' cannot run: block_causal_ttt has no Triton kernels; use 'eager' or 'auto'"
-        )
+    checks.check_positive_int("checkpoint_interval", checkpoint_interval)
+
+
+def _triton_obstacle(q, v, w0) -> str | None:
+    for name, size in (("Dk", q.shape[-1]), ("Dv", v.shape[-1]), ("Dh", w0.shape[-2])):
+        if size > MAX_TRITON_DIM:
+            return f"Dk, Dv and Dh go up to {MAX_TRITON_DIM}, got {name} = {size} (choose a smaller one)"
+    return None
 
 
 def _check_state(state, k, v, weights, chunk_size, muon, prenorm, momentum) -> None:
     if not isinstance(state, TTTState):
         raise TypeError(f"initial_state must be a TTTState, got {type(state).__name__}")
-    options = describe_options(chunk_size, muon, prenorm, momentum is not None)
+    options = StateOptions(chunk_size, muon, prenorm, momentum is not None)
     if state.options != options:
         raise ValueError(f"initial_state was made with {state.options}; this call has {options}")
     for i, (ours, w) in enumerate(zip(state.weights, weights)):
-        layout = "[N, H, rows, columns] of the call"
+        layout = f"[N, H, {('Dh, Dk', 'Dv, Dh', 'Dh, Dk')[i]}] of this call"
         checks.check_tensor(f"initial_state.weights[{i}]", ours, w.shape, layout, w.dtype, w.device)
     for name, i, x in (("k", 0, k), ("v", 1, v)):
         for piece in state.pending[:1]:
             shape = (len(weights[0]), piece[i].shape[1], *x.shape[2:])
-            layout = "[N, pending, H, D] of the call"
+            layout = "[N, pending, H, D] of this call"
             checks.check_tensor(
                 f"initial_state.pending.{name}", piece[i], shape, layout, x.dtype, x.device
             )
+    if state.dtype != k.dtype:
+        raise TypeError(f"initial_state was made of {state.dtype} tokens; this call has {k.dtype}")

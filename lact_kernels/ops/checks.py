@@ -13,6 +13,7 @@ from torch import Tensor
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # found, not imported
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def check_floating(name: str, x: Tensor, *layouts: str) -> None:
@@ -100,9 +101,22 @@ def packed_offsets(cu_seqlens: Tensor, T: int) -> list[int]:
     return offsets
 
 
-def check_backend(backend: str) -> None:
+def choose_backend(backend: str, q: Tensor, obstacle: str | None) -> str:
+    """The backend that runs: Triton for "auto" where it can, and for "triton", or the obstacle is raised.
+
+    `obstacle` is what keeps the operation's own kernels from this call, if anything does.
+    """
     if backend not in ("auto", "triton", "eager"):
         raise ValueError(f"backend must be 'auto', 'triton' or 'eager', got {backend!r}")
+    if not triton_runs_on(q):
+        obstacle = f"it needs Triton and a CUDA tensor, and q is on {q.device}"
+    elif q.dtype not in TRITON_DTYPES:
+        obstacle = f"it has no kernels for {q.dtype}"
+    if backend == "auto":
+        return "triton" if obstacle is None and q.is_cuda else "eager"
+    if backend == "triton" and obstacle is not None:
+        raise ValueError(f"backend='triton' cannot run: {obstacle}; use backend='eager' or 'auto'")
+    return backend
 
 
 def triton_runs_on(x: Tensor) -> bool:

@@ -1,13 +1,15 @@
 """`TTTState`: what `block_causal_ttt` needs to go on where an earlier call stopped."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-Triple = tuple[Tensor, Tensor, Tensor]
+from lact_kernels.ops.ttt_types import Triple
+
+# The tokens of several sequences: for each field of `TTTTokens` (None: no momentum), one tensor each.
+Sequences = list[Sequence[Tensor] | None]
 
 
 class TTTTokens(NamedTuple):
@@ -24,6 +26,20 @@ class TTTTokens(NamedTuple):
     momentum: Tensor | None
     lengths: tuple[int, ...]
 
+    @classmethod
+    def padded(cls, sequences: Sequences) -> "TTTTokens":
+        """Of sequences of any lengths."""
+        lengths = tuple(x.shape[0] for x in sequences[0])
+        tensors = (None if x is None else _padded(x) for x in sequences)
+        return cls(*tensors, lengths)
+
+    def sequences(self) -> Sequences:
+        """Without the padding."""
+        return [
+            None if x is None else [row[:length] for row, length in zip(x, self.lengths)]
+            for x in self.tensors
+        ]
+
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self[:-1]
@@ -36,6 +52,22 @@ class TTTTokens(NamedTuple):
         return any(length != self.k.shape[1] for length in self.lengths)
 
 
+class StateOptions(NamedTuple):
+    """The options that all calls of one sequence share."""
+
+    chunk_size: int
+    muon: bool
+    prenorm: bool
+    momentum: bool
+
+    def __str__(self) -> str:
+        given = "given" if self.momentum else "not given"
+        return (
+            f"chunk_size={self.chunk_size}, muon={self.muon}, prenorm={self.prenorm},"
+            f" momentum {given}"
+        )
+
+
 class TTTState(NamedTuple):
     """Fast weights in the middle of N sequences. A plain tuple of tensors, never changed in place.
 
@@ -46,16 +78,17 @@ class TTTState(NamedTuple):
         buffers: momentum, where the calls are given any, else empty.
         pending: the tokens since the last update, in order, in pieces. Short pieces are merged as
             more arrive, so that a token is copied at most log2(chunk_size) times while it waits.
-        chunk_size, muon: options that every call of one sequence shares.
+        chunk_size, muon, dtype: options that every call of one sequence shares, and the tokens' dtype.
     """
 
     weights: Triple
     norms: Triple
-    masters: tuple[Tensor, ...]
-    buffers: tuple[Tensor, ...]
+    masters: Triple
+    buffers: Triple
     pending: tuple[TTTTokens, ...]
     chunk_size: int
     muon: bool
+    dtype: torch.dtype
 
     @property
     def num_sequences(self) -> int:
@@ -75,13 +108,13 @@ class TTTState(NamedTuple):
         pieces = list(self.pending)
         while pieces and _can_merge(pieces[-1], tokens):
             tokens = _concatenate(pieces.pop(), tokens)
-        return TTTState(*self[:4], (*pieces, tokens), self.chunk_size, self.muon)
+        return TTTState(*self[:4], (*pieces, tokens), *self[5:])
 
     def entry(self, n: int) -> "TTTState":
         """The state of sequence n alone (N = 1)."""
         fields = [tuple(x[n : n + 1] for x in triple) for triple in self[:4]]
         pending = (_entry_tokens(piece, n) for piece in self.pending if piece.lengths[n])
-        return TTTState(*fields, tuple(pending), self.chunk_size, self.muon)
+        return TTTState(*fields, tuple(pending), *self[5:])
 
     @staticmethod
     def stack(states: list["TTTState"]) -> "TTTState":
@@ -92,32 +125,43 @@ class TTTState(NamedTuple):
                 raise ValueError(f"cannot stack states of ({first.options}) and ({other.options})")
         fields = [tuple(map(torch.cat, zip(*triples))) for triples in zip(*(s[:4] for s in states))]
         pending = _stack_tokens([s.entry(n) for s in states for n in range(s.num_sequences)])
-        return TTTState(*fields, pending, first.chunk_size, first.muon)
+        return TTTState(*fields, pending, *first[5:])
 
     @property
-    def options(self) -> str:
-        """The options of the calls that made this state, in words."""
-        has = (len(self.masters) > 0, len(self.buffers) > 0)
-        return describe_options(self.chunk_size, self.muon, *has)
+    def options(self) -> "StateOptions":
+        """The options of the calls that made this state."""
+        return StateOptions(
+            self.chunk_size, self.muon, len(self.masters) > 0, len(self.buffers) > 0
+        )
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "TTTState":
         """The state with `fn` applied to every tensor: `state.map(torch.Tensor.detach)`."""
         fields = [tuple(map(fn, triple)) for triple in self[:4]]
         pending = tuple(piece.map(fn) for piece in self.pending)
-        return TTTState(*fields, pending, self.chunk_size, self.muon)
+        return TTTState(*fields, pending, *self[5:])
 
 
-def describe_options(chunk_size: int, muon: bool, prenorm: bool, momentum: bool) -> str:
-    """The options that all calls of one sequence share, in words."""
-    given = "given" if momentum else "not given"
-    return f"chunk_size={chunk_size}, muon={muon}, prenorm={prenorm}, momentum {given}"
-
-
-def joined_tokens(state: TTTState, tokens: TTTTokens) -> list[Tensor | None]:
-    """The pending and the new tokens, end to end, of entries that have equally many."""
-    pieces = [*state.pending, tokens]
-    columns = zip(*(piece.tensors for piece in pieces))
+def joined_tokens(state: TTTState, tokens: list[Tensor | None]) -> list[Tensor | None]:
+    """The pending and the new tokens of entries that have equally many, `[N, t, ...]`."""
+    columns = zip(*(piece.tensors for piece in state.pending), tokens)
     return [None if column[0] is None else torch.cat(column, dim=1) for column in columns]
+
+
+def packed_tokens(state: TTTState, sequences: Sequences) -> list[Tensor | None]:
+    """The pending and the new tokens of each sequence, all end to end in one row, `[1, t, ...]`."""
+    columns = zip(*(piece.sequences() for piece in state.pending), sequences)
+    return [
+        None if column[0] is None else torch.cat([x for parts in zip(*column) for x in parts])[None]
+        for column in columns
+    ]
+
+
+def _padded(sequences: Sequence[Tensor]) -> Tensor:
+    """`[N, longest, ...]`. The backward of torch's `pad_sequence` copies all of it for each sequence."""
+    longest = max(x.shape[0] for x in sequences)
+    zeros = sequences[0].new_zeros(longest, *sequences[0].shape[1:])
+    parts = [part for x in sequences for part in (x, zeros[: longest - x.shape[0]])]
+    return torch.cat(parts).unflatten(0, (len(sequences), longest))
 
 
 def _can_merge(last: TTTTokens, tokens: TTTTokens) -> bool:
@@ -155,5 +199,5 @@ def _stack_tokens(entries: list[TTTState]) -> tuple[TTTTokens, ...]:
             else like.new_empty(0, *like.shape[2:])
             for entry in entries
         ]
-        columns.append(pad_sequence(rows, batch_first=True))
+        columns.append(_padded(rows))
     return (TTTTokens(*columns, lengths),)

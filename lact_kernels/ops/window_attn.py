@@ -1,13 +1,11 @@
 """`window_attn`: causal attention in a sliding window."""
 
-import torch
 from torch import Tensor
 
 from lact_kernels.autograd.window_attn import window_attn_fwd
 from lact_kernels.ops import checks
 
 MAX_TRITON_HEAD_DIM = 256
-TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def window_attn(
@@ -65,7 +63,7 @@ def window_attn(
     """
     _check(q, k, v, window_size, softmax_scale, cu_seqlens, return_lse)
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    backend = _choose_backend(backend, q, v, cu_seqlens)
+    backend = checks.choose_backend(backend, q, _triton_obstacle(q, v, cu_seqlens))
     o, lse = window_attn_fwd(q, k, v, window_size, scale, cu_seqlens, backend)
     return (o, lse) if return_lse else o
 
@@ -95,24 +93,8 @@ def _check(q, k, v, window_size, softmax_scale, cu_seqlens, return_lse) -> None:
             raise ValueError(f"cu_seqlens needs as many queries as keys, got {Tq} and {Tk}")
 
 
-def _choose_backend(backend: str, q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> str:
-    checks.check_backend(backend)
-    if backend == "eager":
-        return backend
-    obstacle = _triton_obstacle(q, v, cu_seqlens)
-    if backend == "auto":
-        return "triton" if obstacle is None and q.is_cuda else "eager"
-    if obstacle is not None:
-        raise ValueError(f"backend='triton' cannot run: {obstacle}; use backend='eager' or 'auto'")
-    return backend
-
-
 def _triton_obstacle(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> str | None:
     head_dim = max(q.shape[-1], v.shape[-1])
-    if not checks.triton_runs_on(q):
-        return f"it needs Triton and a CUDA tensor, and q is on {q.device}"
-    if q.dtype not in TRITON_DTYPES:
-        return f"it has no kernels for {q.dtype}"
     if head_dim > MAX_TRITON_HEAD_DIM:
         return f"head dimensions go up to {MAX_TRITON_HEAD_DIM}, got {head_dim}"
     if cu_seqlens is not None:

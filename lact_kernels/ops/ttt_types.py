@@ -1,0 +1,77 @@
+"""What travels between the layers of `block_causal_ttt`. It needs torch alone, and every layer reads it."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Triple = tuple[Tensor, ...]  # one tensor for each of w0, w1, w2; empty where an option is off
+
+
+class FastWeights(NamedTuple):
+    """The fast weights between two chunks, and what their next update needs, `[B, H, ...]`."""
+
+    weights: Triple
+    norms: Triple  # target norms of the rows, [B, H, rows]
+    masters: Triple  # weights before renorm: pre-norm only
+    buffers: Triple  # momentum, where there is any
+
+    @classmethod
+    def from_list(cls, x: list[Tensor], prenorm: bool) -> "FastWeights":
+        """Of three tensors for each field that is not empty."""
+        masters, buffers = (x[6:9], x[9:]) if prenorm else ((), x[6:])
+        return cls(tuple(x[:3]), tuple(x[3:6]), tuple(masters), tuple(buffers))
+
+    def at(self, rows: slice) -> "FastWeights":
+        return FastWeights(*(tuple(x[rows] for x in triple) for triple in self))
+
+    def to_list(self) -> list[Tensor]:
+        return [x for triple in self for x in triple]
+
+
+class Tokens(NamedTuple):
+    """What an update reads: k `[B, T, H, Dk]`, v `[B, T, H, Dv]`, the rates and momentum `[B, T, H]`."""
+
+    k: Tensor
+    v: Tensor
+    lr0: Tensor
+    lr1: Tensor
+    lr2: Tensor
+    momentum: Tensor | None
+
+    def at(self, tokens: slice) -> "Tokens":
+        return Tokens(*(None if x is None else x[:, tokens] for x in self))
+
+    def chunk(self, c: int, chunk_size: int) -> "Tokens":
+        return self.at(slice(c * chunk_size, (c + 1) * chunk_size))
+
+
+class Offsets(NamedTuple):
+    """Borders of packed sequences in the one row of queries, and of keys, `B = 1`.
+
+    Sequence n has the queries `queries[n]:queries[n+1]` and the keys `keys[n]:keys[n+1]`; its
+    queries are those of its last tokens.
+    """
+
+    queries: list[int]
+    keys: list[int]
+
+
+class Options(NamedTuple):
+    """How one call computes."""
+
+    chunk_size: int
+    muon: bool
+    prenorm: bool
+    return_end: bool
+    checkpoint_interval: int
+
+
+def num_updates(Tk: int, chunk_size: int, return_end: bool) -> int:
+    """All full chunks, or without an end: the last chunk's update would change no output."""
+    return Tk // chunk_size if return_end else max(Tk - 1, 0) // chunk_size
+
+
+def phase(name: str) -> torch.profiler.record_function:
+    """A context that marks a phase of the computation in profiles."""
+    return torch.profiler.record_function(f"block_causal_ttt {name}")
