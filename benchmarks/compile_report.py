@@ -33,6 +33,11 @@ import torch
 KERNEL_MODULES = (
     "lact_kernels.triton.window_attn_fwd",
     "lact_kernels.triton.window_attn_bwd",
+    "lact_kernels.triton.ttt_activations",
+    "lact_kernels.triton.ttt_products",
+    "lact_kernels.triton.ttt_update",
+    "lact_kernels.triton.ttt_update_bwd",
+    "lact_kernels.triton.newton_schulz",
 )
 
 
@@ -70,14 +75,8 @@ class CompileRow:
     kernel: str
     arch: int
     dtype: str
-    head_dim_qk: int
-    head_dim_v: int
-    window: str
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    split: bool
+    shape: str  # the compile-time sizes
+    config: dict
     registers: int
     spilled_bytes: int
     shared_bytes: int
@@ -88,7 +87,7 @@ class CompileRow:
 
     @property
     def warps_per_multiprocessor(self) -> int:
-        return self.programs_per_multiprocessor * self.num_warps
+        return self.programs_per_multiprocessor * self.config["num_warps"]
 
 
 def compile_reports(
@@ -127,10 +126,8 @@ def compile_case(case) -> CompileRow:
         kernel=case.name,
         arch=case.arch,
         dtype=str(case.dtype).removeprefix("torch."),
-        head_dim_qk=case.head_dim_qk,
-        head_dim_v=case.head_dim_v,
-        window=case.window,
-        **dataclasses.asdict(case.config),
+        shape=case.shape,
+        config=dataclasses.asdict(case.config),
         registers=registers,
         spilled_bytes=spilled,
         shared_bytes=shared,
@@ -158,7 +155,7 @@ def _signature(case) -> tuple[dict[str, str], dict]:
         if name in case.pointers:
             signature[name] = _POINTER_TYPES[case.pointers[name]]
         else:
-            signature[name] = "fp32" if "scale" in name else "i32"
+            signature[name] = "fp32" if name.endswith(("scale", "factor")) else "i32"
         if signature[name] != "fp32" and not parameter.do_not_specialize:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return signature, attributes
@@ -203,7 +200,7 @@ def _programs_per_multiprocessor(
 
 
 _COLUMNS = (
-    f"{'kernel':<20} {'arch':>4} {'dtype':>8} {'D/Dv':>8} {'window':>6} {'M x N':>8} {'warps':>5}"
+    f"{'kernel':<31} {'arch':>4} {'dtype':>8} {'shape':>15} {'tile':>11} {'warps':>5}"
     f" {'stages':>6} {'regs':>4} {'spills':>6} {'shared KiB':>13} {'CTA/SM':>6} {'warps/SM':>8}"
     f" {'s':>5}  matrix instructions"
 )
@@ -212,10 +209,14 @@ _COLUMNS = (
 def _line(row: CompileRow) -> str:
     matrix = ", ".join(f"{n} {name}" for name, n in row.matrix_instructions.items()) or "none"
     shared = f"{row.shared_bytes / KIB:.1f}/{row.shared_limit // KIB}"
+    config = row.config
+    tile = "x".join(
+        str(config[name]) for name in ("block_m", "block_n", "block_k") if name in config
+    )
     return (
-        f"{row.kernel:<20} {row.arch:>4} {row.dtype:>8} {f'{row.head_dim_qk}/{row.head_dim_v}':>8}"
-        f" {row.window:>6} {f'{row.block_m}x{row.block_n}':>8} {row.num_warps:>5}"
-        f" {row.num_stages:>6} {row.registers:>4} {row.spilled_bytes:>6} {shared:>13}"
+        f"{row.kernel:<31} {row.arch:>4} {row.dtype:>8} {row.shape:>15} {tile:>11}"
+        f" {config['num_warps']:>5} {config['num_stages']:>6} {row.registers:>4}"
+        f" {row.spilled_bytes:>6} {shared:>13}"
         f" {row.programs_per_multiprocessor:>6} {row.warps_per_multiprocessor:>8}"
         f" {row.seconds:>5.1f}  {matrix}"
     )

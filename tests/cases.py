@@ -1,13 +1,27 @@
 """Inputs and gradients shared by the tests of one operation's backends."""
 
+import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import reference
+from lact_kernels import TTTState
 from tests.tolerance import assert_close_to_float64
+
+
+@contextlib.contextmanager
+def filled_with_nan():
+    """Memory that a kernel forgets to write shows up as NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +126,11 @@ class TTTCase:
     def __str__(self) -> str:
         return self.reason.replace(" ", "-")
 
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Where each packed sequence begins and stops."""
+        return list(zip(self.cu_seqlens, self.cu_seqlens[1:]))
+
     def inputs(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
         """All tensors with gradients: weights whose steps change them visibly, rates around 0.05."""
         B, T, H, Dk, Dv, Dh = self.B, self.T, self.H, self.Dk, self.Dv, self.Dh
@@ -138,6 +157,45 @@ class TTTCase:
         if self.cu_seqlens is not None:
             options["cu_seqlens"] = torch.tensor(self.cu_seqlens, dtype=torch.int32, device=device)
         return options
+
+
+TTT_OPTIONS = [
+    TTTCase(
+        " ".join(name for name, on in zip(("momentum", "muon", "prenorm"), flags) if on) or "plain",
+        momentum=flags[0],
+        muon=flags[1],
+        prenorm=flags[2],
+    )
+    for flags in itertools.product((False, True), repeat=3)
+]
+PACKED = (0, 0, 3, 7, 7, 16, 24)  # nothing, less than a chunk, one chunk, more than two, two
+TTT_SHAPES = [
+    TTTCase("one token", T=1),
+    TTTCase("one chunk", T=4),
+    TTTCase("chunk minus one", T=3),
+    TTTCase("chunk plus one", T=5),
+    TTTCase("whole chunks", T=12),
+    TTTCase("chunks of one token", T=5, chunk_size=1, momentum=True),
+    TTTCase("chunk beyond T", T=5, chunk_size=100),
+    TTTCase("no tokens", T=0),
+    TTTCase("no batch", B=0),
+    TTTCase("weights for each row", batched_weights=True, momentum=True, prenorm=True),
+    TTTCase("wide hidden layer", Dk=8, Dv=3, Dh=20, T=9, muon=True),
+    TTTCase("narrow hidden layer", Dk=9, Dv=12, Dh=2, T=9, muon=True),
+    TTTCase("packed", B=1, T=24, cu_seqlens=PACKED, momentum=True, muon=True),
+    TTTCase("packed prenorm", B=1, T=24, cu_seqlens=PACKED, prenorm=True, batched_weights=True),
+    TTTCase("packed with nothing", B=1, T=0, cu_seqlens=(0, 0)),
+    TTTCase("larger", B=2, T=300, chunk_size=96, H=3, Dk=32, Dv=24, Dh=40, momentum=True),
+]
+
+
+def tensors_of(result: Tensor | tuple[Tensor, TTTState]) -> list[Tensor]:
+    """All that `block_causal_ttt` returned: the outputs, and where there is one, the state's tensors."""
+    if isinstance(result, Tensor):
+        return [result]
+    o, state = result
+    pending = [x for piece in state.pending for x in piece.tensors if x is not None]
+    return [o, *(x for triple in state[:4] for x in triple), *pending]
 
 
 def check_block_causal_ttt(

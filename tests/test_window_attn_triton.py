@@ -4,8 +4,6 @@ Without a GPU they run in Triton's interpreter, with blocks of 16 so that a few 
 straddle every edge. The tests marked `gpu` run the same cases with the blocks of the table.
 """
 
-import contextlib
-
 import pytest
 import torch
 import triton
@@ -17,7 +15,7 @@ from lact_kernels.triton.window_attn_bwd import window_attn_bwd
 from lact_kernels.triton.window_attn_fwd import window_attn_fwd
 from reference.window_attn import window_attn
 from tests.bfloat16_interpreter import bfloat16_products
-from tests.cases import assert_cancelled
+from tests.cases import assert_cancelled, filled_with_nan
 from tests.tolerance import assert_close_to_float64
 
 SMALL = KernelConfig(block_m=16, block_n=16, num_warps=4, num_stages=1)
@@ -57,17 +55,6 @@ def make_inputs(B, Tq, Tk, Hq, Hkv, D, Dv, dtype):
     do = torch.randn(B, Tq, Hq, Dv, device=DEVICE, dtype=dtype)
     dlse = torch.randn(B, Hq, Tq, device=DEVICE)
     return q, k, v, do, dlse
-
-
-@contextlib.contextmanager
-def filled_with_nan():
-    """Memory that a kernel forgets to write shows up as NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 def run_kernels(q, k, v, do, dlse, window_size, scale, config):

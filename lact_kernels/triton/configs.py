@@ -33,21 +33,31 @@ class KernelConfig:
 
 
 @dataclass(frozen=True)
+class TTTConfig:
+    """A row of the fast-weight kernels: tiles of `block_m` by `block_n`, `block_k` summed at a time."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class CompileCase:
     """One shipped specialisation of one kernel, as a report needs it to compile it without a GPU.
 
     `pointers` gives the element dtype of each pointer argument, `constexprs` the compile-time
-    arguments. Arguments in neither are 32-bit integers, or float32 where the name says `scale`.
+    arguments. Arguments in neither are 32-bit integers, or float32 where the name ends in `scale` or
+    `factor`.
     """
 
     name: str
     kernel: Any
     arch: int
     dtype: torch.dtype
-    head_dim_qk: int
-    head_dim_v: int
-    window: str
-    config: KernelConfig
+    shape: str
+    config: KernelConfig | TTTConfig
     pointers: dict[str, torch.dtype] = field(repr=False)
     constexprs: dict[str, Any] = field(repr=False)
 
@@ -133,12 +143,66 @@ def kernel_config(
     ]
 
 
+_TTT_PASSES = (
+    "ttt_hidden",
+    "ttt_hidden_grad",
+    "ttt_hidden_bwd",
+    "ttt_outer",
+    "ttt_project",
+    "newton_schulz_symmetric",
+    "newton_schulz_multiply",
+)
+# block_m, block_n, block_k, warps, stages, by pass, architecture and width of the input dtype. The fast
+# weights' sizes do not decide it: their matrices are cut into tiles like any other.
+_TTT_TABLE: dict[tuple[str, int, int], TTTConfig] = {
+    ("ttt_hidden", 80, 16): TTTConfig(128, 64, 64, 8, 3),
+    ("ttt_hidden", 90, 16): TTTConfig(128, 128, 64, 8, 3),
+    ("ttt_hidden", 100, 16): TTTConfig(128, 128, 64, 8, 3),
+    ("ttt_hidden_grad", 80, 16): TTTConfig(128, 64, 32, 8, 3),
+    ("ttt_hidden_grad", 90, 16): TTTConfig(128, 64, 64, 8, 3),
+    ("ttt_hidden_grad", 100, 16): TTTConfig(128, 64, 64, 8, 3),
+    ("ttt_hidden_bwd", 80, 16): TTTConfig(64, 32, 32, 8, 3),
+    ("ttt_hidden_bwd", 90, 16): TTTConfig(128, 32, 64, 8, 3),
+    ("ttt_hidden_bwd", 100, 16): TTTConfig(128, 32, 64, 8, 3),
+    ("ttt_outer", 80, 16): TTTConfig(128, 128, 32, 8, 3),
+    ("ttt_outer", 90, 16): TTTConfig(128, 128, 64, 8, 3),
+    ("ttt_outer", 100, 16): TTTConfig(128, 128, 64, 8, 3),
+    ("ttt_project", 80, 16): TTTConfig(128, 128, 32, 8, 3),
+    ("ttt_project", 90, 16): TTTConfig(128, 128, 64, 8, 3),
+    ("ttt_project", 100, 16): TTTConfig(128, 128, 64, 8, 3),
+    ("newton_schulz_symmetric", 80, 16): TTTConfig(128, 128, 32, 8, 3),
+    ("newton_schulz_symmetric", 90, 16): TTTConfig(128, 128, 64, 8, 3),
+    ("newton_schulz_symmetric", 100, 16): TTTConfig(128, 128, 64, 8, 3),
+    ("newton_schulz_multiply", 80, 16): TTTConfig(128, 128, 32, 8, 3),
+    ("newton_schulz_multiply", 90, 16): TTTConfig(128, 128, 64, 8, 3),
+    ("newton_schulz_multiply", 100, 16): TTTConfig(128, 128, 64, 8, 3),
+    **{
+        (name, arch, 32): TTTConfig(32, 32, 32, 4, 2)
+        for name in _TTT_PASSES
+        for arch in ARCHITECTURES
+    },
+}
+
+
+def ttt_config(name: str, dtype: torch.dtype, capability: tuple[int, int] | None) -> TTTConfig:
+    """The row of pass `name` of the fast-weight kernels for this dtype and compute capability."""
+    return _TTT_TABLE[name, _architecture(capability), 8 * dtype.itemsize]
+
+
 def shipped_configs(name: str, arch: int) -> Iterator[tuple[int, int, KernelConfig]]:
     """Every row of pass `name` on one architecture: (dtype width in bits, head dim, config)."""
     for (row_name, row_arch, width), row in _TABLE.items():
         if (row_name, row_arch) == (name, arch):
             for head_dim, config in row.items():
                 yield width, head_dim, config
+
+
+def shipped_ttt_configs(name: str, arch: int) -> Iterator[tuple[torch.dtype, TTTConfig]]:
+    """Every row of pass `name` of the fast-weight kernels on one architecture, with a dtype of its width."""
+    half = torch.float16 if name.startswith("newton_schulz") else torch.bfloat16
+    for (row_name, row_arch, width), config in _TTT_TABLE.items():
+        if (row_name, row_arch) == (name, arch):
+            yield half if width == 16 else torch.float32, config
 
 
 def capability_of(device: torch.device) -> tuple[int, int] | None:

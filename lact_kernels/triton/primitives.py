@@ -135,22 +135,38 @@ def load_rows(
     CHECK_ROWS: tl.constexpr,
 ):
     """A tile of rows, zero beyond `num_rows` (if asked) and beyond NUM_COLS (if the tiles exceed it)."""
+    return load_tile(
+        pointers, rows, num_rows, cols, NUM_COLS, CHECK_ROWS, NUM_COLS % BLOCK_COLS != 0
+    )
+
+
+@triton.jit
+def load_tile(
+    pointers,  # [ROWS, COLS]
+    rows,
+    num_rows,
+    cols,
+    num_cols,
+    CHECK_ROWS: tl.constexpr,
+    CHECK_COLS: tl.constexpr,
+):
+    """A tile, zero beyond `num_rows` and beyond `num_cols`, where that is asked for."""
     if CHECK_ROWS:
-        if NUM_COLS % BLOCK_COLS == 0:
-            tile = tl.load(pointers, mask=(rows < num_rows)[:, None], other=0.0)
-        else:
-            inside = (rows < num_rows)[:, None] & (cols < NUM_COLS)[None, :]
+        if CHECK_COLS:
+            inside = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
             tile = tl.load(pointers, mask=inside, other=0.0)
-    else:
-        if NUM_COLS % BLOCK_COLS == 0:
-            tile = tl.load(pointers)
         else:
-            tile = tl.load(pointers, mask=(cols < NUM_COLS)[None, :], other=0.0)
+            tile = tl.load(pointers, mask=(rows < num_rows)[:, None], other=0.0)
+    else:
+        if CHECK_COLS:
+            tile = tl.load(pointers, mask=(cols < num_cols)[None, :], other=0.0)
+        else:
+            tile = tl.load(pointers)
     return tile
 
 
 @triton.jit
-def store_rows(pointers, tile, rows, num_rows, cols, NUM_COLS: tl.constexpr):
+def store_rows(pointers, tile, rows, num_rows, cols, num_cols):
     """Store the rows and columns of `tile` that exist, in the dtype of the memory."""
-    inside = (rows < num_rows)[:, None] & (cols < NUM_COLS)[None, :]
+    inside = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
     tl.store(pointers, tile.to(pointers.dtype.element_ty), mask=inside)

@@ -1,0 +1,418 @@
+"""Muon's orthogonalisation by five Newton-Schulz steps, forward and backward, of all matrices at once.
+
+With X = G / (|G|_F + 1e-7), `[m, n]`, transposed where G has more rows than columns, a step is
+
+```
+    S = X X^T      B = b S + c S S      X <- a X + B X
+```
+
+and its gradient, with S and B symmetric, and D = dX X^T + X dX^T, which is all of dB that counts:
+
+```
+    R = b D + c (D S + S D)      dX <- a dX + B dX + R X
+```
+
+So there are two kinds of products: symmetric ones (S, B, D, R), of which only the tiles on and below the
+diagonal are computed, and those with X. For 16-bit tokens the matrices are float16, for float32 ones float32;
+products accumulate in float32. The division by the norm brings all values into the range of
+float16. Gradients, whose scale is arbitrary, are divided by theirs too, `dX sqrt(m) / |dX|_F`, and given
+their scale back at the end. The five steps amplify small singular values, and rounding noise with
+them, about 490 times, which is why bfloat16 would not do.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lact_kernels.triton.configs import CompileCase, TTTConfig, capability_of, ttt_config
+from lact_kernels.triton.primitives import load_tile
+from lact_kernels.triton.ttt_layout import (
+    Dims,
+    dims_constexprs,
+    launch_options,
+    num_tiles,
+    tile_constexprs,
+    ttt_compile_cases,
+)
+from lact_kernels.triton.ttt_primitives import (
+    matrix_place,
+    matrix_shape,
+    matrix_tile,
+    matrix_total,
+)
+from lact_kernels.triton.ttt_update import NUM_WARPS, matrix_rows, row_programs
+from lact_kernels.triton.ttt_update_bwd import NEWTON_SCHULZ_EPS
+
+COEFFICIENTS = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+NORMALIZE_BLOCK = 64
+
+
+@triton.jit
+def _normalize_kernel(
+    g_ptr,  # [heads, SIZE], float32
+    squares_ptr,  # [heads, ROWS]: of the rows' norms
+    x_ptr,  # [heads, SIZE], each matrix [m, n]
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    DH: tl.constexpr,
+    OFFSET1: tl.constexpr,
+    OFFSET2: tl.constexpr,
+    SIZE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    TILES0: tl.constexpr,
+    TILES1: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_TOTAL: tl.constexpr,
+):
+    head, matrix, tile = matrix_tile(TILES0, TILES1)
+    num_rows, num_columns = matrix_shape(matrix, DK, DV, DH)
+    element, row = matrix_place(head, matrix, DV, DH, OFFSET1, OFFSET2, SIZE)
+    tiles_n = tl.cdiv(num_columns, BLOCK)
+    rows = tile // tiles_n * BLOCK + tl.arange(0, BLOCK)[:, None]
+    columns = tile % tiles_n * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (rows < num_rows) & (columns < num_columns)
+    norm = tl.sqrt(matrix_total(squares_ptr + row, num_rows, BLOCK_TOTAL))
+    if GRADIENT:
+        shorter = tl.minimum(num_rows, num_columns).to(tl.float32)
+        scale = tl.where(norm > 0.0, tl.sqrt(shorter) / norm, 0.0)
+    else:
+        scale = 1.0 / (norm + NEWTON_SCHULZ_EPS)
+    g = tl.load(g_ptr + element + rows * num_columns + columns, mask=inside, other=0.0)
+    tall = num_rows > num_columns
+    stride_row = tl.where(tall, 1, num_columns)
+    stride_column = tl.where(tall, num_rows, 1)
+    x_pointers = x_ptr + element + rows * stride_row + columns * stride_column
+    tl.store(x_pointers, (g * scale).to(x_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _dot_transposed(
+    acc, a_ptr, b_ptr, rows, columns, side, length,
+    CHECK_M: tl.constexpr, CHECK_K: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`acc + a b^T`: the given rows of a and of b, both `[side, length]`."""
+    for start in range(0, length, BLOCK_K):
+        inner = start + tl.arange(0, BLOCK_K)
+        a_pointers = a_ptr + rows[:, None] * length + inner[None, :]
+        b_pointers = b_ptr + columns[:, None] * length + inner[None, :]
+        a = load_tile(a_pointers, rows, side, inner, length, CHECK_M, CHECK_K)
+        b = load_tile(b_pointers, columns, side, inner, length, CHECK_M, CHECK_K)
+        acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _newton_schulz_symmetric_kernel(
+    a_ptr,  # [heads, SIZE], each matrix [m, n], or if SQUARE [heads, SQUARES], each [m, m]
+    b_ptr,  # or None
+    y_ptr,  # [heads, SQUARES], or None
+    out_ptr,  # [heads, SQUARES]: y_factor y + factor (a b^T + b a^T), without b: factor a a^T
+    y_factor,
+    factor,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    DH: tl.constexpr,
+    OFFSET1: tl.constexpr,
+    OFFSET2: tl.constexpr,
+    SIZE: tl.constexpr,
+    SQUARE1: tl.constexpr,
+    SQUARE2: tl.constexpr,
+    SQUARES: tl.constexpr,
+    SQUARE: tl.constexpr,
+    TILES0: tl.constexpr,
+    TILES1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHECK_M: tl.constexpr,
+    CHECK_K: tl.constexpr,
+):
+    head, matrix, tile = matrix_tile(TILES0, TILES1)
+    num_rows, num_columns = matrix_shape(matrix, DK, DV, DH)
+    side = tl.minimum(num_rows, num_columns)
+    square = head * SQUARES + tl.where(matrix == 0, 0, tl.where(matrix == 1, SQUARE1, SQUARE2))
+    if SQUARE:
+        element = square
+        length = side
+    else:
+        element, _ = matrix_place(head, matrix, DV, DH, OFFSET1, OFFSET2, SIZE)
+        length = tl.maximum(num_rows, num_columns)
+    # Tiles are counted along the rows of the lower triangle.
+    tile_m = tl.cast((tl.sqrt(8.0 * tile + 1.0) - 1.0) * 0.5, tl.int32)
+    tile_n = tile - tile_m * (tile_m + 1) // 2
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    acc = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
+    a_ptr += element
+    if b_ptr is None:
+        acc = _dot_transposed(
+            acc, a_ptr, a_ptr, rows, columns, side, length, CHECK_M, CHECK_K, BLOCK_K
+        )
+    else:
+        b_ptr += element
+        acc = _dot_transposed(
+            acc, a_ptr, b_ptr, rows, columns, side, length, CHECK_M, CHECK_K, BLOCK_K
+        )
+        acc = _dot_transposed(
+            acc, b_ptr, a_ptr, rows, columns, side, length, CHECK_M, CHECK_K, BLOCK_K
+        )
+    acc *= factor
+    offsets = rows[:, None] * side + columns[None, :]
+    inside = (rows < side)[:, None] & (columns < side)[None, :]
+    if y_ptr is not None:
+        y = tl.load(y_ptr + square + offsets, mask=inside, other=0.0)
+        acc += y_factor * y.to(tl.float32)
+    result = acc.to(out_ptr.dtype.element_ty)
+    out_ptr += square
+    tl.store(out_ptr + offsets, result, mask=inside)
+    if tile_m != tile_n:
+        tl.store(out_ptr + columns[None, :] * side + rows[:, None], result, mask=inside)
+
+
+@triton.jit
+def _dot_square(
+    acc, square_ptr, x_ptr, rows, columns, side, length, CHECK_M: tl.constexpr,
+    CHECK_N: tl.constexpr, CHECK_K: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`acc + square x`: the given rows and columns, of `[side, side]` and `[side, length]`."""
+    for start in range(0, side, BLOCK_K):
+        inner = start + tl.arange(0, BLOCK_K)
+        square_pointers = square_ptr + rows[:, None] * side + inner[None, :]
+        x_pointers = x_ptr + inner[:, None] * length + columns[None, :]
+        square = load_tile(square_pointers, rows, side, inner, side, CHECK_M, CHECK_K)
+        x = load_tile(x_pointers, inner, side, columns, length, CHECK_K, CHECK_N)
+        acc = tl.dot(square, x, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _newton_schulz_multiply_kernel(
+    square_ptr,  # [heads, SQUARES]
+    x_ptr,  # [heads, SIZE]
+    square2_ptr,  # a second product to add, or None
+    x2_ptr,
+    out_ptr,  # [heads, SIZE]: factor x + square x + square2 x2
+    factor,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    DH: tl.constexpr,
+    OFFSET1: tl.constexpr,
+    OFFSET2: tl.constexpr,
+    SIZE: tl.constexpr,
+    SQUARE1: tl.constexpr,
+    SQUARE2: tl.constexpr,
+    SQUARES: tl.constexpr,
+    IN_PLACE: tl.constexpr,  # each matrix in its own shape, not as [m, n]
+    TILES0: tl.constexpr,
+    TILES1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHECK_M: tl.constexpr,
+    CHECK_N: tl.constexpr,
+    CHECK_K: tl.constexpr,
+):
+    head, matrix, tile = matrix_tile(TILES0, TILES1)
+    num_rows, num_columns = matrix_shape(matrix, DK, DV, DH)
+    side = tl.minimum(num_rows, num_columns)
+    length = tl.maximum(num_rows, num_columns)
+    square = head * SQUARES + tl.where(matrix == 0, 0, tl.where(matrix == 1, SQUARE1, SQUARE2))
+    element, _ = matrix_place(head, matrix, DV, DH, OFFSET1, OFFSET2, SIZE)
+    tiles_n = tl.cdiv(length, BLOCK_N)
+    rows = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc = _dot_square(
+        acc, square_ptr + square, x_ptr + element, rows, columns, side, length,
+        CHECK_M, CHECK_N, CHECK_K, BLOCK_K,
+    )  # fmt: skip
+    if x2_ptr is not None:
+        acc = _dot_square(
+            acc, square2_ptr + square, x2_ptr + element, rows, columns, side, length,
+            CHECK_M, CHECK_N, CHECK_K, BLOCK_K,
+        )  # fmt: skip
+    offsets = element + rows[:, None] * length + columns[None, :]
+    inside = (rows < side)[:, None] & (columns < length)[None, :]
+    acc += factor * tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    if IN_PLACE:
+        tall = num_rows > num_columns
+        stride_row = tl.where(tall, 1, length)
+        stride_column = tl.where(tall, side, 1)
+        offsets = element + rows[:, None] * stride_row + columns[None, :] * stride_column
+    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _inner_kernel(
+    a_ptr,  # [heads, SIZE], float32
+    b_ptr,
+    out_ptr,  # [heads, ROWS]: rows of <a, b>
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    DH: tl.constexpr,
+    OFFSET1: tl.constexpr,
+    OFFSET2: tl.constexpr,
+    SIZE: tl.constexpr,
+    TILES0: tl.constexpr,
+    TILES1: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    head, matrix, rows, real, offsets, inside = matrix_rows(
+        DK, DV, DH, TILES0, TILES1, BLOCK_ROWS, BLOCK_COLUMNS
+    )
+    element, row = matrix_place(head, matrix, DV, DH, OFFSET1, OFFSET2, SIZE)
+    a = tl.load(a_ptr + element + offsets, mask=inside, other=0.0)
+    b = tl.load(b_ptr + element + offsets, mask=inside, other=0.0)
+    tl.store(out_ptr + row + rows, tl.sum(a * b, axis=1), mask=real)
+
+
+class NewtonSchulz:
+    """The iteration for matrices packed `[heads, SIZE]`, of one shape and dtype."""
+
+    def __init__(self, like: Tensor, dims: Dims, tokens_dtype: torch.dtype):
+        self.heads, self.dims, self.device = like.shape[0], dims, like.device
+        self.dtype = torch.float32 if tokens_dtype == torch.float32 else torch.float16
+        capability = capability_of(like.device)
+        self.symmetric_config = ttt_config("newton_schulz_symmetric", self.dtype, capability)
+        self.multiply_config = ttt_config("newton_schulz_multiply", self.dtype, capability)
+
+    def forward(self, g: Tensor, squares: Tensor) -> Tensor:
+        """The orthogonalised g, float32. `squares` `[heads, ROWS]` are those of the rows' norms."""
+        for x, _, b, (a, _, _) in self._iterates(g, squares):
+            last = (a, b, x)
+        a, b, x = last
+        return self._multiply(b, x, a, in_place=True)
+
+    def backward(
+        self, dx: Tensor, g: Tensor, dsquares: Tensor, squares: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The gradient of g / |g|_F in units of `|dx|_F / sqrt(m)`, float32, and the rows of <.., g>.
+
+        Iterates are computed again. `dsquares` and `squares` are those of the norms of rows of dx and g.
+        """
+        iterates = list(self._iterates(g, squares))
+        dx = self._normalize(dx, dsquares, gradient=True)
+        for x, s, b, (alpha, beta, gamma) in reversed(iterates):
+            d = self._symmetric(x, dx)
+            r = self._symmetric(s, d, y=d, y_factor=beta, factor=gamma)
+            dx = self._multiply(b, dx, alpha, (r, x), in_place=x is iterates[0][0])
+        inner = torch.empty_like(squares)
+        programs, constexprs = row_programs(self.dims)
+        _inner_kernel[(self.heads * programs,)](dx, g, inner, **constexprs, num_warps=NUM_WARPS)
+        return dx, inner
+
+    def _iterates(self, g: Tensor, squares: Tensor) -> Iterator[tuple]:
+        """X, S and B of each step, with its coefficients."""
+        x = self._normalize(g, squares, gradient=False)
+        for step, (a, b, c) in enumerate(COEFFICIENTS):
+            s = self._symmetric(x)
+            polynomial = self._symmetric(s, y=s, y_factor=b, factor=c)
+            yield x, s, polynomial, (a, b, c)
+            if step < len(COEFFICIENTS) - 1:
+                x = self._multiply(polynomial, x, a)
+
+    def _normalize(self, g: Tensor, squares: Tensor, gradient: bool) -> Tensor:
+        x = torch.empty_like(g, dtype=self.dtype)
+        tiles = tile_constexprs(self.dims.shapes, NORMALIZE_BLOCK, NORMALIZE_BLOCK)
+        _normalize_kernel[(self.heads * num_tiles(tiles),)](
+            g, squares, x, **dims_constexprs(self.dims), GRADIENT=gradient, **tiles,
+            BLOCK=NORMALIZE_BLOCK,
+            BLOCK_TOTAL=triton.next_power_of_2(max(self.dims.Dh, self.dims.Dv)),
+        )  # fmt: skip
+        return x
+
+    def _symmetric(
+        self,
+        a: Tensor,
+        b: Tensor | None = None,
+        y: Tensor | None = None,
+        y_factor: float = 0.0,
+        factor: float = 1.0,
+    ) -> Tensor:
+        """`y_factor y + factor (a b^T + b a^T)`; without b, `a a^T` in place of the sum."""
+        constexprs = symmetric_constexprs(self.dims, self.symmetric_config, square=y is not None)
+        out = a.new_empty(self.heads, self.dims.squares[-1])
+        _newton_schulz_symmetric_kernel[(self.heads * num_tiles(constexprs),)](
+            a, b, y, out, y_factor, factor, **constexprs, **launch_options(self.symmetric_config)
+        )
+        return out
+
+    def _multiply(
+        self,
+        square: Tensor,
+        x: Tensor,
+        factor: float,
+        second: tuple[Tensor, Tensor] | None = None,
+        in_place: bool = False,
+    ) -> Tensor:
+        """`factor x + square x`, plus the second product; `in_place`: float32, in the shape of the matrix."""
+        constexprs = multiply_constexprs(self.dims, self.multiply_config, in_place)
+        out = torch.empty_like(x, dtype=torch.float32 if in_place else self.dtype)
+        _newton_schulz_multiply_kernel[(self.heads * num_tiles(constexprs),)](
+            square, x, *(second or (None, None)), out, factor,
+            **constexprs, **launch_options(self.multiply_config),
+        )  # fmt: skip
+        return out
+
+
+def _square_constexprs(dims: Dims) -> dict[str, int]:
+    _, square1, square2, squares = dims.squares
+    return {**dims_constexprs(dims), "SQUARE1": square1, "SQUARE2": square2, "SQUARES": squares}
+
+
+def symmetric_constexprs(dims: Dims, config: TTTConfig, square: bool) -> dict[str, int]:
+    sides = [min(shape) for shape in dims.shapes]
+    lengths = sides if square else [max(shape) for shape in dims.shapes]
+    return {
+        **_square_constexprs(dims),
+        **tile_constexprs(
+            [(side, side) for side in sides], config.block_m, config.block_m, triangular=True
+        ),
+        "SQUARE": square,
+        "BLOCK_M": config.block_m,
+        "BLOCK_K": config.block_k,
+        "CHECK_M": any(side % config.block_m for side in sides),
+        "CHECK_K": any(length % config.block_k for length in lengths),
+    }
+
+
+def multiply_constexprs(dims: Dims, config: TTTConfig, in_place: bool) -> dict[str, int]:
+    sides = [min(shape) for shape in dims.shapes]
+    lengths = [max(shape) for shape in dims.shapes]
+    return {
+        **_square_constexprs(dims),
+        **tile_constexprs(list(zip(sides, lengths)), config.block_m, config.block_n),
+        "IN_PLACE": in_place,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "CHECK_M": any(side % config.block_m for side in sides),
+        "CHECK_N": any(length % config.block_n for length in lengths),
+        "CHECK_K": any(side % config.block_k for side in sides),
+    }
+
+
+def compile_cases(arch: int) -> Iterator[CompileCase]:
+    """Every shipped specialisation, for benchmarks/compile_report.py."""
+    name = "newton_schulz_symmetric"
+    for square in (False, True):
+        yield from ttt_compile_cases(
+            name, _newton_schulz_symmetric_kernel, arch,
+            functools.partial(symmetric_constexprs, square=square),
+            tokens=("a_ptr", "b_ptr", "y_ptr", "out_ptr"), absent=() if square else ("y_ptr",),
+        )  # fmt: skip
+    yield from ttt_compile_cases(
+        "newton_schulz_multiply", _newton_schulz_multiply_kernel, arch,
+        functools.partial(multiply_constexprs, in_place=False),
+        tokens=("square_ptr", "x_ptr", "square2_ptr", "x2_ptr", "out_ptr"),
+    )  # fmt: skip

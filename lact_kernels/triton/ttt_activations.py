@@ -1,0 +1,336 @@
+"""What lies between the products of the fast network: hidden activations, and their gradients.
+
+Forward, for queries (apply) or keys and values (update), tokens in rows:
+
+```
+    gate = x w0^T     up = x w2^T     hidden = silu(gate) up                        (apply: stored)
+    dhidden = y w1    dup = dhidden silu(gate)    dgate = dhidden up silu'(gate)
+    stored: lr0 dgate, lr1 hidden, lr2 dup
+```
+
+These three are what the gradients of w0, w1 and w2 have to do with: G0 = (lr0 dgate)^T x, and so on. The
+same kernel without learning rates, on queries and the outputs' gradients, is the backward of apply.
+
+Backward of the update, from the gradients dG0, dG1, dG2 of the three weight gradients:
+
+```
+    dgate_x = x dG0^T    dup_x = x dG2^T    hidden_y = y dG1
+    dlr0 = rowsum(dgate_x dgate)    dlr1 = rowsum(hidden_y hidden)    dlr2 = rowsum(dup_x dup)
+```
+
+and with dgate_x, dup_x, hidden_y now times their learning rates, the chain rule gives what reaches
+
+```
+    gate      dgate_x dhidden up silu''(gate) + (dup_x dhidden + hidden_y up) silu'(gate)
+    dhidden   dup_x silu(gate) + dgate_x up silu'(gate)
+    up        dgate_x dhidden silu'(gate) + hidden_y silu(gate)
+```
+
+One program computes one tile of tokens by hidden units. Products take the tokens' dtype and accumulate in
+float32, in which everything between two products is; results are rounded to the tokens' dtype.
+"""
+
+from collections.abc import Iterator
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lact_kernels.triton.configs import CompileCase, TTTConfig, capability_of, ttt_config
+from lact_kernels.triton.launch import outer_strides
+from lact_kernels.triton.primitives import load_rows
+from lact_kernels.triton.ttt_layout import (
+    TOKEN_ARGUMENTS,
+    Dims,
+    Run,
+    dims_constexprs,
+    launch_options,
+    ttt_compile_cases,
+)
+from lact_kernels.triton.ttt_primitives import chunk_tokens, dot_columns, dot_rows, token_tile
+
+
+@triton.jit(do_not_specialize=TOKEN_ARGUMENTS)
+def _ttt_hidden_kernel(
+    x_ptr,  # queries, or keys
+    y_ptr,  # values, or the gradients of outputs; None: only `hidden` is stored
+    lr_ptr,  # [3, B, H, T], contiguous, or None for rates of 1
+    weights_ptr,  # [chunks, H, SIZE]
+    acts_ptr,  # [3, H, rows, DH], or [1, H, rows, DH]
+    table_ptr,  # tokens of packed chunks, or None
+    first_chunk,
+    first_row,
+    B,
+    T,
+    shift,
+    chunk_size,
+    width,
+    num_rows,
+    H,
+    num_k,
+    num_v,
+    num_h,
+    stride_xb,
+    stride_xt,
+    stride_xh,
+    stride_yb,
+    stride_yt,
+    stride_yh,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    DH: tl.constexpr,
+    OFFSET1: tl.constexpr,
+    OFFSET2: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    chunk, h, tile_t, tile_h = token_tile(H, width, DH, BLOCK_T, BLOCK_H)
+    b, first, number, row = chunk_tokens(
+        chunk, table_ptr, first_chunk, first_row, B, T, shift, chunk_size, width
+    )
+    if tile_t * BLOCK_T >= number:
+        return
+    h = tl.cast(h, tl.int64)
+    first += tile_t * BLOCK_T
+    row += tile_t * BLOCK_T
+    number -= tile_t * BLOCK_T
+    tokens = tl.arange(0, BLOCK_T)
+    units = tile_h * BLOCK_H + tl.arange(0, BLOCK_H)
+    w_ptr = weights_ptr + (tl.cast(chunk, tl.int64) * H + h) * SIZE
+    x_pointers = x_ptr + b * stride_xb + first * stride_xt + h * stride_xh
+    x_pointers += tokens[:, None] * stride_xt
+    gate = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
+    up = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
+    gate, up = dot_rows(
+        gate, up, x_pointers, tokens, number, w_ptr, w_ptr + OFFSET2, units, num_k,
+        DK, DH, BLOCK_H, BLOCK_K,
+    )  # fmt: skip
+    plane = tl.cast(num_rows, tl.int64) * H * DH
+    acts_ptr += (h * num_rows + row) * DH
+    offsets = tokens[:, None] * DH + units[None, :]
+    inside = (tokens < number)[:, None] & (units < DH)[None, :]
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    if y_ptr is None:
+        tl.store(acts_ptr + offsets, (silu * up).to(acts_ptr.dtype.element_ty), mask=inside)
+    else:
+        y_pointers = y_ptr + b * stride_yb + first * stride_yt + h * stride_yh
+        y_pointers += tokens[:, None] * stride_yt
+        dhidden = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
+        dhidden, _ = dot_columns(
+            dhidden, dhidden, y_pointers, tokens, number, w_ptr + OFFSET1, None, units, num_v,
+            DV, DH, BLOCK_H, BLOCK_K,
+        )  # fmt: skip
+        dgate = dhidden * up * (sigmoid * (1 + gate * (1 - sigmoid)))
+        hidden = silu * up
+        dup = dhidden * silu
+        if lr_ptr is not None:
+            lr_pointers = lr_ptr + (b * H + h) * T + first + tokens
+            plane_lr = tl.cast(B, tl.int64) * H * T
+            lr0 = tl.load(lr_pointers, mask=tokens < number, other=0.0)
+            lr1 = tl.load(lr_pointers + plane_lr, mask=tokens < number, other=0.0)
+            lr2 = tl.load(lr_pointers + 2 * plane_lr, mask=tokens < number, other=0.0)
+            dgate *= lr0[:, None]
+            hidden *= lr1[:, None]
+            dup *= lr2[:, None]
+        tl.store(acts_ptr + offsets, dgate.to(acts_ptr.dtype.element_ty), mask=inside)
+        tl.store(acts_ptr + plane + offsets, hidden.to(acts_ptr.dtype.element_ty), mask=inside)
+        tl.store(acts_ptr + 2 * plane + offsets, dup.to(acts_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=TOKEN_ARGUMENTS)
+def _ttt_hidden_bwd_kernel(
+    k_ptr,
+    v_ptr,
+    lr_ptr,  # [3, B, H, T], contiguous
+    weights_ptr,  # [chunks, H, SIZE]
+    dsteps_ptr,  # [chunks, H, SIZE]: gradients of the weight gradients
+    acts_ptr,  # [3, H, rows, DH]: as the forward stores them
+    dacts_ptr,  # [3, H, rows, DH]: what reaches gate, dhidden and up
+    dlr_ptr,  # [tiles of DH, 3, H, rows]: partial sums
+    table_ptr,
+    first_chunk,
+    first_row,
+    B,
+    T,
+    shift,
+    chunk_size,
+    width,
+    num_rows,
+    H,
+    num_k,
+    num_v,
+    num_h,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    DH: tl.constexpr,
+    OFFSET1: tl.constexpr,
+    OFFSET2: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    chunk, h, tile_t, tile_h = token_tile(H, width, DH, BLOCK_T, BLOCK_H)
+    b, first, number, row = chunk_tokens(
+        chunk, table_ptr, first_chunk, first_row, B, T, shift, chunk_size, width
+    )
+    if tile_t * BLOCK_T >= number:
+        return
+    h = tl.cast(h, tl.int64)
+    first += tile_t * BLOCK_T
+    row += tile_t * BLOCK_T
+    number -= tile_t * BLOCK_T
+    tokens = tl.arange(0, BLOCK_T)
+    units = tile_h * BLOCK_H + tl.arange(0, BLOCK_H)
+    matrices = (tl.cast(chunk, tl.int64) * H + h) * SIZE
+    w_ptr = weights_ptr + matrices
+    dg_ptr = dsteps_ptr + matrices
+    k_pointers = k_ptr + b * stride_kb + first * stride_kt + h * stride_kh
+    k_pointers += tokens[:, None] * stride_kt
+    v_pointers = v_ptr + b * stride_vb + first * stride_vt + h * stride_vh
+    v_pointers += tokens[:, None] * stride_vt
+
+    CHECK: tl.constexpr = DH % BLOCK_H != 0
+    gate = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
+    up = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
+    dhidden = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
+    dgate_k = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
+    dup_k = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
+    hidden_v = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
+    # One loop for all four products with k, which is loaded once for them.
+    for start in range(0, num_k, BLOCK_K):
+        inner = start + tl.arange(0, BLOCK_K)
+        k = load_rows(k_pointers + inner[None, :], tokens, number, inner, DK, BLOCK_K, True)
+        offsets = units[:, None] * DK + inner[None, :]
+        w0 = load_rows(w_ptr + offsets, units, DH, inner, DK, BLOCK_K, CHECK)
+        gate = tl.dot(k, tl.trans(w0), gate, input_precision="ieee")
+        w2 = load_rows(w_ptr + OFFSET2 + offsets, units, DH, inner, DK, BLOCK_K, CHECK)
+        up = tl.dot(k, tl.trans(w2), up, input_precision="ieee")
+        dg0 = load_rows(dg_ptr + offsets, units, DH, inner, DK, BLOCK_K, CHECK)
+        dgate_k = tl.dot(k, tl.trans(dg0), dgate_k, input_precision="ieee")
+        dg2 = load_rows(dg_ptr + OFFSET2 + offsets, units, DH, inner, DK, BLOCK_K, CHECK)
+        dup_k = tl.dot(k, tl.trans(dg2), dup_k, input_precision="ieee")
+    dhidden, hidden_v = dot_columns(
+        dhidden, hidden_v, v_pointers, tokens, number, w_ptr + OFFSET1, dg_ptr + OFFSET1, units, num_v,
+        DV, DH, BLOCK_H, BLOCK_K,
+    )  # fmt: skip
+
+    plane_lr = tl.cast(B, tl.int64) * H * T
+    lr_pointers = lr_ptr + (b * H + h) * T + first + tokens
+    lr0 = tl.load(lr_pointers, mask=tokens < number, other=0.0)[:, None]
+    lr1 = tl.load(lr_pointers + plane_lr, mask=tokens < number, other=0.0)[:, None]
+    lr2 = tl.load(lr_pointers + 2 * plane_lr, mask=tokens < number, other=0.0)[:, None]
+    rows_total = tl.cast(num_rows, tl.int64) * H
+    plane = rows_total * DH
+    first_element = (h * num_rows + row) * DH
+    offsets = tokens[:, None] * DH + units[None, :]
+    inside = (tokens < number)[:, None] & (units < DH)[None, :]
+    acts_ptr += first_element
+    dacts_ptr += first_element
+    dlr_ptr += tl.cast(tile_h, tl.int64) * 3 * rows_total + h * num_rows + row
+
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    slope = sigmoid * (1 + gate * (1 - sigmoid))  # silu'
+    bend = sigmoid * (1 - sigmoid) * (2 + gate * (1 - 2 * sigmoid))  # silu''
+    hidden = silu * up
+    dup = dhidden * silu
+    dgate = dhidden * up * slope
+    # Units beyond DH are zero in every product.
+    tl.store(dlr_ptr + tokens, tl.sum(dgate_k * dgate, axis=1), mask=tokens < number)
+    tl.store(dlr_ptr + rows_total + tokens, tl.sum(hidden_v * hidden, axis=1), mask=tokens < number)
+    tl.store(dlr_ptr + 2 * rows_total + tokens, tl.sum(dup_k * dup, axis=1), mask=tokens < number)
+    dtype = acts_ptr.dtype.element_ty
+    tl.store(acts_ptr + offsets, (lr0 * dgate).to(dtype), mask=inside)
+    tl.store(acts_ptr + plane + offsets, (lr1 * hidden).to(dtype), mask=inside)
+    tl.store(acts_ptr + 2 * plane + offsets, (lr2 * dup).to(dtype), mask=inside)
+
+    dgate_k *= lr0
+    hidden_v *= lr1
+    dup_k *= lr2
+    through_gate = dgate_k * dhidden * up * bend + (dup_k * dhidden + hidden_v * up) * slope
+    tl.store(dacts_ptr + offsets, through_gate.to(dtype), mask=inside)
+    through_dhidden = dup_k * silu + dgate_k * up * slope
+    tl.store(dacts_ptr + plane + offsets, through_dhidden.to(dtype), mask=inside)
+    through_up = dgate_k * dhidden * slope + hidden_v * silu
+    tl.store(dacts_ptr + 2 * plane + offsets, through_up.to(dtype), mask=inside)
+
+
+def ttt_hidden(
+    x: Tensor,  # queries or keys `[B, T, H, Dk]`
+    y: Tensor | None,  # `[B, T, H, Dv]`
+    lr: Tensor | None,  # `[3, B, H, T]`
+    weights: Tensor,  # `[chunks, H, SIZE]`
+    acts: Tensor,  # `[1, H, rows, Dh]` without y, else `[3, H, rows, Dh]`: written
+    run: Run,
+    dims: Dims,
+) -> None:
+    """The hidden activations of a run of chunks, or what G0, G1 and G2 have to do with."""
+    name = "ttt_hidden" if y is None else "ttt_hidden_grad"
+    config = ttt_config(name, x.dtype, capability_of(x.device))
+    _ttt_hidden_kernel[(run.num_programs(config, dims.Dh, acts.shape[1]),)](
+        x, y, lr, weights, acts, *run.arguments(acts, dims), *outer_strides(x, x if y is None else y),
+        **activation_constexprs(dims, config), **launch_options(config),
+    )  # fmt: skip
+
+
+def ttt_hidden_bwd(
+    k: Tensor,  # `[B, T, H, Dk]`
+    v: Tensor,  # `[B, T, H, Dv]`
+    lr: Tensor,  # `[3, B, H, T]`
+    weights: Tensor,  # `[chunks, H, SIZE]`
+    dsteps: Tensor,  # `[chunks, H, SIZE]`
+    acts: Tensor,  # `[3, H, rows, Dh]`: written, like dacts and dlr
+    dacts: Tensor,  # `[3, H, rows, Dh]`
+    dlr: Tensor,  # `[tiles, 3, H, rows]`: partial sums, float32
+    run: Run,
+    dims: Dims,
+) -> None:
+    """Backward of `ttt_hidden` with keys and values, which it computes again."""
+    config = ttt_config("ttt_hidden_bwd", k.dtype, capability_of(k.device))
+    _ttt_hidden_bwd_kernel[(run.num_programs(config, dims.Dh, acts.shape[1]),)](
+        k, v, lr, weights, dsteps, acts, dacts, dlr, *run.arguments(acts, dims), *outer_strides(k, v),
+        **activation_constexprs(dims, config), **launch_options(config),
+    )  # fmt: skip
+
+
+def num_rate_tiles(k: Tensor, dims: Dims) -> int:
+    """Partial sums of each learning rate's gradient: one for each tile of hidden units."""
+    config = ttt_config("ttt_hidden_bwd", k.dtype, capability_of(k.device))
+    return triton.cdiv(dims.Dh, config.block_n)
+
+
+def activation_constexprs(dims: Dims, config: TTTConfig) -> dict[str, int]:
+    return {
+        **dims_constexprs(dims),
+        "BLOCK_T": config.block_m,
+        "BLOCK_H": config.block_n,
+        "BLOCK_K": config.block_k,
+    }
+
+
+def compile_cases(arch: int) -> Iterator[CompileCase]:
+    """Every shipped specialisation, for benchmarks/compile_report.py."""
+    acts = ("weights_ptr", "acts_ptr")
+    yield from ttt_compile_cases(
+        "ttt_hidden", _ttt_hidden_kernel, arch, activation_constexprs,
+        tokens=("x_ptr", *acts), absent=("y_ptr", "lr_ptr", "table_ptr"),
+    )  # fmt: skip
+    yield from ttt_compile_cases(
+        "ttt_hidden_grad", _ttt_hidden_kernel, arch, activation_constexprs,
+        tokens=("x_ptr", "y_ptr", *acts), floats=("lr_ptr",), absent=("table_ptr",),
+    )  # fmt: skip
+    yield from ttt_compile_cases(
+        "ttt_hidden_bwd", _ttt_hidden_bwd_kernel, arch, activation_constexprs,
+        tokens=("k_ptr", "v_ptr", *acts, "dsteps_ptr", "dacts_ptr"),
+        floats=("lr_ptr", "dlr_ptr"), absent=("table_ptr",),
+    )  # fmt: skip

@@ -1,0 +1,280 @@
+"""Where the fast-weight kernels find things: chunks, tokens, matrices. Needs torch alone.
+
+*Matrices.* w0 `[Dh, Dk]`, w1 `[Dv, Dh]` and w2 `[Dh, Dk]` of one head lie one behind the other in `SIZE`
+elements, each from a multiple of 16 on, so that one kernel works on all three. What has one number
+per row lies behind each other in `ROWS` = Dh + Dv + Dh.
+
+*Chunks.* All chunks of all sequences are numbered step by step: first every sequence's chunk 0, then
+the chunks 1, and so on. Sequences are ranked by falling number of chunks, so that in every step
+
+    chunk = firsts[step] + rank      and the next chunk of that sequence is counts[step] further
+
+The weights of a chunk, those its queries are applied to, have the number of the chunk.
+
+*Rows.* Activations of a run of chunks are `[.., H, rows, Dh]`, one row for each token, chunk behind chunk.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lact_kernels.ops.ttt_types import Offsets, Options, Triple, num_updates
+from lact_kernels.triton.configs import CompileCase, TTTConfig, shipped_ttt_configs
+
+ALIGNMENT = 16  # elements
+
+Shapes = Sequence[tuple[int, int]]
+
+
+def round_up(x: int, multiple: int = ALIGNMENT) -> int:
+    return -(-x // multiple) * multiple
+
+
+class Dims(NamedTuple):
+    """The sizes of one head's fast network."""
+
+    Dk: int
+    Dv: int
+    Dh: int
+
+    @classmethod
+    def of(cls, weights: Triple) -> "Dims":
+        w0, w1, _ = weights
+        return cls(w0.shape[-1], w1.shape[-2], w0.shape[-2])
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        return (self.Dh, self.Dk), (self.Dv, self.Dh), (self.Dh, self.Dk)
+
+    @property
+    def offsets(self) -> list[int]:
+        """First element of each matrix, and the end of the last."""
+        return [0, *itertools.accumulate(round_up(r * c) for r, c in self.shapes)]
+
+    @property
+    def size(self) -> int:
+        return self.offsets[-1]
+
+    @property
+    def rows(self) -> int:
+        return 2 * self.Dh + self.Dv
+
+    @property
+    def squares(self) -> list[int]:
+        """First element of each Newton-Schulz square, `[m, m]` with m the shorter side, and the end."""
+        return [0, *itertools.accumulate(round_up(min(r, c) ** 2) for r, c in self.shapes)]
+
+    def unpack(self, packed: Tensor) -> Triple:
+        """Views `[.., rows, columns]` of `[.., SIZE]`."""
+        return tuple(
+            packed[..., start : start + r * c].unflatten(-1, (r, c))
+            for start, (r, c) in zip(self.offsets, self.shapes)
+        )
+
+    def unpack_rows(self, packed: Tensor) -> Triple:
+        """Views `[.., rows]` of `[.., ROWS]`."""
+        return packed.split([r for r, _ in self.shapes], dim=-1)
+
+
+class Run(NamedTuple):
+    """Consecutive chunks, and where a kernel finds their tokens and their rows of activations."""
+
+    num_chunks: int
+    table: Tensor | None
+    first_chunk: int
+    first_row: int  # of the activations' buffer
+    B: int
+    T: int
+    shift: int
+    chunk_size: int
+    width: int
+
+    def arguments(self, acts: Tensor, dims: Dims) -> tuple:
+        """The table, and the arguments TOKEN_ARGUMENTS of the kernels. `acts` is `[.., H, rows, ..]`."""
+        H, num_rows = acts.shape[1:3]
+        return (*self[1:], num_rows, H, *dims)
+
+    def num_programs(self, config: TTTConfig, columns: int, H: int) -> int:
+        """One for each tile of tokens by columns, of each head and chunk."""
+        tiles = -(-self.width // config.block_m) * -(-columns // config.block_n)
+        return self.num_chunks * H * tiles
+
+
+class Chunks:
+    """The chunks of a call. Packed sequences have tables, of which kernels read a chunk's tokens."""
+
+    def __init__(self, q: Tensor, k: Tensor, N: int, offsets: Offsets | None, options: Options):
+        self.N, self.B, self.Tk, self.Tq = N, q.shape[0], k.shape[1], q.shape[1]
+        self.chunk_size = C = options.chunk_size
+        self.order = self.key_table = self.query_table = None
+        if offsets is None:
+            updates = num_updates(self.Tk, C, options.return_end)
+            self.counts = [N] * (updates + 1)
+            self.max_length = min(C, self.Tk)
+            self.rows = [N * self.max_length] * (updates + 1)
+        else:
+            self._pack(offsets, options, q.device)
+        self.firsts = [0, *itertools.accumulate(self.counts)]
+        self.first_rows = [0, *itertools.accumulate(self.rows)]
+        self.counts.append(0)
+
+    def _pack(self, offsets: Offsets, options: Options, device: torch.device) -> None:
+        """Rank the sequences, and list each chunk's tokens: first, number, first row.
+
+        Nobody reads the keys of a sequence's last chunk: it is applied, but no update follows.
+        """
+        C = self.chunk_size
+        spans = list(zip(offsets.keys, offsets.keys[1:]))
+        updates = [num_updates(stop - start, C, options.return_end) for start, stop in spans]
+        order = sorted(range(len(spans)), key=lambda n: -updates[n])
+        self.counts, self.rows = [], []
+        keys, queries, row = [], [], 0
+        for step in range(max(updates) + 1):
+            active = list(itertools.takewhile(lambda n, step=step: updates[n] >= step, order))
+            self.counts.append(len(active))
+            before = row
+            for n in active:
+                start, stop = spans[n]
+                first = start + step * C
+                number = min(C, stop - first)
+                shift = stop - offsets.queries[n + 1]  # from a query's place to its key's
+                first_query = max(first - shift, offsets.queries[n])
+                keys.append((first, number if step < updates[n] else 0, row))
+                queries.append((first_query, max(first + number - shift - first_query, 0), row))
+                row += number
+            self.rows.append(row - before)
+        self.max_length = min(C, max(stop - start for start, stop in spans))
+        table = torch.tensor([keys, queries], dtype=torch.int32).to(device, non_blocking=True)
+        self.key_table, self.query_table = table.unbind()
+        self.order = torch.tensor(order, device=device)
+
+    def keys(self, steps: range, rows: range, num_chunks: int | None = None) -> Run:
+        """The chunks of `steps`, or the first `num_chunks` of them, with their keys and values.
+
+        The activations' buffer begins with the first of the steps `rows`.
+        """
+        return self._run(steps, rows, num_chunks, self.key_table, self.Tk, 0)
+
+    def queries(self, steps: range) -> Run:
+        """The chunks of `steps` with their queries."""
+        return self._run(steps, steps, None, self.query_table, self.Tq, self.Tk - self.Tq)
+
+    def _run(self, steps, rows, num_chunks, table, T, shift) -> Run:
+        if num_chunks is None:
+            num_chunks = self.num_chunks(steps)
+        return Run(
+            num_chunks, table, self.firsts[steps.start], self.first_rows[rows.start],
+            self.B, T, shift, self.chunk_size, self.max_length,
+        )  # fmt: skip
+
+    @property
+    def steps(self) -> int:
+        return len(self.counts) - 1
+
+    @property
+    def updates(self) -> int:
+        return self.steps - 1
+
+    def active(self, step: int) -> int:
+        """The sequences that `step` updates: those which have a next chunk."""
+        return self.counts[step + 1]
+
+    def num_chunks(self, steps: range) -> int:
+        return self.firsts[steps.stop] - self.firsts[steps.start]
+
+    def num_rows(self, steps: range) -> int:
+        return round_up(self.first_rows[steps.stop] - self.first_rows[steps.start])
+
+    def ranked(self, x: Tensor) -> Tensor:
+        """`[N, ...]`, sequences in order, to the order of their ranks."""
+        return x if self.order is None else x[self.order]
+
+    def unranked(self, x: Tensor) -> Tensor:
+        if self.order is None:
+            return x
+        return torch.empty_like(x).index_copy_(0, self.order, x)
+
+    def batches(self, steps: range, most_rows: int) -> list[range]:
+        """Cut the steps into runs of one or more, which together have at most about `most_rows` rows."""
+        batches, start = [], steps.start
+        for step in steps:
+            if step > start and self.num_rows(range(start, step + 1)) > most_rows:
+                batches.append(range(start, step))
+                start = step
+        return [*batches, range(start, steps.stop)]
+
+
+TOKEN_ARGUMENTS = (
+    "first_chunk", "first_row", "B", "T", "shift", "chunk_size", "width", "num_rows", "H",
+    "num_k", "num_v", "num_h",
+)  # fmt: skip
+
+
+def dims_constexprs(dims: Dims) -> dict[str, int]:
+    _, offset1, offset2, size = dims.offsets
+    return {
+        "DK": dims.Dk, "DV": dims.Dv, "DH": dims.Dh,
+        "OFFSET1": offset1, "OFFSET2": offset2, "SIZE": size,
+    }  # fmt: skip
+
+
+def tile_constexprs(
+    shapes: Shapes, block_m: int, block_n: int, triangular: bool = False
+) -> dict[str, int]:
+    """Tiles of w0 and w2, and of w1: all, or only those on and below the diagonal."""
+    counts = [-(-rows // block_m) * -(-columns // block_n) for rows, columns in shapes]
+    if triangular:
+        sides = (-(-rows // block_m) for rows, _ in shapes)
+        counts = [side * (side + 1) // 2 for side in sides]
+    return {"TILES0": counts[0], "TILES1": counts[1]}
+
+
+def num_tiles(constexprs: dict[str, int]) -> int:
+    """Tiles of all three matrices."""
+    return 2 * constexprs["TILES0"] + constexprs["TILES1"]
+
+
+def launch_options(config: TTTConfig) -> dict[str, int]:
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages}
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+# What the compile report compiles: sizes that the tiles exceed, and sizes of whole tiles.
+COMPILED_DIMS = (Dims(192, 192, 192), Dims(768, 768, 768))
+
+
+def ttt_compile_cases(
+    name: str,
+    kernel: Any,
+    arch: int,
+    constexprs: Callable[[Dims, TTTConfig], dict],
+    tokens: tuple[str, ...],  # pointers in the tokens' dtype
+    floats: tuple[str, ...] = (),  # pointers in float32
+    absent: tuple[str, ...] = (),  # pointers that are None
+    configs: Iterator[tuple[torch.dtype, TTTConfig]] | None = None,
+    dims: tuple[Dims, ...] = COMPILED_DIMS,
+) -> Iterator[CompileCase]:
+    """One specialisation of one kernel, with every configuration that is shipped, for the compile report."""
+    for dtype, config in configs or shipped_ttt_configs(name, arch):
+        pointers = dict.fromkeys(tokens, dtype) | dict.fromkeys(floats, torch.float32)
+        for sizes in dims:
+            yield CompileCase(
+                name=name,
+                kernel=kernel,
+                arch=arch,
+                dtype=dtype,
+                shape="x".join(map(str, sizes)),
+                config=config,
+                pointers=pointers,
+                constexprs={**constexprs(sizes, config), **dict.fromkeys(absent)},
+            )

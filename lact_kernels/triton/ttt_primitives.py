@@ -1,0 +1,143 @@
+"""What the fast-weight kernels share: matrices, a chunk's tokens, the loops of their products.
+
+Kernels see the arrays of a run of chunks, of which they take the first to have number 0 and to begin
+at row 0; `first_chunk` and `first_row` lead from there to the numbering of `ttt_layout`.
+"""
+
+import triton
+import triton.language as tl
+
+from lact_kernels.triton.primitives import load_rows
+
+
+@triton.jit
+def chunk_tokens(chunk, table_ptr, first_chunk, first_row, B, T, shift, chunk_size, width):
+    """Batch row, first token and number of tokens of a chunk, and its first row of activations.
+
+    Dense tokens start at position `shift` of the sequence; packed ones have a table.
+    """
+    chunk += first_chunk
+    if table_ptr is not None:
+        entry = table_ptr + chunk * 3
+        b = 0
+        first = tl.load(entry)
+        number = tl.load(entry + 1)
+        row = tl.load(entry + 2) - first_row
+    else:
+        b = chunk % B
+        start = chunk // B * chunk_size - shift
+        first = tl.maximum(start, 0)
+        number = tl.maximum(tl.minimum(start + chunk_size, T) - first, 0)
+        row = chunk * width - first_row
+    return tl.cast(b, tl.int64), tl.cast(first, tl.int64), number, tl.cast(row, tl.int64)
+
+
+@triton.jit
+def matrix_tile(TILES0: tl.constexpr, TILES1: tl.constexpr):
+    """Head, matrix and tile of this program, where w0 and w2 have TILES0 tiles and w1 has TILES1."""
+    pid = tl.program_id(0)
+    tile = pid % (2 * TILES0 + TILES1)
+    head = tl.cast(pid // (2 * TILES0 + TILES1), tl.int64)
+    matrix = tl.where(tile < TILES0, 0, tl.where(tile < TILES0 + TILES1, 1, 2))
+    tile -= tl.where(matrix == 0, 0, tl.where(matrix == 1, TILES0, TILES0 + TILES1))
+    return head, matrix, tile
+
+
+@triton.jit
+def matrix_shape(matrix, DK: tl.constexpr, DV: tl.constexpr, DH: tl.constexpr):
+    """Rows and columns: [DH, DK] of w0 and w2, [DV, DH] of w1."""
+    return tl.where(matrix == 1, DV, DH), tl.where(matrix == 1, DH, DK)
+
+
+@triton.jit
+def matrix_place(
+    head, matrix, DV: tl.constexpr, DH: tl.constexpr, OFFSET1: tl.constexpr,
+    OFFSET2: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """First element in `[heads, SIZE]`, and first row in `[heads, ROWS]`."""
+    element = head * SIZE + tl.where(matrix == 0, 0, tl.where(matrix == 1, OFFSET1, OFFSET2))
+    row = head * (2 * DH + DV) + tl.where(matrix == 0, 0, tl.where(matrix == 1, DH, DH + DV))
+    return element, row
+
+
+@triton.jit
+def matrix_total(rows_ptr, num_rows, BLOCK: tl.constexpr):
+    """The sum of what is given for each row."""
+    rows = tl.arange(0, BLOCK)
+    return tl.sum(tl.load(rows_ptr + rows, mask=rows < num_rows, other=0.0))
+
+
+@triton.jit
+def token_tile(
+    H, max_length, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
+    """Chunk, head, tile of its tokens and tile of columns of this program, the columns running first."""
+    tiles = tl.cdiv(COLUMNS, BLOCK_COLUMNS)
+    tiles_t = tl.cdiv(max_length, BLOCK_T)
+    pid = tl.program_id(0)
+    chunk_head = pid // (tiles * tiles_t)
+    return chunk_head // H, chunk_head % H, pid // tiles % tiles_t, pid % tiles
+
+
+@triton.jit
+def dot_rows(
+    acc_a,  # [BLOCK_M, BLOCK_N]
+    acc_b,
+    x_pointers,  # [BLOCK_M, 1]: the rows' first elements
+    rows,  # [BLOCK_M]
+    num_rows,
+    a_ptr,
+    b_ptr,  # or None
+    w_rows,  # [BLOCK_N]
+    length,
+    INNER: tl.constexpr,
+    NUM_W_ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`acc + x w^T` for the matrices a and b: rows of x with rows of w `[NUM_W_ROWS, INNER]`.
+
+    `length` is INNER as a runtime value, which keeps the compiler from unrolling the whole loop: that
+    takes registers, and seconds to compile.
+    """
+    CHECK: tl.constexpr = NUM_W_ROWS % BLOCK_N != 0
+    for start in range(0, length, BLOCK_K):
+        inner = start + tl.arange(0, BLOCK_K)
+        x = load_rows(x_pointers + inner[None, :], rows, num_rows, inner, INNER, BLOCK_K, True)
+        offsets = w_rows[:, None] * INNER + inner[None, :]
+        a = load_rows(a_ptr + offsets, w_rows, NUM_W_ROWS, inner, INNER, BLOCK_K, CHECK)
+        acc_a = tl.dot(x, tl.trans(a), acc_a, input_precision="ieee")
+        if b_ptr is not None:
+            b = load_rows(b_ptr + offsets, w_rows, NUM_W_ROWS, inner, INNER, BLOCK_K, CHECK)
+            acc_b = tl.dot(x, tl.trans(b), acc_b, input_precision="ieee")
+    return acc_a, acc_b
+
+
+@triton.jit
+def dot_columns(
+    acc_a,  # [BLOCK_M, BLOCK_N]
+    acc_b,
+    x_pointers,  # [BLOCK_M, 1]
+    rows,  # [BLOCK_M]
+    num_rows,
+    a_ptr,
+    b_ptr,  # or None
+    w_columns,  # [BLOCK_N]
+    length,
+    INNER: tl.constexpr,
+    NUM_W_COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`acc + x w` for the matrices a and b: rows of x with columns of w `[INNER, NUM_W_COLUMNS]`."""
+    CHECK: tl.constexpr = INNER % BLOCK_K != 0
+    for start in range(0, length, BLOCK_K):
+        inner = start + tl.arange(0, BLOCK_K)
+        x = load_rows(x_pointers + inner[None, :], rows, num_rows, inner, INNER, BLOCK_K, True)
+        offsets = inner[:, None] * NUM_W_COLUMNS + w_columns[None, :]
+        a = load_rows(a_ptr + offsets, inner, INNER, w_columns, NUM_W_COLUMNS, BLOCK_N, CHECK)
+        acc_a = tl.dot(x, a, acc_a, input_precision="ieee")
+        if b_ptr is not None:
+            b = load_rows(b_ptr + offsets, inner, INNER, w_columns, NUM_W_COLUMNS, BLOCK_N, CHECK)
+            acc_b = tl.dot(x, b, acc_b, input_precision="ieee")
+    return acc_a, acc_b

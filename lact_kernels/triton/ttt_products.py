@@ -1,0 +1,337 @@
+"""The two kinds of products around the activations of the fast network (see `ttt_activations`).
+
+Over the tokens of a chunk, the outer products that make up the three weight gradients:
+
+```
+    of w0: acts[0]^T x      of w1: y^T acts[1]      of w2: acts[2]^T x
+```
+
+for the update (x, y keys and values), its backward and the backward of apply (x, y queries and output
+gradients). One launch computes all three, of every head and chunk; where that would leave a device
+idle, the tokens are split, and whoever reads the result adds up the parts, in order.
+
+Over the hidden units, the way back to tokens, from activations a and weights w, for up to two pairs:
+
+```
+    to values   a[1] w1^T               (apply: o = hidden w1^T, and dv)
+    to keys     a[0] w0 + a[2] w2       (dq, dk)
+```
+
+Products take the tokens' dtype and accumulate in float32.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lact_kernels.triton.configs import CompileCase, TTTConfig, capability_of, ttt_config
+from lact_kernels.triton.launch import outer_strides
+from lact_kernels.triton.primitives import load_tile, store_rows
+from lact_kernels.triton.ttt_layout import (
+    TOKEN_ARGUMENTS,
+    Dims,
+    Run,
+    dims_constexprs,
+    launch_options,
+    num_multiprocessors,
+    num_tiles,
+    round_up,
+    tile_constexprs,
+    ttt_compile_cases,
+)
+from lact_kernels.triton.ttt_primitives import (
+    chunk_tokens,
+    dot_columns,
+    dot_rows,
+    matrix_place,
+    matrix_shape,
+    matrix_tile,
+    token_tile,
+)
+
+MIN_SPLIT_BLOCKS = 4  # a part of a sum over tokens has at least so many steps
+
+
+@triton.jit(do_not_specialize=[*TOKEN_ARGUMENTS, "num_chunks", "out_chunks", "split_length"])
+def _ttt_outer_kernel(
+    x_ptr,
+    y_ptr,
+    acts_ptr,  # [3, H, rows, DH]
+    out_ptr,  # [splits, chunks, H, SIZE], float32
+    table_ptr,
+    first_chunk,
+    first_row,
+    B,
+    T,
+    shift,
+    chunk_size,
+    width,
+    num_rows,
+    H,
+    num_k,
+    num_v,
+    num_h,
+    num_chunks,
+    out_chunks,
+    split_length,
+    stride_xb,
+    stride_xt,
+    stride_xh,
+    stride_yb,
+    stride_yt,
+    stride_yh,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    DH: tl.constexpr,
+    OFFSET1: tl.constexpr,
+    OFFSET2: tl.constexpr,
+    SIZE: tl.constexpr,
+    TILES0: tl.constexpr,
+    TILES1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHECK_M: tl.constexpr,
+    CHECK_N: tl.constexpr,
+):
+    part, matrix, tile = matrix_tile(TILES0, TILES1)
+    h = part % H
+    chunk = part // H % num_chunks
+    split = part // (H * num_chunks)
+    b, first, number, row = chunk_tokens(
+        chunk, table_ptr, first_chunk, first_row, B, T, shift, chunk_size, width
+    )
+    # Both factors are [tokens, ..]: the activations of w0 and w2 with x, y with those of w1.
+    plane = tl.cast(num_rows, tl.int64) * H * DH
+    acts_ptr += (h * num_rows + row) * DH + matrix * plane
+    x_ptr += b * stride_xb + first * stride_xt + h * stride_xh
+    y_ptr += b * stride_yb + first * stride_yt + h * stride_yh
+    if matrix == 1:
+        left_ptr = y_ptr
+        stride_left = stride_yt
+        right_ptr = acts_ptr
+        stride_right = DH
+    else:
+        left_ptr = acts_ptr
+        stride_left = DH
+        right_ptr = x_ptr
+        stride_right = stride_xt
+    num_left, num_right = matrix_shape(matrix, DK, DV, DH)
+    tiles_n = tl.cdiv(num_right, BLOCK_N)
+    rows = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inner = tl.arange(0, BLOCK_K)
+    left_offsets = inner[:, None] * stride_left + rows[None, :]
+    right_offsets = inner[:, None] * stride_right + columns[None, :]
+    start = split.to(tl.int32) * split_length
+    stop = tl.minimum(start + split_length, number)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for token in range(start, stop, BLOCK_K):
+        tokens = token + inner
+        left_pointers = left_ptr + tl.cast(token, tl.int64) * stride_left + left_offsets
+        right_pointers = right_ptr + tl.cast(token, tl.int64) * stride_right + right_offsets
+        left = load_tile(left_pointers, tokens, stop, rows, num_left, True, CHECK_M)
+        right = load_tile(right_pointers, tokens, stop, columns, num_right, True, CHECK_N)
+        acc = tl.dot(tl.trans(left), right, acc, input_precision="ieee")
+    element, _ = matrix_place(
+        (split * out_chunks + chunk) * H + h, matrix, DV, DH, OFFSET1, OFFSET2, SIZE
+    )
+    out_pointers = out_ptr + element + rows[:, None] * num_right + columns[None, :]
+    store_rows(out_pointers, acc, rows, num_left, columns, num_right)
+
+
+@triton.jit
+def _project(
+    acc,  # [BLOCK_T, BLOCK_N]
+    acts_ptr,  # of the tile's first token
+    weights_ptr,  # of the chunk and head
+    tokens,
+    number,
+    columns,
+    plane,
+    num_h,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    DH: tl.constexpr,
+    OFFSET1: tl.constexpr,
+    OFFSET2: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TO_VALUES: tl.constexpr,
+):
+    rows = acts_ptr + tokens[:, None] * DH
+    if TO_VALUES:
+        acc, _ = dot_rows(
+            acc, acc, rows, tokens, number, weights_ptr + OFFSET1, None, columns, num_h,
+            DH, DV, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    else:
+        acc, _ = dot_columns(
+            acc,
+            acc,
+            rows,
+            tokens,
+            number,
+            weights_ptr,
+            None,
+            columns,
+            num_h,
+            DH,
+            DK,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        acc, _ = dot_columns(
+            acc, acc, rows + 2 * plane, tokens, number, weights_ptr + OFFSET2, None, columns, num_h,
+            DH, DK, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit(do_not_specialize=TOKEN_ARGUMENTS)
+def _ttt_project_kernel(
+    acts_ptr,  # [3, H, rows, DH]; to values [H, rows, DH]: only the middle one
+    weights_ptr,  # [chunks, H, SIZE]
+    acts2_ptr,  # a second pair, or None
+    weights2_ptr,
+    out_ptr,
+    table_ptr,
+    first_chunk,
+    first_row,
+    B,
+    T,
+    shift,
+    chunk_size,
+    width,
+    num_rows,
+    H,
+    num_k,
+    num_v,
+    num_h,
+    stride_ob,
+    stride_ot,
+    stride_oh,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    DH: tl.constexpr,
+    OFFSET1: tl.constexpr,
+    OFFSET2: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TO_VALUES: tl.constexpr,
+):
+    WIDTH: tl.constexpr = DV if TO_VALUES else DK
+    chunk, h, tile_t, tile = token_tile(H, width, WIDTH, BLOCK_T, BLOCK_N)
+    b, first, number, row = chunk_tokens(
+        chunk, table_ptr, first_chunk, first_row, B, T, shift, chunk_size, width
+    )
+    if tile_t * BLOCK_T >= number:
+        return
+    h = tl.cast(h, tl.int64)
+    first += tile_t * BLOCK_T
+    number -= tile_t * BLOCK_T
+    tokens = tl.arange(0, BLOCK_T)
+    columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    plane = tl.cast(num_rows, tl.int64) * H * DH
+    first_element = (h * num_rows + row + tile_t * BLOCK_T) * DH
+    matrices = (tl.cast(chunk, tl.int64) * H + h) * SIZE
+    acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
+    acc = _project(
+        acc, acts_ptr + first_element, weights_ptr + matrices, tokens, number, columns, plane, num_h,
+        DK, DV, DH, OFFSET1, OFFSET2, BLOCK_N, BLOCK_K, TO_VALUES,
+    )  # fmt: skip
+    if acts2_ptr is not None:
+        acc = _project(
+            acc, acts2_ptr + first_element, weights2_ptr + matrices, tokens, number, columns,
+            plane, num_h, DK, DV, DH, OFFSET1, OFFSET2, BLOCK_N, BLOCK_K, TO_VALUES,
+        )  # fmt: skip
+    out_ptr += b * stride_ob + first * stride_ot + h * stride_oh
+    pointers = out_ptr + tokens[:, None] * stride_ot + columns[None, :]
+    store_rows(pointers, acc, tokens, number, columns, WIDTH)
+
+
+def ttt_outer(
+    x: Tensor,  # `[B, T, H, Dk]`
+    y: Tensor,  # `[B, T, H, Dv]`
+    acts: Tensor,  # `[3, H, rows, Dh]`
+    out: Tensor,  # `[splits, chunks or more, H, SIZE]`, float32: written
+    run: Run,
+    dims: Dims,
+) -> None:
+    """The three outer products of each chunk, in as many parts as `out` has splits."""
+    config = ttt_config("ttt_outer", x.dtype, capability_of(x.device))
+    constexprs = outer_constexprs(dims, config)
+    splits, out_chunks, H, _ = out.shape
+    split_length = round_up(triton.cdiv(run.width, splits), config.block_k)
+    _ttt_outer_kernel[(splits * run.num_chunks * H * num_tiles(constexprs),)](
+        x, y, acts, out, *run.arguments(acts, dims), run.num_chunks, out_chunks, split_length,
+        *outer_strides(x, y), **constexprs, **launch_options(config),
+    )  # fmt: skip
+
+
+def num_outer_splits(x: Tensor, num_chunks: int, length: int, dims: Dims) -> int:
+    """Parts into which to cut chunks of `length` tokens, so that a device with few programs is filled."""
+    config = ttt_config("ttt_outer", x.dtype, capability_of(x.device))
+    programs = num_chunks * x.shape[2] * num_tiles(outer_constexprs(dims, config))
+    wanted = num_multiprocessors(x.device) // max(programs, 1)
+    return max(1, min(wanted, length // (MIN_SPLIT_BLOCKS * config.block_k)))
+
+
+def ttt_project(
+    acts: Tensor,  # `[3, H, rows, Dh]`; to values `[1, H, rows, Dh]`
+    weights: Tensor,  # `[chunks, H, SIZE]`
+    out: Tensor,  # `[B, T, H, Dv or Dk]`: written
+    run: Run,
+    dims: Dims,
+    to_values: bool,
+    second: tuple[Tensor, Tensor] | None = None,  # the same again, added
+) -> None:
+    """Activations back to the tokens' channels: `a[0] w1^T` to values, `a[0] w0 + a[2] w2` to keys."""
+    config = ttt_config("ttt_project", out.dtype, capability_of(out.device))
+    columns = dims.Dv if to_values else dims.Dk
+    _ttt_project_kernel[(run.num_programs(config, columns, acts.shape[1]),)](
+        acts, weights, *(second or (None, None)), out, *run.arguments(acts, dims), *outer_strides(out),
+        **project_constexprs(dims, config, to_values), **launch_options(config),
+    )  # fmt: skip
+
+
+def outer_constexprs(dims: Dims, config: TTTConfig) -> dict[str, int]:
+    return {
+        **dims_constexprs(dims),
+        **tile_constexprs(dims.shapes, config.block_m, config.block_n),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "CHECK_M": any(rows % config.block_m for rows, _ in dims.shapes),
+        "CHECK_N": any(columns % config.block_n for _, columns in dims.shapes),
+    }
+
+
+def project_constexprs(dims: Dims, config: TTTConfig, to_values: bool) -> dict[str, int]:
+    return {
+        **dims_constexprs(dims),
+        "BLOCK_T": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "TO_VALUES": to_values,
+    }
+
+
+def compile_cases(arch: int) -> Iterator[CompileCase]:
+    """Every shipped specialisation, for benchmarks/compile_report.py."""
+    yield from ttt_compile_cases(
+        "ttt_outer", _ttt_outer_kernel, arch, outer_constexprs,
+        tokens=("x_ptr", "y_ptr", "acts_ptr"), floats=("out_ptr",), absent=("table_ptr",),
+    )  # fmt: skip
+    for to_values in (False, True):
+        yield from ttt_compile_cases(
+            "ttt_project", _ttt_project_kernel, arch,
+            functools.partial(project_constexprs, to_values=to_values),
+            tokens=("acts_ptr", "weights_ptr", "acts2_ptr", "weights2_ptr", "out_ptr"),
+            absent=("table_ptr",),
+        )  # fmt: skip

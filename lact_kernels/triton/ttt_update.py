@@ -1,0 +1,214 @@
+"""The update of fast weights from their gradients: momentum, the sum, renorm. Rows are independent.
+
+```
+    M' = G + beta M                      G: the parts of ttt_outer, added up; beta: the chunk's mean momentum
+    x' = x + step                        step = M', or with Muon its orthogonalisation
+    w' = x' norm / (|row of x'| + eps)   in the dtype of the products
+```
+
+What x is in the sum: pre-norm's masters, or in post-norm the weights in float32, which are computed from
+the sum before, as they are not kept themselves. (At the very start the weights are their own sum.)
+
+One program computes some rows of one matrix of one head. Without Muon it does all of this; with Muon one
+launch ends at M', and another begins with the orthogonalised step.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lact_kernels.triton.configs import CompileCase, TTTConfig
+from lact_kernels.triton.ttt_layout import (
+    Dims,
+    Run,
+    dims_constexprs,
+    num_tiles,
+    tile_constexprs,
+    ttt_compile_cases,
+)
+from lact_kernels.triton.ttt_primitives import (
+    chunk_tokens,
+    matrix_place,
+    matrix_shape,
+    matrix_tile,
+)
+
+RENORM_EPS = tl.constexpr(1e-5)
+PROGRAM_ELEMENTS, NUM_WARPS = 2048, 4
+MAX_DIM = 1024
+TOKEN_BLOCK = 1024
+
+
+@triton.jit
+def matrix_rows(
+    DK: tl.constexpr, DV: tl.constexpr, DH: tl.constexpr, TILES0: tl.constexpr,
+    TILES1: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Head and matrix of this program, and of its rows: numbers, elements and which of these exist."""
+    head, matrix, tile = matrix_tile(TILES0, TILES1)
+    num_rows, num_columns = matrix_shape(matrix, DK, DV, DH)
+    rows = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    columns = tl.arange(0, BLOCK_COLUMNS)
+    offsets = rows[:, None] * num_columns + columns[None, :]
+    inside = (rows < num_rows)[:, None] & (columns < num_columns)[None, :]
+    return head, matrix, rows, rows < num_rows, offsets, inside
+
+
+@triton.jit
+def sum_parts(parts_ptr, offsets, inside, num_parts, stride_part):
+    """The parts of a sum, added up in order."""
+    total = tl.load(parts_ptr + offsets, mask=inside, other=0.0)
+    for part in range(1, num_parts):
+        part_ptr = parts_ptr + tl.cast(part, tl.int64) * stride_part
+        total += tl.load(part_ptr + offsets, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["num_parts", "is_start"])
+def _ttt_update_kernel(
+    parts_ptr,  # [parts, heads, SIZE], or None: then the step is in orthogonal_ptr
+    orthogonal_ptr,  # [heads, SIZE]
+    steps_ptr,  # [heads, SIZE]: M, with momentum
+    next_steps_ptr,  # [heads, SIZE]: M', or None where nobody reads it
+    sums_ptr,  # [heads, SIZE]: x
+    next_sums_ptr,
+    next_weights_ptr,
+    norms_ptr,  # [heads, ROWS]
+    betas_ptr,  # [heads], or None without momentum
+    squares_ptr,  # [heads, ROWS]: with it the launch ends at M' and the squares of its rows' norms
+    num_parts,
+    stride_part,
+    is_start,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    DH: tl.constexpr,
+    OFFSET1: tl.constexpr,
+    OFFSET2: tl.constexpr,
+    SIZE: tl.constexpr,
+    PRENORM: tl.constexpr,
+    TILES0: tl.constexpr,
+    TILES1: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    head, matrix, rows, real, offsets, inside = matrix_rows(
+        DK, DV, DH, TILES0, TILES1, BLOCK_ROWS, BLOCK_COLUMNS
+    )
+    element, row = matrix_place(head, matrix, DV, DH, OFFSET1, OFFSET2, SIZE)
+    offsets += element
+    rows += row
+    if parts_ptr is None:
+        step = tl.load(orthogonal_ptr + offsets, mask=inside, other=0.0)
+    else:
+        step = sum_parts(parts_ptr, offsets, inside, num_parts, stride_part)
+        if betas_ptr is not None:
+            beta = tl.load(betas_ptr + head)
+            step += beta * tl.load(steps_ptr + offsets, mask=inside, other=0.0)
+        if next_steps_ptr is not None:
+            tl.store(next_steps_ptr + offsets, step, mask=inside)
+    if squares_ptr is not None:
+        tl.store(squares_ptr + rows, tl.sum(step * step, axis=1), mask=real)
+    else:
+        x = tl.load(sums_ptr + offsets, mask=inside, other=0.0)
+        norm = tl.load(norms_ptr + rows, mask=real, other=0.0)
+        if not PRENORM:
+            factor = norm / (tl.sqrt(tl.sum(x * x, axis=1)) + RENORM_EPS)
+            x *= tl.where(is_start != 0, 1.0, factor)[:, None]
+        x += step
+        factor = norm / (tl.sqrt(tl.sum(x * x, axis=1)) + RENORM_EPS)
+        weights = (x * factor[:, None]).to(next_weights_ptr.dtype.element_ty)
+        tl.store(next_sums_ptr + offsets, x, mask=inside)
+        tl.store(next_weights_ptr + offsets, weights, mask=inside)
+
+
+@triton.jit(do_not_specialize=["first_chunk", "B", "T", "chunk_size", "H"])
+def _ttt_mean_momentum_kernel(
+    momentum_ptr,  # [B, H, T], contiguous
+    betas_ptr,  # [chunks, H]
+    table_ptr,
+    first_chunk,
+    B,
+    T,
+    chunk_size,
+    H,
+    BLOCK: tl.constexpr,
+):
+    chunk = tl.program_id(0) // H
+    h = tl.program_id(0) % H
+    b, first, number, _ = chunk_tokens(chunk, table_ptr, first_chunk, 0, B, T, 0, chunk_size, 0)
+    total = tl.zeros([BLOCK], tl.float32)
+    momentum_ptr += (b * H + h) * T + first
+    for start in range(0, number, BLOCK):
+        tokens = start + tl.arange(0, BLOCK)
+        total += tl.load(momentum_ptr + tokens, mask=tokens < number, other=0.0)
+    tl.store(betas_ptr + tl.program_id(0), tl.sum(total) / tl.maximum(number, 1))
+
+
+def ttt_update(
+    step: Tensor,  # gradients in parts `[parts, heads, SIZE]`, or the orthogonalised step `[heads, SIZE]`
+    steps: Tensor | None,  # M and M', `[heads, SIZE]` each, float32
+    next_steps: Tensor | None,
+    sums: Tensor,  # `[heads, SIZE]`, float32
+    next_sums: Tensor,
+    next_weights: Tensor,  # `[heads, SIZE]`, in the dtype of the products
+    norms: Tensor,  # `[heads, ROWS]`
+    betas: Tensor | None,  # `[heads]`
+    squares: Tensor
+    | None,  # `[heads, ROWS]`: end at M', and leave the squares of its rows' norms here
+    is_start: bool,
+    prenorm: bool,
+    dims: Dims,
+) -> None:
+    """One update of all heads, or with Muon the first or the second part of it."""
+    in_parts = step.ndim == 3
+    grid, constexprs = row_programs(dims)
+    _ttt_update_kernel[(next_sums.shape[0] * grid,)](
+        step if in_parts else None, None if in_parts else step, steps, next_steps, sums, next_sums,
+        next_weights, norms, betas, squares, step.shape[0], step.stride(0), int(is_start),
+        **constexprs, PRENORM=prenorm, num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+def ttt_mean_momentum(momentum: Tensor, betas: Tensor, run: Run) -> None:
+    """The mean of momentum `[B, H, T]` over each chunk's tokens, into betas `[chunks, H]`."""
+    B, H, T = momentum.shape
+    _ttt_mean_momentum_kernel[(run.num_chunks * H,)](
+        momentum, betas, run.table, run.first_chunk, B, T, run.chunk_size, H, BLOCK=TOKEN_BLOCK
+    )
+
+
+def row_programs(dims: Dims) -> tuple[int, dict[str, int]]:
+    """Programs per head of the kernels over rows, and their compile-time arguments."""
+    columns = triton.next_power_of_2(max(dims.Dk, dims.Dh))
+    rows = max(1, PROGRAM_ELEMENTS // columns)
+    tiles = tile_constexprs(dims.shapes, rows, columns)
+    blocks = {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns}
+    return num_tiles(tiles), {**dims_constexprs(dims), **tiles, **blocks}
+
+
+def row_compile_cases(
+    name: str, kernel: Any, arch: int, floats: tuple[str, ...], absent: tuple[str, ...], **more
+) -> Iterator[CompileCase]:
+    """One specialisation of a kernel over rows, at the longest rows."""
+
+    def constexprs(dims: Dims, config: TTTConfig) -> dict:
+        return row_programs(dims)[1] | more
+
+    config = TTTConfig(PROGRAM_ELEMENTS // MAX_DIM, MAX_DIM, 1, NUM_WARPS, 3)
+    yield from ttt_compile_cases(
+        name, kernel, arch, constexprs, ("next_weights_ptr", "dsteps_ptr"), floats, absent,
+        iter([(torch.bfloat16, config)]), (Dims(MAX_DIM, MAX_DIM, MAX_DIM),),
+    )  # fmt: skip
+
+
+def compile_cases(arch: int) -> Iterator[CompileCase]:
+    """The most demanding specialisations, for benchmarks/compile_report.py."""
+    floats = ("parts_ptr", "steps_ptr", "next_steps_ptr", "sums_ptr", "next_sums_ptr")
+    yield from row_compile_cases(
+        "ttt_update", _ttt_update_kernel, arch, (*floats, "norms_ptr", "betas_ptr"),
+        ("orthogonal_ptr", "squares_ptr"), PRENORM=False,
+    )  # fmt: skip

@@ -1,0 +1,236 @@
+"""Backward of the update (see `ttt_update`), row by row, and the gradients per token that remain.
+
+From dw', the gradient of the new weights, with n the length of a row of x' and t its target norm:
+
+```
+    along = <dw', x'> / (n + eps)         dnorm += along
+    dx' = (dw' - x' along / n) t / (n + eps)      pre-norm: + the gradient of the masters so far
+    dstep = dx'                           Muon: through its orthogonalisation
+    dM' = dstep + dM                      dbeta = <dM', M>       dM <- beta dM'
+    dG = dM'                              in the dtype of the products
+```
+
+dx' is carried on to the update before: to its weights (post-norm) or its masters (pre-norm). Without Muon one
+launch does all of this; with Muon one ends at dx', and another begins with the iteration's gradient. A
+row whose n is 0 has no direction, and only its length's part is lost.
+"""
+
+from collections.abc import Iterator
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lact_kernels.triton.configs import CompileCase
+from lact_kernels.triton.ttt_layout import TOKEN_ARGUMENTS, Dims, Run
+from lact_kernels.triton.ttt_primitives import (
+    chunk_tokens,
+    matrix_place,
+    matrix_shape,
+    matrix_total,
+)
+from lact_kernels.triton.ttt_update import (
+    NUM_WARPS,
+    RENORM_EPS,
+    matrix_rows,
+    row_compile_cases,
+    row_programs,
+    sum_parts,
+)
+
+TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
+NEWTON_SCHULZ_EPS = tl.constexpr(1e-7)
+TOKEN_BLOCK = 256
+
+
+@triton.jit(do_not_specialize=["num_parts", "num_apply_parts"])
+def _ttt_update_bwd_kernel(
+    parts_ptr,  # [parts, .., SIZE]: gradients of the new weights by the update after this one
+    apply_ptr,  # [parts, heads, SIZE]: and by apply; None: they are among the others
+    carry_ptr,  # [heads, SIZE]: read and written
+    sums_ptr,  # [heads, SIZE]: x'
+    norms_ptr,  # [heads, ROWS]
+    dnorms_ptr,  # [heads, ROWS]: added to
+    betas_ptr,  # [heads], or None without momentum
+    steps_ptr,  # [heads, SIZE]: M
+    next_steps_ptr,  # [heads, SIZE]: M'
+    dsquares_ptr,  # [heads, ROWS]: squares of the rows' norms of dx', with Muon
+    squares_ptr,  # [heads, ROWS]: of M'
+    dx_ptr,  # [heads, SIZE]: the iteration's gradient: the second launch with Muon, else None
+    inner_ptr,  # [heads, ROWS]: rows of <dx, M'>
+    dbuffers_ptr,  # [heads, SIZE]: dM, read and written
+    dbetas_ptr,  # [heads, ROWS]
+    dsteps_ptr,  # [heads, SIZE]: dG, in the dtype of the products; None: the first launch with Muon
+    num_parts,
+    stride_part,
+    num_apply_parts,
+    stride_apply_part,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
+    DH: tl.constexpr,
+    OFFSET1: tl.constexpr,
+    OFFSET2: tl.constexpr,
+    SIZE: tl.constexpr,
+    PRENORM: tl.constexpr,
+    TILES0: tl.constexpr,
+    TILES1: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_TOTAL: tl.constexpr,
+):
+    head, matrix, rows, real, offsets, inside = matrix_rows(
+        DK, DV, DH, TILES0, TILES1, BLOCK_ROWS, BLOCK_COLUMNS
+    )
+    num_rows, num_columns = matrix_shape(matrix, DK, DV, DH)
+    element, row = matrix_place(head, matrix, DV, DH, OFFSET1, OFFSET2, SIZE)
+    offsets += element
+    rows += row
+    if dx_ptr is None:
+        carry = tl.load(carry_ptr + offsets, mask=inside, other=0.0)
+        dweights = sum_parts(parts_ptr, offsets, inside, num_parts, stride_part)
+        if apply_ptr is not None:
+            dweights += sum_parts(apply_ptr, offsets, inside, num_apply_parts, stride_apply_part)
+        if not PRENORM:
+            dweights += carry
+        x = tl.load(sums_ptr + offsets, mask=inside, other=0.0)
+        norm = tl.load(norms_ptr + rows, mask=real, other=0.0)
+        length = tl.sqrt(tl.sum(x * x, axis=1))
+        along = tl.sum(dweights * x, axis=1) / (length + RENORM_EPS)
+        dnorm = tl.load(dnorms_ptr + rows, mask=real, other=0.0)
+        tl.store(dnorms_ptr + rows, dnorm + along, mask=real)
+        radial = x * (along / tl.maximum(length, TINY))[:, None]
+        dstep = (dweights - radial) * (norm / (length + RENORM_EPS))[:, None]
+        if PRENORM:
+            dstep += carry
+        tl.store(carry_ptr + offsets, dstep, mask=inside)
+    else:
+        # Back through the division by the Frobenius norm that begins the iteration.
+        shorter = tl.minimum(num_rows, num_columns).to(tl.float32)
+        scale = tl.sqrt(matrix_total(dsquares_ptr + row, num_rows, BLOCK_TOTAL) / shorter)
+        length = tl.sqrt(matrix_total(squares_ptr + row, num_rows, BLOCK_TOTAL))
+        along = scale * matrix_total(inner_ptr + row, num_rows, BLOCK_TOTAL)
+        along /= tl.maximum(length, TINY) * (length + NEWTON_SCHULZ_EPS)
+        dx = scale * tl.load(dx_ptr + offsets, mask=inside, other=0.0)
+        step = tl.load(next_steps_ptr + offsets, mask=inside, other=0.0)
+        dstep = (dx - step * along) / (length + NEWTON_SCHULZ_EPS)
+    if dsteps_ptr is None:
+        step = tl.load(next_steps_ptr + offsets, mask=inside, other=0.0)
+        tl.store(dsquares_ptr + rows, tl.sum(dstep * dstep, axis=1), mask=real)
+        tl.store(squares_ptr + rows, tl.sum(step * step, axis=1), mask=real)
+    else:
+        if betas_ptr is not None:
+            beta = tl.load(betas_ptr + head)
+            dstep += tl.load(dbuffers_ptr + offsets, mask=inside, other=0.0)
+            before = tl.load(steps_ptr + offsets, mask=inside, other=0.0)
+            tl.store(dbuffers_ptr + offsets, beta * dstep, mask=inside)
+            tl.store(dbetas_ptr + rows, tl.sum(dstep * before, axis=1), mask=real)
+        tl.store(dsteps_ptr + offsets, dstep.to(dsteps_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=[*TOKEN_ARGUMENTS, "num_tiles"])
+def _ttt_rates_bwd_kernel(
+    dlr_parts_ptr,  # [tiles, 3, H, rows]
+    dbetas_ptr,  # [chunks, H, ROWS], or None without momentum
+    dlr_ptr,  # [3, B, H, T], contiguous
+    dmomentum_ptr,  # [B, H, T], contiguous
+    table_ptr,
+    first_chunk,
+    first_row,
+    B,
+    T,
+    shift,
+    chunk_size,
+    width,
+    num_rows,
+    H,
+    num_k,
+    num_v,
+    num_h,
+    num_tiles,
+    ROWS: tl.constexpr,
+    BLOCK_TOTAL: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    tiles_t = tl.cdiv(width, BLOCK_T)
+    pid = tl.program_id(0)
+    chunk_head = pid // tiles_t
+    chunk = chunk_head // H
+    h = tl.cast(chunk_head % H, tl.int64)
+    b, first, number, row = chunk_tokens(
+        chunk, table_ptr, first_chunk, first_row, B, T, shift, chunk_size, width
+    )
+    tokens = pid % tiles_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    inside = tokens < number
+    place = (b * H + h) * T + first + tokens
+    for i in tl.static_range(3):
+        part_ptr = dlr_parts_ptr + (i * H + h) * num_rows + row
+        stride_part = tl.cast(num_rows, tl.int64) * H * 3
+        total = sum_parts(part_ptr, tokens, inside, num_tiles, stride_part)
+        tl.store(dlr_ptr + i * tl.cast(B, tl.int64) * H * T + place, total, mask=inside)
+    if dbetas_ptr is not None:
+        dbeta = matrix_total(dbetas_ptr + tl.cast(chunk_head, tl.int64) * ROWS, ROWS, BLOCK_TOTAL)
+        share = tl.full([BLOCK_T], 0.0, tl.float32) + dbeta / number
+        tl.store(dmomentum_ptr + place, share, mask=inside)
+
+
+def ttt_update_bwd(
+    dweights: Tensor | None,  # `[parts, heads or more, SIZE]`, float32 like all but dsteps
+    dapply: Tensor | None,  # `[parts, heads, SIZE]`
+    carry: Tensor,  # `[heads, SIZE]`: read and written, like dnorms and dbuffers
+    sums: Tensor,  # `[heads, SIZE]`
+    norms: Tensor,  # `[heads, ROWS]`
+    dnorms: Tensor,  # `[heads, ROWS]`
+    betas: Tensor | None,  # `[heads]`
+    steps: Tensor | None,  # `[heads, SIZE]`: M
+    next_steps: Tensor | None,  # `[heads, SIZE]`: M'
+    squares: Tensor | None,  # `[2, heads, ROWS]`, with Muon: of dx' and of M'
+    iteration: tuple[Tensor, Tensor]
+    | None,  # with Muon, the second launch: its gradient, and <.., M'>
+    dbuffers: Tensor | None,  # `[heads, SIZE]`
+    dbetas: Tensor | None,  # `[heads, ROWS]`: written
+    dsteps: Tensor | None,  # `[heads, SIZE]`: written; None: the first launch with Muon
+    prenorm: bool,
+    dims: Dims,
+) -> None:
+    """Backward of one update of all heads, or with Muon the first or the second part of it."""
+    programs, constexprs = row_programs(dims)
+    apply_parts = (0, 0) if dapply is None else (dapply.shape[0], dapply.stride(0))
+    _ttt_update_bwd_kernel[(sums.shape[0] * programs,)](
+        dweights, dapply, carry, sums, norms, dnorms, betas, steps, next_steps,
+        *((None, None) if squares is None else squares), *(iteration or (None, None)),
+        dbuffers, dbetas, dsteps, dweights.shape[0], dweights.stride(0), *apply_parts,
+        **constexprs, PRENORM=prenorm,
+        BLOCK_TOTAL=triton.next_power_of_2(max(dims.Dh, dims.Dv)), num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+def ttt_rates_bwd(
+    dlr_parts: Tensor,  # `[tiles, 3, H, rows]`
+    dbetas: Tensor | None,  # `[chunks, H, ROWS]`
+    dlr: Tensor,  # `[3, B, H, T]`: written, like dmomentum
+    dmomentum: Tensor | None,  # `[B, H, T]`
+    run: Run,
+    dims: Dims,
+) -> None:
+    """The gradients of the learning rates, from their parts, and of momentum, from that of its mean."""
+    H = dlr.shape[2]
+    _ttt_rates_bwd_kernel[(run.num_chunks * H * triton.cdiv(run.width, TOKEN_BLOCK),)](
+        dlr_parts, dbetas, dlr, dmomentum, *run.arguments(dlr_parts[0], dims),
+        dlr_parts.shape[0], ROWS=dims.rows, BLOCK_TOTAL=triton.next_power_of_2(dims.rows),
+        BLOCK_T=TOKEN_BLOCK,
+    )  # fmt: skip
+
+
+def compile_cases(arch: int) -> Iterator[CompileCase]:
+    """The most demanding specialisations, for benchmarks/compile_report.py."""
+    floats = (
+        "parts_ptr", "carry_ptr", "sums_ptr", "norms_ptr", "dnorms_ptr", "betas_ptr", "steps_ptr",
+        "dbuffers_ptr", "dbetas_ptr",
+    )  # fmt: skip
+    for iteration in (False, True):
+        with_muon = ("next_steps_ptr", "dsquares_ptr", "squares_ptr", "dx_ptr", "inner_ptr")
+        yield from row_compile_cases(
+            "ttt_update_bwd", _ttt_update_bwd_kernel, arch,
+            (*floats, *with_muon) if iteration else (*floats, "apply_ptr"),
+            ("apply_ptr",) if iteration else with_muon, PRENORM=False, BLOCK_TOTAL=1024,
+        )  # fmt: skip

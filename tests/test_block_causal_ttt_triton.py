@@ -1,0 +1,474 @@
+"""`block_causal_ttt` on its Triton kernels, through the public function, against the reference.
+
+Without a GPU they run in Triton's interpreter, with blocks so small that few tokens straddle every edge.
+The tests marked `gpu` run them with the blocks of the table.
+"""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+import lact_kernels.triton.block_causal_ttt as ttt
+import reference
+from benchmarks.launches import count_launches
+from lact_kernels import block_causal_ttt
+from lact_kernels.triton import configs, ttt_layout, ttt_products
+from lact_kernels.triton.configs import TTTConfig
+from tests.bfloat16_interpreter import bfloat16_products
+from tests.cases import (
+    PACKED,
+    TTT_OPTIONS,
+    TTT_SHAPES,
+    TTTCase,
+    check_block_causal_ttt,
+    filled_with_nan,
+)
+
+ON_CPU = not torch.cuda.is_available()
+DEVICE = "cpu" if ON_CPU else "cuda"
+TOKENS = ("q", "k", "v", "lr0", "lr1", "lr2", "momentum")
+needs_interpreter = pytest.mark.skipif(not ON_CPU, reason="runs in the interpreter only")
+
+triton_block_causal_ttt = functools.partial(block_causal_ttt, backend="triton")
+
+
+def sized(case, **sizes):
+    return dataclasses.replace(case, **sizes)
+
+
+def name(case):
+    return f"{case}-packed" if case.cu_seqlens else str(case)
+
+
+def medium(case):
+    """At a size where rounding has its usual statistics: three updates and a rest, several heads.
+
+    The gradient of momentum is one number for each head and update but the first, so it takes heads to
+    have statistics. In the interpreter Muon is slow, and does with two where that is enough.
+    """
+    H = 2 if ON_CPU and case.muon else 6
+    return sized(case, B=1, T=200, chunk_size=64, H=H, Dk=24, Dv=20, Dh=32)
+
+
+MEDIUM = [medium(case) for case in TTT_OPTIONS]
+MEDIUM_PACKED = [sized(case, T=300, cu_seqlens=(0, 0, 30, 94, 94, 300)) for case in MEDIUM]
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """Sets the blocks of every pass."""
+
+    def use(block_m, block_n=None, block_k=None):
+        config = TTTConfig(block_m, block_n or block_m, block_k or block_m, 4, 1)
+        monkeypatch.setattr(configs, "_TTT_TABLE", dict.fromkeys(configs._TTT_TABLE, config))
+
+    return use
+
+
+def check(case, dtype=torch.float32, fn=triton_block_causal_ttt):
+    with filled_with_nan(), bfloat16_products(ON_CPU and dtype == torch.bfloat16):
+        check_block_causal_ttt(fn, case, dtype, DEVICE)
+
+
+def run(inputs, **options):
+    """The output, and all gradients of a fixed cotangent."""
+    o = triton_block_causal_ttt(**inputs, **options)
+    torch.manual_seed(1)
+    do = torch.randn_like(o)
+    return [o, *torch.autograd.grad(o, list(inputs.values()), do, materialize_grads=True)]
+
+
+def in_pieces(cuts, **arguments):
+    """The outputs of a call per piece, the state passed on, and the last state.
+
+    Packed sequences are all cut at the same places.
+    """
+    cu_seqlens = arguments.pop("cu_seqlens", None)
+    T = arguments["q"].shape[1]
+    borders = [0, T] if cu_seqlens is None else cu_seqlens.tolist()
+    spans = list(zip(borders, borders[1:]))
+    longest = max(stop - start for start, stop in spans)
+    state, outputs, order = None, [], []
+    for begin, end in zip((0, *cuts), (*cuts, longest)):
+        places = [range(min(a + begin, b), min(a + end, b)) for a, b in spans]
+        at = [t for place in places for t in place]
+        piece = {name: x[:, at] if name in TOKENS else x for name, x in arguments.items()}
+        if cu_seqlens is not None:
+            lengths = torch.tensor([0, *map(len, places)], dtype=torch.int32, device=DEVICE)
+            piece["cu_seqlens"] = lengths.cumsum(0, dtype=torch.int32)
+        o, state = triton_block_causal_ttt(**piece, initial_state=state, return_state=True)
+        outputs.append(o)
+        order += at
+    return torch.cat(outputs, dim=1)[:, torch.tensor(order, device=DEVICE).argsort()], state
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", MEDIUM, ids=str)
+def test_all_options(case, dtype, blocks):
+    blocks(64)
+    check(sized(case, H=6) if case.momentum and dtype != torch.float32 else case, dtype)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("case", MEDIUM_PACKED, ids=str)
+def test_all_options_packed(case, blocks):
+    blocks(64)
+    check(case)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("case", MEDIUM + MEDIUM_PACKED, ids=name)
+def test_all_options_with_a_state(case, blocks):
+    """Cut inside a chunk and at a border; gradients flow back through the states."""
+    blocks(64)
+    cuts = (40, 128)
+    check(case, fn=lambda **arguments: in_pieces(cuts, **arguments)[0])
+
+
+# With Muon and fewer tokens than channels, steps have singular values of 0, whose rounding noise the
+# iteration amplifies 490 times forward and once more backward: float32 says nothing there.
+SHAPES = [
+    sized(case, H=4) for case in TTT_SHAPES if not case.muon and case.reason != "larger"
+]  # fmt: skip
+
+
+@needs_interpreter
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_shapes(case, blocks):
+    blocks(16)
+    check(case)
+
+
+UNEQUAL_DIMS = [
+    TTTCase("hidden layer widest", B=1, H=1, T=20, chunk_size=18, Dk=20, Dv=17, Dh=35, muon=True),
+    TTTCase("keys widest", B=1, H=1, T=20, chunk_size=18, Dk=35, Dv=20, Dh=17, muon=True),
+    TTTCase("values widest", B=1, H=1, T=20, chunk_size=18, Dk=17, Dv=35, Dh=20, muon=True),
+]
+
+
+@needs_interpreter
+@pytest.mark.parametrize("case", UNEQUAL_DIMS, ids=str)
+def test_matrices_of_several_tiles(case, blocks):
+    """Tall and wide, no dim a multiple of the blocks."""
+    blocks(16)
+    check(case)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("sizes", [(16, 32, 16), (32, 16, 16), (16, 16, 32)], ids=str)
+def test_unequal_blocks(sizes, blocks):
+    blocks(*sizes)
+    check(TTTCase("", B=1, H=1, T=60, chunk_size=40, Dk=20, Dv=36, Dh=33, momentum=True))
+
+
+@needs_interpreter
+def test_blocks_of_the_table():
+    check(
+        TTTCase("", B=1, H=1, T=300, chunk_size=140, Dk=40, Dv=72, Dh=136, momentum=True),
+        torch.float16,
+    )
+
+
+@needs_interpreter
+@pytest.mark.parametrize("muon", [False, True], ids=["plain", "muon"])
+def test_cuts(muon, blocks):
+    """Any way of cutting gives the uncut outputs: one token at a time, at borders, across chunks."""
+    blocks(32)
+    case = TTTCase("", B=1, T=40, chunk_size=16, H=1, Dk=16, Dv=16, Dh=16, momentum=True, muon=muon)
+    inputs = {name: x.detach() for name, x in case.inputs(torch.float32, DEVICE).items()}
+    whole = triton_block_causal_ttt(**inputs, **case.options())
+    for cuts in ((16, 32), (5, 37), tuple(range(1, 40, 3))):
+        pieces, _ = in_pieces(cuts, **inputs, **case.options())
+        bound = 2e-2 if muon else 1e-4
+        assert (pieces - whole).abs().max() <= bound * whole.abs().max()
+
+
+@needs_interpreter
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_state_is_that_of_the_eager_backend(packed, blocks):
+    """Weights, norms, masters and momentum, of sequences with no update, too."""
+    blocks(16)
+    case = TTTCase(
+        "", T=24, momentum=True, prenorm=True, **({"B": 1, "cu_seqlens": PACKED} if packed else {})
+    )
+    inputs = case.inputs(torch.float32)
+    (_, ours), (_, theirs) = (
+        block_causal_ttt(**inputs, **case.options(), return_state=True, backend=backend)
+        for backend in ("triton", "eager")
+    )
+    assert ours.pending_lengths == theirs.pending_lengths
+    for a, b in zip(ours[:4], theirs[:4]):
+        for x, y in zip(a, b):
+            torch.testing.assert_close(x, y)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize(
+    "interval, muon", [(2, False), (3, False), (100, False), (2, True)], ids=str
+)
+def test_checkpoints_change_nothing(interval, muon, packed, blocks):
+    """The scan from a checkpoint gives the same bits."""
+    blocks(16)
+    case = TTTCase("", T=24, H=1, momentum=True, prenorm=not muon, muon=muon,
+                   B=1, cu_seqlens=PACKED if packed else None)  # fmt: skip
+    inputs = case.inputs(torch.float32, DEVICE)
+    with filled_with_nan():
+        expected = run(inputs, **case.options())
+        actual = run(inputs, **case.options(), checkpoint_interval=interval)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_steps_in_batches_change_nothing(packed, blocks, monkeypatch):
+    """Where not all activations are held at once: sums are the same, in another order."""
+    blocks(16)
+    case = TTTCase("", T=24, H=1, momentum=True,
+                   **({"B": 1, "cu_seqlens": PACKED} if packed else {"B": 2}))  # fmt: skip
+    inputs = case.inputs(torch.float32, DEVICE)
+    expected = run(inputs, **case.options())
+    for size in (1, 1500):
+        monkeypatch.setattr(ttt, "ACTIVATION_BYTES", size)
+        with filled_with_nan():
+            actual = run(inputs, **case.options())
+        for a, b in zip(actual, expected):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@needs_interpreter
+def test_sums_over_tokens_in_parts(blocks, monkeypatch):
+    """As on a device that few programs would leave idle."""
+    blocks(16)
+    for module in (ttt_layout, ttt_products):
+        monkeypatch.setattr(module, "num_multiprocessors", lambda device: 16, raising=False)
+    monkeypatch.setattr(ttt_products, "MIN_SPLIT_BLOCKS", 1)
+    case = TTTCase("", B=1, T=210, chunk_size=100, H=1, Dk=16, Dv=12, Dh=16, momentum=True)
+    q = case.inputs(torch.float32)["q"]
+    assert ttt_products.num_outer_splits(q, 1, 100, ttt_layout.Dims(16, 12, 16)) == 5
+    check(case)
+
+
+def test_strided_inputs_are_read_in_place(blocks, monkeypatch):
+    """Slices of one projection, heads before time."""
+    blocks(16)
+    case = TTTCase("", B=2, H=2, T=11, Dk=6, Dv=6)
+    inputs = {name: x.detach() for name, x in case.inputs(torch.float32, DEVICE).items()}
+    expected = triton_block_causal_ttt(**inputs, chunk_size=4)
+    q, k, v = torch.stack([inputs[name] for name in "qkv"], dim=2).unbind(dim=2)
+    v = v.transpose(1, 2).contiguous().transpose(1, 2)
+    copied = []
+    contiguous = torch.Tensor.contiguous
+    monkeypatch.setattr(
+        torch.Tensor, "contiguous", lambda x: copied.append(x.shape) or contiguous(x)
+    )
+    strided = {**inputs, "q": q, "k": k, "v": v}
+    assert torch.equal(triton_block_causal_ttt(**strided, chunk_size=4), expected)
+    assert not copied
+
+
+def test_offsets_beyond_32_bits(blocks):
+    """Views over memory that is never touched between the tokens, so only a few pages are real."""
+    blocks(16)
+    T, D = 9, 16
+    inputs = TTTCase("", B=2, H=1, T=T, Dk=D, Dv=D, Dh=D).inputs(torch.float32, DEVICE)
+    expected = run(inputs, chunk_size=4)
+    far = dict(inputs)
+    for name in ("q", "k", "v"):
+        size = 2**31 + 64 + T * D
+        memory = torch.empty(size, dtype=torch.float32, device=DEVICE)
+        view = memory.as_strided((2, T, 1, D), (2**31 + 64, D, D, 1))
+        far[name] = view.copy_(inputs[name].detach()).requires_grad_()
+    assert all(torch.equal(a, b) for a, b in zip(run(far, chunk_size=4), expected))
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    "muon, packed", [(False, False), (True, False), (False, True)], ids=["plain", "muon", "packed"]
+)
+def test_few_launches_per_chunk_and_no_synchronisation(muon, packed, blocks):
+    blocks(16)
+    counts = []
+    for chunks in (4, 12):
+        T = 2 * chunks
+        cu_seqlens = (0, T) if packed else None
+        case = TTTCase("", B=1, H=1, T=T, chunk_size=2, Dk=4, Dv=4, Dh=4,
+                       momentum=True, muon=muon, cu_seqlens=cu_seqlens)  # fmt: skip
+        inputs = case.inputs(torch.float32, DEVICE)
+        outputs = []
+        forward = count_launches(
+            lambda i=inputs, c=case, o=outputs: o.append(
+                triton_block_causal_ttt(**i, **c.options())
+            )
+        )
+        (o,) = outputs
+        backward = count_launches(lambda o=o: o.sum().backward())
+        if not packed:
+            assert not forward.syncs and not backward.syncs, (forward, backward)
+        counts.append((forward.total, backward.total))
+    (few_forward, few_backward), (many_forward, many_backward) = counts
+    forward, backward = (many_forward - few_forward) / 8, (many_backward - few_backward) / 8
+    assert forward <= (20 if muon else 4)
+    assert backward <= (50 if muon else 8)
+
+
+@needs_interpreter
+def test_packed_sequences_are_scanned_side_by_side(blocks):
+    """Thirty sequences make as many launches as one of their length."""
+    blocks(16)
+
+    def launches(sequences):
+        case = TTTCase("", B=1, H=1, T=6 * sequences, chunk_size=4, Dk=4, Dv=4, Dh=4,
+                       cu_seqlens=tuple(range(0, 6 * sequences + 1, 6)))  # fmt: skip
+        inputs = {name: x.detach() for name, x in case.inputs(torch.float32, DEVICE).items()}
+        return count_launches(lambda: triton_block_causal_ttt(**inputs, **case.options())).total
+
+    assert launches(30) == launches(2)
+
+
+@needs_interpreter
+def test_second_backward_gives_the_same_and_nothing_is_mutated(blocks):
+    blocks(16)
+    case = TTTCase("", H=1, momentum=True, muon=True, prenorm=True)
+    inputs = case.inputs(torch.float32, DEVICE)
+    before = [x.detach().clone() for x in inputs.values()]
+    o = triton_block_causal_ttt(**inputs, **case.options())
+    do = torch.randn_like(o)
+    leaves = list(inputs.values())
+    first = torch.autograd.grad(o, leaves, do, retain_graph=True)
+    second = torch.autograd.grad(o, leaves, do)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+    assert all(torch.equal(a, b) for a, b in zip(before, leaves))
+
+
+@needs_interpreter
+@pytest.mark.slow
+def test_many_heads(blocks):
+    blocks(16)
+    check(TTTCase("", B=16, H=16, T=3, chunk_size=2, Dk=4, Dv=3, Dh=5))
+
+
+@needs_interpreter
+@pytest.mark.slow
+def test_longest_rows(blocks):
+    """Dims of 1024, the most there is, and 16 beside them."""
+    blocks(128)
+    check(TTTCase("", B=1, H=1, T=40, chunk_size=20, Dk=1024, Dv=16, Dh=16))
+    check(TTTCase("", B=1, H=1, T=40, chunk_size=20, Dk=16, Dv=1024, Dh=16))
+    check(TTTCase("", B=1, H=1, T=40, chunk_size=20, Dk=16, Dv=16, Dh=1024))
+
+
+def muon_error_in_float16():
+    """Relative error of the output, at three chunks of 2,048 tokens, D = 192."""
+    D, T = 192, 3 * 2048
+    inputs = {name: torch.randn(1, T, 1, D, device=DEVICE) for name in "qkv"}
+    for name in "qk":
+        inputs[name] = torch.nn.functional.normalize(inputs[name], dim=-1)
+    inputs = {name: x.half() for name, x in inputs.items()}
+    for name in ("0", "1", "2"):
+        inputs["w" + name] = torch.randn(1, D, D, device=DEVICE) / D**0.5
+        inputs["lr" + name] = 0.02 * torch.rand(1, T, 1, device=DEVICE)
+    options = {"chunk_size": 2048, "muon": True}
+    exact = reference.block_causal_ttt(**{n: x.double() for n, x in inputs.items()}, **options)
+    error = triton_block_causal_ttt(**inputs, **options).double() - exact
+    return (error.norm() / exact.norm()).item()
+
+
+@needs_interpreter
+@pytest.mark.slow
+def test_muon_in_float16_is_accurate():
+    """Bfloat16 iterations would give 1.6e-2."""
+    assert muon_error_in_float16() <= 3e-3
+
+
+@pytest.mark.gpu
+def test_muon_in_float16_is_accurate_on_gpu():
+    assert muon_error_in_float16() <= 3e-3
+
+
+def test_rows_of_zeros_stay_finite(blocks):
+    """A dead row of an initial weight has a target norm of 0; values of zero make steps of zero."""
+    blocks(16)
+    case = TTTCase("", H=1, momentum=True, muon=True)
+    inputs = case.inputs(torch.float32, DEVICE)
+    with torch.no_grad():
+        inputs["w0"][:, 2] = 0
+        inputs["v"].zero_()
+    assert all(x.isfinite().all() for x in run(inputs, **case.options()))
+
+
+def test_same_kernel_for_every_length():
+    """Lengths, batch sizes, head counts and strides are runtime values, never compile-time ones."""
+    from lact_kernels.triton import newton_schulz, ttt_activations, ttt_update, ttt_update_bwd
+
+    modules = (newton_schulz, ttt_activations, ttt_products, ttt_update, ttt_update_bwd)
+    for module in modules:
+        for case in module.compile_cases(90):
+            assert not {"B", "T", "H", "chunk_size", "num_chunks", "num_rows"} & set(
+                case.constexprs
+            )
+            assert not any(name.startswith("stride") for name in case.constexprs)
+
+
+LARGE = [
+    TTTCase("D64", B=2, T=1000, chunk_size=256, H=3, Dk=64, Dv=64, Dh=64, momentum=True),
+    TTTCase("D192 muon", T=1500, chunk_size=500, H=2, Dk=192, Dv=192, Dh=192, muon=True),
+    TTTCase("unequal dims", T=900, chunk_size=300, H=2, Dk=96, Dv=160, Dh=272, prenorm=True),
+    TTTCase("D768", B=1, T=1300, chunk_size=512, H=1, Dk=768, Dv=768, Dh=768),
+    TTTCase("large packed", B=1, T=2000, chunk_size=128, H=2, Dk=96, Dv=96, Dh=96,
+            cu_seqlens=(0, 1, 130, 1500, 1500, 2000), prenorm=True),
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", MEDIUM, ids=str)
+def test_all_options_on_gpu(case, dtype):
+    check(case, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", SHAPES + UNEQUAL_DIMS + MEDIUM_PACKED, ids=name)
+def test_shapes_on_gpu(case):
+    check(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", LARGE, ids=str)
+def test_large_on_gpu(case):
+    check(case, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", MEDIUM + MEDIUM_PACKED, ids=name)
+def test_with_a_state_on_gpu(case):
+    check(case, fn=lambda **arguments: in_pieces((40, 128), **arguments)[0])
+
+
+@pytest.mark.gpu
+def test_captured_in_a_cuda_graph():
+    """Nothing waits for the device, forward or backward, so a graph can hold both."""
+    case = sized(LARGE[0], muon=True)
+    inputs = case.inputs(torch.bfloat16, DEVICE)
+    options = case.options(DEVICE)
+    expected = run(inputs, **options)
+    torch.manual_seed(1)
+    do = torch.randn_like(expected[0])
+
+    def both():
+        o = triton_block_causal_ttt(**inputs, **options)
+        return [o, *torch.autograd.grad(o, list(inputs.values()), do)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        both()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected))
