@@ -1,4 +1,4 @@
-"""Every GPU test, then the GPU benchmarks with their peers, within eight minutes.
+"""Every GPU test, then the GPU benchmarks with their peers, within ten minutes.
 
 ```
 PYTHONPATH=. python3 -m benchmarks.gpu_check [--out DIR]
@@ -56,11 +56,16 @@ def stages(out: Path) -> tuple[Stage, list[Stage]]:
     common = ("--device", "cuda", "--repeats", "15", "--seconds", "4", "--out", str(out))
     run = ("benchmarks.run", *common, "--op")
     ttt = (*run, "block_causal_ttt", "--chunk-sizes", "2048", "--fast-weight-dims", "384", "768")
-    return Stage("tests", tests, 220), [
-        Stage("window_attn", (*run, "window_attn", "--window-sizes", "1024", "4096", "16384"), 95),
+    sizes = "--dtype bfloat16 --seq-len 32768 --chunk-size 2048 --fast-weight-heads 4"
+    phases = ("benchmarks.phases", "--device", "cuda", *sizes.split())
+    phases += ("--fast-weight-dim", "384", "768", "--repeats", "3", "--out", str(out))
+    return Stage("tests", tests, 320), [
+        Stage("window_attn", (*run, "window_attn", "--window-sizes", "1024", "4096", "16384"), 85),
         Stage("block_causal_ttt", (*ttt, "--no-peers"), 30),
+        Stage("phases", phases, 25),
+        Stage("phases-muon", (*phases, "--muon"), 30),
         # Compiling the reference takes long, and may take all of it.
-        Stage("block_causal_ttt-peers", (*ttt, "--mode", "fwd_bwd"), 70, needs_rows=False),
+        Stage("block_causal_ttt-peers", (*ttt, "--mode", "fwd_bwd"), 60, needs_rows=False),
     ]
 
 

@@ -58,8 +58,8 @@ def measure_point(
     for variant in variants:
         row = rows[variant.name]
         try:
-            run = runner(variant.build(point, mode), inputs, do, mode)
-            result = run()
+            run = runner(variant.build(point, mode), *_laid_out(variant, point, inputs, do), mode)
+            result = _in_our_layout(variant, point, run())
             if ours is None and variant.ours:
                 ours = result
             elif ours is not None:
@@ -71,7 +71,7 @@ def measure_point(
         except torch.OutOfMemoryError:
             row.status = "out of memory"
         except Exception as error:  # a peer that breaks is a row, not the end of the run
-            row.status = _first_line(error)
+            row.status = failure(error)
         else:
             if _computes_the_same(point, row.difference, settings.dtype):
                 runs[variant.name] = run
@@ -133,6 +133,26 @@ def runner(
     return forward if mode == "fwd" else lambda: forward_backward(function, inputs, do)
 
 
+def _laid_out(
+    variant: Variant, point: Point, inputs: dict[str, Tensor], do: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The inputs, leaves again, and `do` in the layout of the variant."""
+    if variant.layout is None:
+        return inputs, do
+    leaves = {
+        name: variant.layout.theirs(point, name, x.detach()).requires_grad_()
+        for name, x in inputs.items()
+    }
+    return leaves, variant.layout.theirs(point, "o", do)
+
+
+def _in_our_layout(variant: Variant, point: Point, result: dict[str, Tensor]) -> dict[str, Tensor]:
+    if variant.layout is None:
+        return result
+    names = {name: name if name == "o" else name.removeprefix("d") for name in result}
+    return {name: variant.layout.ours(point, names[name], x) for name, x in result.items()}
+
+
 def _computes_the_same(point: Point, difference: float | None, dtype: torch.dtype) -> bool:
     """Whether a difference may come from rounding alone. `None` is ours, which others differ from.
 
@@ -153,7 +173,8 @@ def _difference(result: dict[str, Tensor], ours: dict[str, Tensor]) -> float:
     return max(ratios, key=lambda ratio: (ratio != ratio, ratio))
 
 
-def _first_line(error: Exception) -> str:
+def failure(error: Exception) -> str:
+    """The status of a row that could not be measured."""
     line = next((x for x in str(error).splitlines() if x.strip()), "")
     return f"failed: {type(error).__name__}: {line[:160]}"
 

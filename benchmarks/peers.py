@@ -6,8 +6,12 @@ becomes the row's status.
 """
 
 import dataclasses
+import functools
 import importlib
+import sys
+import types
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -21,17 +25,37 @@ class Unavailable(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
+class Layout:
+    """A layout of tensors that is not ours. Converting to it and back is not timed.
+
+    `theirs(point, name, x)` gives a tensor of ours as the variant takes it, `ours(point, name, x)`
+    the way back. Names are those of the inputs, and "o" for the output and where a backward starts.
+    """
+
+    theirs: Callable[[Point, str, Tensor], Tensor]
+    ours: Callable[[Point, str, Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
 class Variant:
     """One implementation: `build(point, mode)` returns `function(**inputs) -> o`."""
 
     name: str
     build: Callable[[Point, str], Callable[..., Tensor]]
     ours: bool = False
+    layout: Layout | None = None
 
 
-def variants(op: str, device: torch.device) -> list[Variant]:
-    """Ours first, then the peers on this kind of device; the first peer is the baseline."""
-    return [_ours(backend) for backend in BACKENDS[op, device.type]] + _PEERS[op, device.type]
+def variants(
+    op: str, device: torch.device, lact_checkout: str | Path | None = None
+) -> list[Variant]:
+    """Ours first, then the peers on this kind of device; the first peer is the baseline.
+
+    The LaCT authors' functions come from `lact_checkout`, and are unavailable without it.
+    """
+    ours = [_ours(backend) for backend in BACKENDS[op, device.type]]
+    peers = _PEERS[op, device.type]
+    return ours + peers + ([_lact(lact_checkout, device)] if op == "block_causal_ttt" else [])
 
 
 def _ours(backend: str) -> Variant:
@@ -117,6 +141,62 @@ def _compiled_reference_loop(point: BlockCausalTTT, mode: str) -> Callable[..., 
     return torch.compile(point.reference, dynamic=False)
 
 
+def _lact(checkout: str | Path | None, device: torch.device) -> Variant:
+    """The LaCT authors' own functions: their fused kernels on a GPU, their compiled PyTorch on a CPU."""
+    if device.type == "cuda":
+        names = ("postnorm_block_causal_lact_swiglu", "prenorm_block_causal_lact_swiglu")
+        file, suffix, name = "ttt_operation_fused_kernel", "_fused_kernel_triton", "fused kernels"
+    else:
+        names = ("block_causal_lact_swiglu", "prenorm_block_causal_lact_swiglu")
+        file, suffix, name = "ttt_operation", "", "compiled PyTorch"
+
+    def build(point: BlockCausalTTT, mode: str) -> Callable[..., Tensor]:
+        if point.muon and device.type == "cuda":
+            raise Unavailable(
+                "with Muon it is another function: the steps of w0 and w2 are orthogonalised as one"
+            )
+        function = getattr(lact_module(checkout, file), names[point.prenorm] + suffix)
+        return functools.partial(function, chunk_size=point.chunk_size, use_muon=point.muon)
+
+    return Variant(f"LaCT authors' {name}", build, layout=Layout(_to_lact, _from_lact))
+
+
+def _to_lact(point: BlockCausalTTT, name: str, x: Tensor) -> Tensor:
+    """Batch and heads as one axis: tokens `[b*h, l, d]`, rates `[b*h, l, 1]`, weights `[b*h, ..]`."""
+    if name in ("w0", "w1", "w2"):
+        return x.repeat(point.B, 1, 1)
+    x = x[..., None] if x.ndim == 3 else x
+    return x.transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def _from_lact(point: BlockCausalTTT, name: str, x: Tensor) -> Tensor:
+    """Back again. Gradients of the weights add up over the batch."""
+    x = x.unflatten(0, (point.B, point.H))
+    if name in ("w0", "w1", "w2"):
+        return x.sum(dim=0)
+    x = x.transpose(1, 2)
+    return x if name in ("q", "k", "v", "o") else x[..., 0]
+
+
+def lact_module(checkout: str | Path | None, name: str) -> types.ModuleType:
+    """A module of the LaCT authors' package, from a checkout of github.com/a1600012888/LaCT.
+
+    The package itself, which would import its models and all that they need, is not run.
+    """
+    if not checkout:
+        raise Unavailable("no checkout of the authors' repository was given")
+    folder = Path(checkout) / "lact_llm" / "lact_model"
+    if not (folder / f"{name}.py").is_file():
+        raise Unavailable(f"{folder} has no {name}.py")
+    package = types.ModuleType("lact_authors")
+    package.__path__ = [str(folder)]
+    sys.modules[package.__name__] = package
+    try:
+        return importlib.import_module(f"{package.__name__}.{name}")
+    except Exception as error:  # whatever importing somebody else's code raises
+        raise Unavailable(f"{name}.py cannot be imported ({error})") from None
+
+
 def _find(module: str, name: str) -> Callable:
     try:
         return getattr(importlib.import_module(module), name)
@@ -128,7 +208,7 @@ BACKENDS = {
     ("window_attn", "cpu"): ("eager",),
     ("window_attn", "cuda"): ("triton", "eager"),
     ("block_causal_ttt", "cpu"): ("eager",),
-    ("block_causal_ttt", "cuda"): ("eager",),
+    ("block_causal_ttt", "cuda"): ("triton", "eager"),
 }
 _PEERS = {
     ("window_attn", "cpu"): [

@@ -100,6 +100,7 @@ class BlockCausalTTT:
     Dh: int = 192
     muon: bool = False
     momentum: bool = False
+    prenorm: bool = False
 
     @property
     def swept_value(self) -> int:
@@ -158,7 +159,7 @@ class BlockCausalTTT:
         return dataclasses.replace(self, B=1, T=T, H=min(self.H, 2), chunk_size=chunk_size)
 
     def _options(self) -> dict:
-        return {"chunk_size": self.chunk_size, "muon": self.muon}
+        return {"chunk_size": self.chunk_size, "muon": self.muon, "prenorm": self.prenorm}
 
 
 Point = WindowAttn | BlockCausalTTT

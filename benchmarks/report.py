@@ -107,15 +107,19 @@ def slug(text: str) -> str:
 
 
 class JsonLines:
-    """Appends rows to `<directory>/<device>.jsonl`, each safely on disk before the next is measured."""
+    """Appends rows to `<directory>/<device>.jsonl`, each safely on disk before the next is measured.
 
-    def __init__(self, directory: Path, environment: dict):
+    Rows are dataclasses. Those of another kind than `Row` have a file of their own: `<device>-<kind>.jsonl`.
+    """
+
+    def __init__(self, directory: Path, environment: dict, kind: str = ""):
         directory.mkdir(parents=True, exist_ok=True)
-        self.path = directory / f"{slug(environment['device'])}.jsonl"
+        name = slug(f"{environment['device']} {kind}")
+        self.path = directory / f"{name}.jsonl"
         self.environment = environment
         self.path.touch()  # fails now rather than after the first measurement
 
-    def append(self, row: Row) -> None:
+    def append(self, row) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(self.environment | dataclasses.asdict(row)) + "\n")
             file.flush()

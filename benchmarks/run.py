@@ -4,6 +4,7 @@
 python -m benchmarks.run                               # this device's default sweeps
 python -m benchmarks.run --op window_attn --window-sizes 512 4096 full --mode fwd_bwd
 python -m benchmarks.run --memory                      # peak memory against T, up to 65,536 tokens
+python -m benchmarks.phases                            # where block_causal_ttt spends its time
 ```
 
 Rows appear on the screen and are appended to `<out>/<device>.jsonl` as they are finished, so
@@ -13,6 +14,7 @@ of ours does, 2 for bad arguments, 130 after Ctrl-C.
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,19 +117,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
-    parser.add_argument("--seq-len", type=_positive, metavar="T")
+    parser.add_argument("--seq-len", type=positive, metavar="T")
     parser.add_argument("--window-sizes", nargs="+", type=_window_size, metavar="W")
-    parser.add_argument("--heads", type=_positive, help="query heads of window_attn")
-    parser.add_argument("--kv-heads", type=_positive, help="key/value heads; must divide --heads")
-    parser.add_argument("--head-dim", type=_positive)
-    parser.add_argument("--chunk-sizes", nargs="+", type=_positive, metavar="C")
-    parser.add_argument("--fast-weight-heads", type=_positive, default=4)
+    parser.add_argument("--heads", type=positive, help="query heads of window_attn")
+    parser.add_argument("--kv-heads", type=positive, help="key/value heads; must divide --heads")
+    parser.add_argument("--head-dim", type=positive)
+    parser.add_argument("--chunk-sizes", nargs="+", type=positive, metavar="C")
+    parser.add_argument("--fast-weight-heads", type=positive, default=4)
     parser.add_argument(
-        "--fast-weight-dims", nargs="+", type=_positive, metavar="D", help="each for Dk = Dv = Dh"
+        "--fast-weight-dims", nargs="+", type=positive, metavar="D", help="each for Dk = Dv = Dh"
     )
     parser.add_argument("--muon", action="store_true", help="block_causal_ttt with Muon")
     parser.add_argument("--momentum", action="store_true", help="block_causal_ttt with momentum")
-    parser.add_argument("--repeats", type=_positive, metavar="N", help="turns that variants take")
+    parser.add_argument("--prenorm", action="store_true", help="block_causal_ttt with pre-norm")
+    parser.add_argument("--repeats", type=positive, metavar="N", help="turns that variants take")
     parser.add_argument(
         "--seconds",
         type=float,
@@ -135,6 +138,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help=f"per point; fewer turns, but {timing.MIN_ROUNDS}, where they would take longer",
     )
     parser.add_argument("--no-peers", action="store_true", help="only our own backends")
+    parser.add_argument(
+        "--lact-checkout",
+        default=os.environ.get("LACT_CHECKOUT"),
+        metavar="PATH",
+        help="the LaCT authors' repository, to measure their functions; default: $LACT_CHECKOUT",
+    )
     parser.add_argument(
         "--memory",
         action="store_true",
@@ -172,7 +181,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     try:
         value = int(text)
     except ValueError:
@@ -183,7 +192,7 @@ def _positive(text: str) -> int:
 
 
 def _window_size(text: str) -> int | None:
-    return None if text == "full" else _positive(text)
+    return None if text == "full" else positive(text)
 
 
 def _sweeps(options: argparse.Namespace) -> list[tuple[str, list[Point]]]:
@@ -196,7 +205,7 @@ def _sweeps(options: argparse.Namespace) -> list[tuple[str, list[Point]]]:
         points = [WindowAttn(T=T, window_size=W, **heads, **dims) for W in options.window_sizes]
         sweeps += _sweep(points, options.memory)
     if "block_causal_ttt" in options.op:
-        flags = {"muon": options.muon, "momentum": options.momentum}
+        flags = {name: getattr(options, name) for name in ("muon", "momentum", "prenorm")}
         for D in options.fast_weight_dims:
             dims = {"H": options.fast_weight_heads, "Dk": D, "Dv": D, "Dh": D}
             points = [
@@ -215,7 +224,7 @@ def _sweep(points: list[Point], memory: bool) -> list[tuple[str, list[Point]]]:
 
 
 def _variants(point: Point, options: argparse.Namespace) -> list[peers.Variant]:
-    variants = peers.variants(point.op, torch.device(options.device))
+    variants = peers.variants(point.op, torch.device(options.device), options.lact_checkout)
     return [x for x in variants if x.ours or not (options.no_peers or options.memory)]
 
 

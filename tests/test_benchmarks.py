@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gate, gpu_check, measure, peers, report, run, timing
+from benchmarks import gate, gpu_check, measure, peers, phases, report, run, timing
 from benchmarks.registry import (
     BlockCausalTTT,
     WindowAttn,
@@ -107,7 +107,10 @@ def without_compiled_peers(monkeypatch):
         monkeypatch.setitem(peers._PEERS, key, kept)
 
 
-def test_run_writes_a_complete_row_for_every_variant(tmp_path, capsys, without_compiled_peers):
+def test_run_writes_a_complete_row_for_every_variant(
+    tmp_path, monkeypatch, capsys, without_compiled_peers
+):
+    monkeypatch.delenv("LACT_CHECKOUT", raising=False)
     broken = peers.Variant("broken peer", lambda point, mode: 1 / 0)
     missing = peers.Variant("missing peer", _unavailable)
     wrong = peers.Variant("wrong peer", lambda point, mode: lambda q, k, v: q + k + v)
@@ -115,7 +118,7 @@ def test_run_writes_a_complete_row_for_every_variant(tmp_path, capsys, without_c
     assert run.main(arguments(tmp_path)) == 0
     (path,) = tmp_path.glob("*.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(rows) == 2 * 2 * 5 + 2 * 2  # modes x points x variants of each operation
+    assert len(rows) == 2 * 2 * 5 + 2 * 3  # modes x points x variants of each operation
     fields = {field.name for field in dataclasses.fields(report.Row)}
     fields |= {"commit", "date", "versions", "device"}
     assert all(row.keys() == fields for row in rows)
@@ -136,6 +139,261 @@ def test_run_writes_a_complete_row_for_every_variant(tmp_path, capsys, without_c
         if row["variant"] == row["baseline"]:
             assert row["ratio_to_baseline"] == 1
     assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".png"}
+
+
+@pytest.mark.parametrize("flags", [[], ["--momentum", "--prenorm"]], ids=["plain", "prenorm"])
+def test_run_measures_fast_weights_with_their_options(tmp_path, capsys, flags):
+    more = ("--op", "block_causal_ttt", "--mode", "fwd_bwd", "--lact-checkout", "nowhere", *flags)
+    assert run.main(arguments(tmp_path, *more)) == 0
+    (path,) = tmp_path.glob("*.jsonl")
+    ours, loop, theirs = (json.loads(line) for line in path.read_text().splitlines())
+    assert ours["status"] == loop["status"] == "ok"
+    assert ours["shape"]["prenorm"] is ours["shape"]["momentum"] is bool(flags)
+    assert "unavailable: nowhere/lact_llm/lact_model has no ttt_operation.py" in theirs["status"]
+
+
+def test_prenorm_is_another_function():
+    """With Muon, whose steps are large, the two are far apart."""
+    post = BlockCausalTTT(T=60, chunk_size=20, H=2, Dk=8, Dv=8, Dh=8, muon=True)
+    pre = dataclasses.replace(post, prenorm=True)
+    inputs = post.inputs(torch.float32, CPU)
+    o = pre.run("eager", **inputs)
+    torch.testing.assert_close(o, pre.reference(**inputs), rtol=0, atol=1e-3)
+    assert (o - post.run("eager", **inputs)).abs().max().item() > 1e-2
+    assert pre.flops("fwd_bwd") == post.flops("fwd_bwd")
+
+
+# What a checkout of the authors' repository looks like to us: their file and signature. This stand-in
+# computes with our own function, so that any mistake in the layouts shows as a difference from ours.
+STAND_IN = """
+from lact_kernels.compat import block_causal_lact_swiglu as post
+from lact_kernels.compat import prenorm_block_causal_lact_swiglu as pre
+
+calls = []
+
+def block_causal_lact_swiglu(*args, **kwargs):
+    calls.append(("post", {name: tuple(getattr(x, "shape", ())) or x for name, x in kwargs.items()}))
+    return post(*args, **kwargs)
+
+def prenorm_block_causal_lact_swiglu(*args, **kwargs):
+    calls.append(("pre", kwargs))
+    return pre(*args, **kwargs)
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """The root of the stand-in, forgotten again afterwards."""
+    folder = tmp_path / "checkout" / "lact_llm" / "lact_model"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise ImportError('needs a lot')")
+    (folder / "ttt_operation.py").write_text(STAND_IN)
+    for name in ("", ".ttt_operation", ".ttt_operation_fused_kernel"):
+        monkeypatch.delitem(sys.modules, f"lact_authors{name}", raising=False)
+    yield folder.parent.parent
+    for name in ("", ".ttt_operation", ".ttt_operation_fused_kernel"):
+        sys.modules.pop(f"lact_authors{name}", None)
+
+
+@pytest.mark.parametrize("prenorm", [False, True], ids=["postnorm", "prenorm"])
+@pytest.mark.parametrize("mode", ["fwd", "fwd_bwd"])
+def test_authors_functions_are_given_their_layout(checkout, mode, prenorm):
+    """Two batch rows and unequal dims; the gradients, summed over the batch, are compared with ours."""
+    sizes = {"B": 2, "H": 3, "Dk": 6, "Dv": 10, "Dh": 8}
+    point = BlockCausalTTT(T=50, chunk_size=16, **sizes, momentum=True, prenorm=prenorm)
+    variants = peers.variants(point.op, CPU, checkout)
+    settings = measure.Settings(torch.float32, CPU, rounds=3, seconds=1)
+    rows = list(measure.measure_point(point, mode, "chunk_size", variants, settings))
+    theirs = rows[-1]
+    assert theirs.variant == "LaCT authors' compiled PyTorch"
+    assert theirs.status == "ok" and theirs.p50_ms > 0
+    assert theirs.difference < 1e-5
+    kinds = {kind for kind, _ in sys.modules["lact_authors.ttt_operation"].calls}
+    assert kinds == {"pre" if prenorm else "post"}
+    if not prenorm:
+        _, shapes = sys.modules["lact_authors.ttt_operation"].calls[0]
+        assert shapes["q"] == (6, 50, 6) and shapes["v"] == (6, 50, 10)
+        assert shapes["w0"] == (6, 8, 6) and shapes["w1"] == (6, 10, 8)
+        assert shapes["lr0"] == shapes["momentum"] == (6, 50, 1)
+        assert shapes["chunk_size"] == 16
+
+
+def test_layouts_are_changed_outside_the_timed_call():
+    """What is timed gets the tensors of the layout, and gives its own."""
+    seen = []
+    layout = peers.Layout(lambda point, name, x: x * 2, lambda point, name, x: x / 2)
+    variant = peers.Variant("doubled", lambda point, mode: seen.append, layout=layout)
+    point = BlockCausalTTT(T=5, chunk_size=5, H=1, Dk=4, Dv=4, Dh=4)
+    inputs = point.inputs(torch.float32, CPU)
+    do = torch.ones(1, 5, 1, 4)
+    doubled, do2 = measure._laid_out(variant, point, inputs, do)
+    assert torch.equal(doubled["q"], 2 * inputs["q"]) and torch.equal(do2, 2 * do)
+    assert all(x.is_leaf and x.requires_grad for x in doubled.values())
+    back = measure._in_our_layout(variant, point, {"o": do2, "dq": doubled["q"]})
+    assert torch.equal(back["o"], do) and torch.equal(back["dq"], inputs["q"])
+
+
+def test_authors_fused_kernels_with_muon_are_another_function(checkout):
+    (variant,) = peers.variants("block_causal_ttt", torch.device("cuda"), checkout)[-1:]
+    assert variant.name == "LaCT authors' fused kernels"
+    with pytest.raises(peers.Unavailable, match="another function"):
+        variant.build(BlockCausalTTT(T=64, chunk_size=16, muon=True), "fwd")
+    with pytest.raises(peers.Unavailable, match="has no ttt_operation_fused_kernel.py"):
+        variant.build(BlockCausalTTT(T=64, chunk_size=16), "fwd")
+
+
+def test_authors_functions_that_cannot_be_imported_are_unavailable(checkout):
+    file = checkout / "lact_llm/lact_model/ttt_operation.py"
+    file.write_text("import no_such_module_at_all")
+    with pytest.raises(peers.Unavailable, match="no_such_module_at_all"):
+        peers.lact_module(checkout, "ttt_operation")
+
+
+def phase_arguments(out, *more):
+    sizes = ["--device", "cpu", "--seq-len", "96", "--chunk-size", "32", "--fast-weight-dim", "16"]
+    return [*sizes, "--fast-weight-heads", "2", "--repeats", "3", "--out", str(out), *more]
+
+
+@pytest.mark.parametrize("flags", [[], ["--muon", "--momentum", "--prenorm"]], ids=["plain", "all"])
+def test_phases_are_measured(tmp_path, capsys, flags):
+    assert phases.main(phase_arguments(tmp_path, *flags)) == 0
+    (path,) = tmp_path.glob("*-phases.jsonl")
+    (row,) = (json.loads(line) for line in path.read_text().splitlines())
+    fields = {field.name for field in dataclasses.fields(phases.PhaseRow)}
+    assert row.keys() == fields | {"commit", "date", "versions", "device"}
+    assert row["status"] == "ok" and row["repeats"] == 3 and row["p50_ms"] > 0
+    assert row["shape"]["muon"] is row["shape"]["prenorm"] is bool(flags)
+    assert list(row["phases_ms"])[-1] == "rest"
+    assert {"scan", "apply", "apply backward", "reverse scan"} <= row["phases_ms"].keys()
+    assert all(ms > 0 for ms in row["phases_ms"].values())
+    assert (
+        row["saved_bytes"] > 2 * 2 * 3 * 2 * 16 * 16 * 4
+    )  # two copies of the weights, two updates
+    for mode in phases.MODES:
+        assert row["launches_per_chunk"][mode]["ops"] > 5
+        assert row["launches_of_one_chunk"][mode]["ops"] > 0
+        assert row["launches_per_chunk"][mode]["syncs"] == 0
+        assert "aten::bmm" in row["names_per_chunk"][mode]
+    printed = capsys.readouterr().out
+    assert "reverse scan" in printed and "each more" in printed and "MiB" in printed
+
+
+def test_phases_of_a_backend_that_fails(tmp_path, monkeypatch, capsys):
+    def fail(self, backend, **inputs):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(BlockCausalTTT, "run", fail)
+    assert phases.main(phase_arguments(tmp_path, "--fast-weight-dim", "8", "16")) == 1
+    (path,) = tmp_path.glob("*-phases.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["status"] for row in rows] == ["failed: RuntimeError: no such kernel"] * 2
+    assert "no such kernel" in capsys.readouterr().out
+
+
+def test_interrupting_keeps_finished_phases(tmp_path, monkeypatch, capsys):
+    measured = phases.measure
+
+    def interrupted(point, *rest):
+        if point.Dk == 16:
+            raise KeyboardInterrupt
+        return measured(point, *rest)
+
+    monkeypatch.setattr(phases, "measure", interrupted)
+    assert phases.main(phase_arguments(tmp_path, "--fast-weight-dim", "8", "16")) == 130
+    (path,) = tmp_path.glob("*-phases.jsonl")
+    assert len(path.read_text().splitlines()) == 1
+    assert "stopped" in capsys.readouterr().err
+
+
+def annotation(name, start, stop, category="user_annotation"):
+    return {"cat": category, "name": name, "ts": start, "dur": stop - start}
+
+
+def launch(correlation, at, duration, kind="kernel", api="cuda_driver"):
+    """The host's call at `at`, and what it makes the device do long after."""
+    args = {"correlation": correlation}
+    return [
+        {"cat": api, "name": "cuLaunchKernelEx", "ts": at, "dur": 2, "args": args},
+        {"cat": kind, "name": "kernel", "ts": at + 5000, "dur": duration, "args": args},
+    ]
+
+
+RANGES = [
+    annotation(phases.CALL, 0, 1000),
+    annotation("block_causal_ttt scan", 100, 200),
+    annotation("block_causal_ttt scan", 600, 650),
+    annotation("block_causal_ttt apply", 250, 400),
+    annotation("block_causal_ttt scan", 5000, 9000, "gpu_user_annotation"),
+    annotation("something else", 0, 900),
+]
+
+
+def test_breakdown_of_host_time():
+    times, launches = phases.breakdown(RANGES)
+    assert times == pytest.approx({"scan": 0.15, "apply": 0.15, "rest": 0.7})
+    assert launches == 0
+
+
+def test_breakdown_of_device_time():
+    """Work counts where it was launched, not where it ran."""
+    events = [
+        *RANGES,
+        *launch(1, 110, 30),
+        *launch(2, 640, 40, api="cuda_runtime"),
+        *launch(3, 300, 500),
+        *launch(4, 450, 7, kind="gpu_memset", api="cuda_runtime"),
+        {"cat": "kernel", "name": "of unknown origin", "ts": 9, "dur": 3, "args": {}},
+    ]
+    times, launches = phases.breakdown(events)
+    assert times == pytest.approx({"scan": 0.07, "apply": 0.5, "rest": 0.01})
+    assert launches == 5
+
+
+def test_medians_of_phases_are_in_order_and_count_what_is_missing():
+    calls = [{"rest": 1.0, "new": 3.0, "apply": 2.0}, {"rest": 2.0, "scan": 5.0}, {"rest": 3.0}]
+    medians = phases._medians(calls)
+    assert list(medians.items()) == [("scan", 0.0), ("apply", 0.0), ("new", 0.0), ("rest", 2.0)]
+
+
+def test_saved_bytes_are_those_besides_the_inputs():
+    x, y = (torch.randn(100, 10, requires_grad=True) for _ in range(2))
+    size = x.numel() * 4
+    assert phases.saved_bytes(lambda: x * y, {"x": x, "y": y}) == 0
+    assert phases.saved_bytes(lambda: (x * y)[:5] * x[:5], {"x": x, "y": y}) == size
+    assert phases.saved_bytes(lambda: x * y, {"x": x}) == size
+    assert phases.saved_bytes(lambda: (x * 2).exp().exp(), {"x": x}) == 2 * size
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (["--chunk-size", "0"], "at least 1"),
+        (["--backend", "fast"], "invalid choice"),
+        (["--dtype", "float64"], "invalid choice"),
+    ],
+    ids=lambda x: x[1] if isinstance(x, list) else "",
+)
+def test_bad_arguments_of_phases(tmp_path, capsys, bad, message):
+    with pytest.raises(SystemExit) as error:
+        phases.main(phase_arguments(tmp_path / "out", *bad))
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_gpu_check_asks_for_what_the_benchmarks_take(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    _, stages = gpu_check.stages(tmp_path)
+    parsers = {"benchmarks.run": run.parse, "benchmarks.phases": phases.parse}
+    options = {x.name: parsers[x.module[0]](list(x.module[1:])) for x in stages}
+    for name, muon in (("phases", False), ("phases-muon", True)):
+        assert options[name].muon is muon
+        assert options[name].fast_weight_dim == [384, 768]
+        assert (options[name].seq_len, options[name].chunk_size) == (32768, 2048)
+        assert (options[name].dtype, options[name].fast_weight_heads) == ("bfloat16", 4)
+        assert options[name].backend == ["triton", "eager"]
+    total = sum(x.seconds for x in stages) + gpu_check.stages(tmp_path)[0].seconds
+    assert total <= 9.5 * 60
 
 
 def _unavailable(point, mode):
