@@ -20,7 +20,7 @@ demo: $(INSTALLED)  ## both operations on a spoken recording, against the refere
 	$(BIN)/python -m examples.demo
 
 test: $(INSTALLED)  ## all tests that need no GPU: interpreter and compiler gate included
-	$(BIN)/python -m pytest tests -m 'not gpu' -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests -m 'not gpu' -n 2 --dist loadgroup
 
 lint: $(INSTALLED)  ## style
 	$(BIN)/ruff check .

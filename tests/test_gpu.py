@@ -11,8 +11,8 @@ import torch
 import reference
 from lact_kernels import block_causal_ttt, window_attn
 from lact_kernels.autograd.window_attn import window_attn_bwd, window_attn_fwd
-from tests.cases import check_block_causal_ttt, check_window_attn
-from tests.test_block_causal_ttt import LARGER, SHAPES
+from tests.cases import TTT_SHAPES, TTTCase, check_block_causal_ttt, check_window_attn
+from tests.test_block_causal_ttt import LARGER
 from tests.test_window_attn import CASES
 
 pytestmark = pytest.mark.gpu
@@ -43,9 +43,11 @@ def test_window_attn_eager(case, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", LARGER + SHAPES[-1:], ids=str)
-def test_block_causal_ttt(case, dtype):
-    check_block_causal_ttt(block_causal_ttt, case, dtype, "cuda")
+@pytest.mark.parametrize("case", LARGER + TTT_SHAPES[-1:], ids=str)
+def test_block_causal_ttt_eager(case, dtype):
+    check_block_causal_ttt(
+        functools.partial(block_causal_ttt, backend="eager"), case, dtype, "cuda"
+    )
 
 
 def qkv(T, H=2, D=64, dtype=torch.bfloat16):
@@ -59,6 +61,42 @@ def test_auto_takes_triton_and_packed_sequences_eager():
     packed = window_attn(q, k, v, 64, cu_seqlens=cu_seqlens)
     expected = window_attn(q, k, v, 64, cu_seqlens=cu_seqlens, backend="eager")
     assert torch.equal(packed, expected)
+
+
+TTT = TTTCase("", B=2, T=300, chunk_size=128, H=2, Dk=64, Dv=64, Dh=64, momentum=True)
+
+
+def test_auto_takes_triton_for_fast_weights():
+    inputs = TTT.inputs(torch.bfloat16, "cuda")
+    with torch.no_grad():
+        auto, triton = (
+            block_causal_ttt(**inputs, **TTT.options("cuda"), backend=backend)
+            for backend in ("auto", "triton")
+        )
+    assert torch.equal(auto, triton)
+
+
+def test_fast_weights_compiled_with_inductor():
+    inputs = TTT.inputs(torch.bfloat16, "cuda")
+    options = TTT.options("cuda")
+
+    def fn(**x):
+        o, state = block_causal_ttt(**x, **options, return_state=True)
+        return o * 2, *state.weights
+
+    for a, b in zip(torch.compile(fn, fullgraph=True)(**inputs), fn(**inputs)):
+        torch.testing.assert_close(a, b)
+
+
+def test_fast_weights_backward_is_deterministic():
+    inputs = TTT.inputs(torch.bfloat16, "cuda")
+    leaves = list(inputs.values())
+    o = block_causal_ttt(**inputs, **TTT.options("cuda"))
+    do = torch.randn_like(o)
+    first = torch.autograd.grad(o, leaves, do, retain_graph=True)
+    for _ in range(3):
+        again = torch.autograd.grad(o, leaves, do, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
 def test_triton_op_is_registered_right():

@@ -58,8 +58,16 @@ def test_opcheck_block_causal_ttt_with_checkpoints(case):
     opcheck_block_causal_ttt(dataclasses.replace(case, chunk_size=2), True, checkpoint_interval=2)
 
 
-def opcheck_block_causal_ttt(case, return_end, checkpoint_interval=1):
-    x = case.inputs(torch.float32)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TTT[1:], ids=str)
+def test_opcheck_block_causal_ttt_triton(case):
+    """With the blocks of the table, in the interpreter or on a GPU."""
+    opcheck_block_causal_ttt(dataclasses.replace(case, H=1), True, backend="triton")
+
+
+def opcheck_block_causal_ttt(case, return_end, checkpoint_interval=1, backend="eager"):
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    x = case.inputs(torch.float32, device)
     cu_seqlens, N = (None, None), case.B
     if case.cu_seqlens:  # each sequence's first token is waiting in a state: a key without a query
         N = len(case.cu_seqlens) - 1
@@ -72,7 +80,7 @@ def opcheck_block_causal_ttt(case, return_end, checkpoint_interval=1):
     state = _initial_state(weights, case.prenorm, x.get("momentum"), (C, case.muon, torch.float32))
     start = [w.clone().requires_grad_() for triple in state[:4] for w in triple]
     tokens = [x.get(name) for name in ("q", "k", "v", "lr0", "lr1", "lr2", "momentum")]
-    options = (C, case.muon, case.prenorm, return_end, checkpoint_interval, "eager")
+    options = (C, case.muon, case.prenorm, return_end, checkpoint_interval, backend)
     torch.library.opcheck(
         ttt_ops.block_causal_ttt_fwd, (*tokens, start, *cu_seqlens, *options), atol=1e-4, rtol=1e-3
     )

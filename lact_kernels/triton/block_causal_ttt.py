@@ -85,8 +85,10 @@ def block_causal_ttt_history(
     Tk, C = k.shape[1], options.chunk_size
     updates = Tk // C if packed else num_updates(Tk, C, options.return_end)
     kept = updates // options.checkpoint_interval
-    shape = (N + kept if packed else N * (1 + kept), H, Dims.of(start.weights).size)
-    room = k.new_zeros if packed else k.new_empty  # of packed sequences not all of it is written
+    dims = Dims.of(start.weights)
+    shape = (N + kept if packed else N * (1 + kept), H, dims.size)
+    # What is not written is zero, so that the op gives the same whenever it is run.
+    room = k.new_zeros if packed or dims.is_padded else k.new_empty
     history = [room(shape), room(shape, dtype=torch.float32)]
     if start.buffers or options.muon:
         history.append(room(shape, dtype=torch.float32))
@@ -208,7 +210,8 @@ class _Call:
             return _Segment(steps, self.history, self.chunks)
         last = min(steps.stop + 1, self.chunks.steps)
         number = self.chunks.num_chunks(range(steps.start, last))
-        arrays = (None if x is None else x.new_empty(number, *x.shape[1:]) for x in self.history)
+        room = torch.zeros_like if self.dims.is_padded else torch.empty_like
+        arrays = (None if x is None else room(x[:1].expand(number, -1, -1)) for x in self.history)
         return _Segment(steps, _Arrays(*arrays), self.chunks)
 
     def checkpoint(self, number: int) -> _Arrays:
@@ -218,11 +221,19 @@ class _Call:
 
     def write_start(self, first: _Arrays) -> None:
         start = self.start
-        sources = (start.weights, start.masters or start.weights, start.buffers)
-        for packed, matrices in zip(first, sources):
-            if packed is not None and matrices:
-                for place, matrix in zip(self.dims.unpack(packed), matrices):
-                    place.copy_(self.chunks.ranked(matrix))
+        self.write(first.weights, start.weights)
+        self.write(first.sums, start.masters or start.weights)
+        if start.buffers:
+            self.write(first.steps, start.buffers)
+        elif first.steps is not None:
+            first.steps.zero_()  # read by nobody
+
+    def write(self, packed: Tensor | None, matrices: Triple) -> None:
+        """Three matrices of each sequence, if there are any, into `[N, H, SIZE]` by rank."""
+        if not matrices:
+            return
+        for place, matrix in zip(self.dims.unpack(packed), matrices):
+            place.copy_(self.chunks.ranked(matrix))
 
     def batches(self, steps: range, planes: int) -> list[range]:
         """Runs of steps whose activations, `planes` numbers for each hidden unit, are held at once."""
@@ -248,17 +259,19 @@ class _Call:
         ttt_outer(self.k, self.v, acts, parts, run, dims)
 
         now, then, parts = now.heads(), then.heads(), parts.flatten(1, 2)
-        norms, betas = self.norms[: len(now.sums)], self.betas_of(step, number)
-        sums = (now.sums, then.sums, then.weights, norms)
-        last = (step == 0, self.options.prenorm, dims)
-        before = None if betas is None else now.steps
+        norms = self.norms[: len(now.sums)]
+        places = (now.sums, then.sums, then.weights, norms, dims)
+        how = {"is_start": step == 0, "prenorm": self.options.prenorm}
+        momentum = {"next_steps": then.steps}
+        if self.betas is not None:
+            momentum |= {"betas": self.betas_of(step, number), "steps": now.steps}
         if not self.options.muon:
-            ttt_update(parts, before, then.steps, *sums, betas, None, *last)
+            ttt_update(parts, *places, **how, **momentum)
             return
         squares = self.floats(len(norms), dims.rows)
-        ttt_update(parts, before, then.steps, *sums, betas, squares, *last)
-        step_ = NewtonSchulz(then.steps, dims, self.k.dtype).forward(then.steps, squares)
-        ttt_update(step_, None, None, *sums, None, None, *last)
+        ttt_update(parts, *places, **how, **momentum, squares=squares)
+        orthogonal = self.newton_schulz(number).forward(then.steps, squares)
+        ttt_update(orthogonal, *places, **how)
 
     def apply(self, segment: _Segment, o: Tensor) -> None:
         for batch in self.batches(segment.steps, planes=1):
@@ -324,32 +337,28 @@ class _Call:
         mine = slice(place, place + number)
         next_ = slice(place + chunks.counts[step], place + chunks.counts[step] + number)
 
-        weights_grads = (
+        places = (
             grads.dweights.flatten(1, 2),
             dapply[:, next_].flatten(1, 2) if step + 1 in batch else None,
-            grads.carry.flatten(0, 1), then.sums, self.norms[:heads], grads.dnorms,
+            grads.carry.flatten(0, 1), then.sums, self.norms[:heads], grads.dnorms, dims,
         )  # fmt: skip
         dsteps = deferred.dsteps[mine]
-        betas = self.betas_of(step, number)
-        momentum_grads = (None, None)
-        steps = None
-        if betas is not None:
-            momentum_grads = (grads.dbuffers.flatten(0, 1), deferred.dbetas[mine].flatten(0, 1))
-            steps = now.steps.flatten(0, 1)
-        options = (self.options.prenorm, dims)
-        last = (*momentum_grads, dsteps.flatten(0, 1), *options)
+        momentum = {"prenorm": self.options.prenorm, "dsteps": dsteps.flatten(0, 1)}
+        if self.betas is not None:
+            momentum |= {
+                "betas": self.betas_of(step, number),
+                "steps": now.steps.flatten(0, 1),
+                "dbuffers": grads.dbuffers.flatten(0, 1),
+                "dbetas": deferred.dbetas[mine].flatten(0, 1),
+            }
+        muon = {}
         if self.options.muon:
-            squares = self.floats(2, heads, dims.rows)
-            ttt_update_bwd(
-                *weights_grads, None, None, then.steps, squares, None, None, None, None, *options
-            )
+            squares = (self.floats(heads, dims.rows), self.floats(heads, dims.rows))
+            muon = {"next_steps": then.steps, "squares": squares}
+            ttt_update_bwd(*places, prenorm=self.options.prenorm, **muon)
             dx = grads.carry.flatten(0, 1)[:heads]
-            iteration = NewtonSchulz(then.steps, dims, self.k.dtype).backward(
-                dx, then.steps, *squares
-            )
-            ttt_update_bwd(*weights_grads, betas, steps, then.steps, squares, iteration, *last)
-        else:
-            ttt_update_bwd(*weights_grads, betas, steps, None, None, None, *last)
+            muon["iteration"] = self.newton_schulz(number).backward(dx, then.steps, *squares)
+        ttt_update_bwd(*places, **momentum, **muon)
 
         ttt_hidden_bwd(
             self.k, self.v, self.lr, now.weights, dsteps, deferred.acts, deferred.dacts,
@@ -367,6 +376,10 @@ class _Call:
     def unpack(self, packed: Tensor) -> Triple:
         """`[N, H, SIZE]` by rank, as three matrices of each sequence in order."""
         return tuple(map(_own, self.dims.unpack(self.chunks.unranked(packed))))
+
+    def newton_schulz(self, number: int) -> NewtonSchulz:
+        """The iteration for the steps of `number` chunks."""
+        return NewtonSchulz(number * self.H, self.dims, self.k.dtype, self.k.device)
 
     def betas_of(self, step: int, number: int) -> Tensor | None:
         """`[heads]`, of the first `number` chunks of a step."""
@@ -436,15 +449,10 @@ class _Gradients:
         self.dbuffers = zeros(chunks.N, H, dims.size) if call.start.buffers else None
         self.dnorms = zeros(chunks.N * H, dims.rows)
         if dend is not None:
-            self._write(self.dweights[0], dend.weights)
-            self._write(self.carry, dend.masters)
-            self._write(self.dbuffers, dend.buffers)
+            call.write(self.dweights[0], dend.weights)
+            call.write(self.carry, dend.masters)
+            call.write(self.dbuffers, dend.buffers)
             self.dnorms.copy_(chunks.ranked(torch.cat(dend.norms, dim=-1)).flatten(0, 1))
-
-    def _write(self, packed: Tensor | None, matrices: tuple[Tensor, ...]) -> None:
-        if matrices:
-            for place, matrix in zip(self.call.dims.unpack(packed), matrices):
-                place.copy_(self.call.chunks.ranked(matrix))
 
     def result(self) -> tuple[Tensor, Tokens, FastWeights]:
         call = self.call

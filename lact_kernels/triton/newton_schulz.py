@@ -279,10 +279,10 @@ def _inner_kernel(
 class NewtonSchulz:
     """The iteration for matrices packed `[heads, SIZE]`, of one shape and dtype."""
 
-    def __init__(self, like: Tensor, dims: Dims, tokens_dtype: torch.dtype):
-        self.heads, self.dims, self.device = like.shape[0], dims, like.device
+    def __init__(self, heads: int, dims: Dims, tokens_dtype: torch.dtype, device: torch.device):
+        self.heads, self.dims = heads, dims
         self.dtype = torch.float32 if tokens_dtype == torch.float32 else torch.float16
-        capability = capability_of(like.device)
+        capability = capability_of(device)
         self.symmetric_config = ttt_config("newton_schulz_symmetric", self.dtype, capability)
         self.multiply_config = ttt_config("newton_schulz_multiply", self.dtype, capability)
 

@@ -60,6 +60,10 @@ class Dims(NamedTuple):
         return self.offsets[-1]
 
     @property
+    def is_padded(self) -> bool:
+        return self.size > sum(r * c for r, c in self.shapes)
+
+    @property
     def rows(self) -> int:
         return 2 * self.Dh + self.Dv
 

@@ -150,25 +150,28 @@ def _ttt_mean_momentum_kernel(
 
 def ttt_update(
     step: Tensor,  # gradients in parts `[parts, heads, SIZE]`, or the orthogonalised step `[heads, SIZE]`
-    steps: Tensor | None,  # M and M', `[heads, SIZE]` each, float32
-    next_steps: Tensor | None,
-    sums: Tensor,  # `[heads, SIZE]`, float32
-    next_sums: Tensor,
+    sums: Tensor,  # `[heads, SIZE]`, float32 like all but next_weights
+    next_sums: Tensor,  # `[heads, SIZE]`: written, like the next
     next_weights: Tensor,  # `[heads, SIZE]`, in the dtype of the products
     norms: Tensor,  # `[heads, ROWS]`
-    betas: Tensor | None,  # `[heads]`
-    squares: Tensor
-    | None,  # `[heads, ROWS]`: end at M', and leave the squares of its rows' norms here
+    dims: Dims,
+    *,
     is_start: bool,
     prenorm: bool,
-    dims: Dims,
+    betas: Tensor | None = None,  # `[heads]`, with momentum
+    steps: Tensor | None = None,  # `[heads, SIZE]`: M, with momentum
+    next_steps: Tensor | None = None,  # `[heads, SIZE]`: M', written
+    squares: Tensor
+    | None = None,  # `[heads, ROWS]`: end at M', and leave the squares of its rows' norms
 ) -> None:
     """One update of all heads, or with Muon the first or the second part of it."""
     in_parts = step.ndim == 3
-    grid, constexprs = row_programs(dims)
-    _ttt_update_kernel[(next_sums.shape[0] * grid,)](
-        step if in_parts else None, None if in_parts else step, steps, next_steps, sums, next_sums,
-        next_weights, norms, betas, squares, step.shape[0], step.stride(0), int(is_start),
+    programs, constexprs = row_programs(dims)
+    _ttt_update_kernel[(next_sums.shape[0] * programs,)](
+        parts_ptr=step if in_parts else None, orthogonal_ptr=None if in_parts else step,
+        steps_ptr=steps, next_steps_ptr=next_steps, sums_ptr=sums, next_sums_ptr=next_sums,
+        next_weights_ptr=next_weights, norms_ptr=norms, betas_ptr=betas, squares_ptr=squares,
+        num_parts=step.shape[0], stride_part=step.stride(0), is_start=int(is_start),
         **constexprs, PRENORM=prenorm, num_warps=NUM_WARPS,
     )  # fmt: skip
 

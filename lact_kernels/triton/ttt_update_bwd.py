@@ -169,36 +169,42 @@ def _ttt_rates_bwd_kernel(
         tl.store(dlr_ptr + i * tl.cast(B, tl.int64) * H * T + place, total, mask=inside)
     if dbetas_ptr is not None:
         dbeta = matrix_total(dbetas_ptr + tl.cast(chunk_head, tl.int64) * ROWS, ROWS, BLOCK_TOTAL)
-        share = tl.full([BLOCK_T], 0.0, tl.float32) + dbeta / number
+        share = tl.full([BLOCK_T], 0.0, tl.float32) + dbeta / tl.maximum(number, 1)
         tl.store(dmomentum_ptr + place, share, mask=inside)
 
 
 def ttt_update_bwd(
-    dweights: Tensor | None,  # `[parts, heads or more, SIZE]`, float32 like all but dsteps
+    dweights: Tensor,  # `[parts, heads or more, SIZE]`, float32 like all but dsteps
     dapply: Tensor | None,  # `[parts, heads, SIZE]`
     carry: Tensor,  # `[heads, SIZE]`: read and written, like dnorms and dbuffers
-    sums: Tensor,  # `[heads, SIZE]`
+    sums: Tensor,  # `[heads, SIZE]`: x'
     norms: Tensor,  # `[heads, ROWS]`
     dnorms: Tensor,  # `[heads, ROWS]`
-    betas: Tensor | None,  # `[heads]`
-    steps: Tensor | None,  # `[heads, SIZE]`: M
-    next_steps: Tensor | None,  # `[heads, SIZE]`: M'
-    squares: Tensor | None,  # `[2, heads, ROWS]`, with Muon: of dx' and of M'
-    iteration: tuple[Tensor, Tensor]
-    | None,  # with Muon, the second launch: its gradient, and <.., M'>
-    dbuffers: Tensor | None,  # `[heads, SIZE]`
-    dbetas: Tensor | None,  # `[heads, ROWS]`: written
-    dsteps: Tensor | None,  # `[heads, SIZE]`: written; None: the first launch with Muon
-    prenorm: bool,
     dims: Dims,
+    *,
+    prenorm: bool,
+    betas: Tensor | None = None,  # `[heads]`, with momentum, like the next three
+    steps: Tensor | None = None,  # `[heads, SIZE]`: M
+    dbuffers: Tensor | None = None,  # `[heads, SIZE]`
+    dbetas: Tensor | None = None,  # `[heads, ROWS]`: written
+    next_steps: Tensor | None = None,  # `[heads, SIZE]`: M', with Muon, like the next two
+    squares: tuple[Tensor, Tensor]
+    | None = None,  # `[heads, ROWS]`: of the rows' norms of dx' and of M'
+    iteration: tuple[Tensor, Tensor] | None = None,  # its gradient and <.., M'>: the second launch
+    dsteps: Tensor | None = None,  # `[heads, SIZE]`: written; None: the first launch with Muon
 ) -> None:
     """Backward of one update of all heads, or with Muon the first or the second part of it."""
     programs, constexprs = row_programs(dims)
-    apply_parts = (0, 0) if dapply is None else (dapply.shape[0], dapply.stride(0))
+    dsquares, squares = squares or (None, None)
+    dx, inner = iteration or (None, None)
     _ttt_update_bwd_kernel[(sums.shape[0] * programs,)](
-        dweights, dapply, carry, sums, norms, dnorms, betas, steps, next_steps,
-        *((None, None) if squares is None else squares), *(iteration or (None, None)),
-        dbuffers, dbetas, dsteps, dweights.shape[0], dweights.stride(0), *apply_parts,
+        parts_ptr=dweights, apply_ptr=dapply, carry_ptr=carry, sums_ptr=sums, norms_ptr=norms,
+        dnorms_ptr=dnorms, betas_ptr=betas, steps_ptr=steps, next_steps_ptr=next_steps,
+        dsquares_ptr=dsquares, squares_ptr=squares, dx_ptr=dx, inner_ptr=inner,
+        dbuffers_ptr=dbuffers, dbetas_ptr=dbetas, dsteps_ptr=dsteps,
+        num_parts=dweights.shape[0], stride_part=dweights.stride(0),
+        num_apply_parts=0 if dapply is None else dapply.shape[0],
+        stride_apply_part=0 if dapply is None else dapply.stride(0),
         **constexprs, PRENORM=prenorm,
         BLOCK_TOTAL=triton.next_power_of_2(max(dims.Dh, dims.Dv)), num_warps=NUM_WARPS,
     )  # fmt: skip
