@@ -213,3 +213,14 @@ def test_state_of_another_dtype():
     half = {name: x.half() if name in "qkv" else x for name, x in ttt_inputs().items()}
     with pytest.raises(TypeError, match="initial_state.pending.k .*float16, got torch.float32"):
         block_causal_ttt(**half, initial_state=state)
+
+
+def test_state_of_other_tokens_at_a_chunk_border():
+    """No token is pending, whose dtype would tell."""
+    _, state = block_causal_ttt(**ttt_inputs(chunk_size=6), return_state=True)
+    assert not state.pending
+    half = {name: x.half() if name in "qkv" else x for name, x in ttt_inputs(chunk_size=6).items()}
+    with pytest.raises(
+        TypeError, match="made of torch.float32 tokens; this call has torch.float16"
+    ):
+        block_causal_ttt(**half, initial_state=state)

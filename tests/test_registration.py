@@ -181,6 +181,18 @@ def test_compiled_decoding_goes_through_a_state():
     torch.testing.assert_close(torch.cat(outputs, dim=1), whole)
 
 
+@pytest.mark.parametrize("muon", [False, True], ids=["plain", "muon"])
+def test_autocast_changes_nothing_in_block_causal_ttt(muon):
+    inputs = TTTCase("", momentum=True, muon=muon).inputs(torch.float32)
+    leaves = list(inputs.values())
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            o = block_causal_ttt(**inputs, chunk_size=4, muon=muon)
+            results.append((o, *torch.autograd.grad(o.sum(), leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
 def calls():
     window = WindowCase("", 70, 16).inputs(torch.float32)
     ttt = TTTCase("", momentum=True, muon=True, prenorm=True).inputs(torch.float32)

@@ -98,11 +98,12 @@ def block_causal_ttt(
         take the input dtype and accumulate in float32. Newton-Schulz runs in float32; on the Triton
         backend with half-precision inputs in float16 with float32 accumulation.
 
-        Beside the inputs, the eager backend keeps for each update two (pre-norm: three) float32
-        copies of the weights, and with a `checkpoint_interval` above 1, for each interval, one copy
-        each of the weights, the pre-norm masters and the momentum. The Triton backend keeps, for
-        each update, the weights in the dtype of the products and their float32 sums before renorm,
-        and with momentum or Muon the float32 steps.
+        Beside the inputs, the Triton backend keeps for the backward, for each chunk and fast weight,
+        `e + 4` bytes, or `e + 8` with momentum or Muon: the weights in the dtype of the products, of
+        e bytes, their float32 sums before renorm, and the float32 steps. The eager backend keeps two
+        (pre-norm: three) float32 copies of the weights. With a `checkpoint_interval` of n the former
+        keeps this for every n-th chunk only; the latter keeps, for each interval, one copy each of
+        the weights, the pre-norm masters and the momentum.
 
     Raises:
         TypeError: an argument of the wrong type, or a tensor of the wrong dtype.

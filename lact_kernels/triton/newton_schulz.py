@@ -44,7 +44,13 @@ from lact_kernels.triton.ttt_primitives import (
     matrix_tile,
     matrix_total,
 )
-from lact_kernels.triton.ttt_update import NUM_WARPS, matrix_rows, row_programs
+from lact_kernels.triton.ttt_update import (
+    LARGEST,
+    NUM_WARPS,
+    matrix_rows,
+    row_compile_cases,
+    row_programs,
+)
 from lact_kernels.triton.ttt_update_bwd import NEWTON_SCHULZ_EPS
 
 COEFFICIENTS = (
@@ -97,11 +103,11 @@ def _normalize_kernel(
 
 @triton.jit
 def _dot_transposed(
-    acc, a_ptr, b_ptr, rows, columns, side, length,
+    acc, a_ptr, b_ptr, rows, columns, side, length, stop,
     CHECK_M: tl.constexpr, CHECK_K: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """`acc + a b^T`: the given rows of a and of b, both `[side, length]`."""
-    for start in range(0, length, BLOCK_K):
+    """`acc + a b^T`: the given rows of a and of b, both `[side, length]`. `stop` is length, at run time."""
+    for start in range(0, stop, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
         a_pointers = a_ptr + rows[:, None] * length + inner[None, :]
         b_pointers = b_ptr + columns[:, None] * length + inner[None, :]
@@ -111,7 +117,7 @@ def _dot_transposed(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_k", "num_v", "num_h"])
 def _newton_schulz_symmetric_kernel(
     a_ptr,  # [heads, SIZE], each matrix [m, n], or if SQUARE [heads, SQUARES], each [m, m]
     b_ptr,  # or None
@@ -119,6 +125,9 @@ def _newton_schulz_symmetric_kernel(
     out_ptr,  # [heads, SQUARES]: y_factor y + factor (a b^T + b a^T), without b: factor a a^T
     y_factor,
     factor,
+    num_k,
+    num_v,
+    num_h,
     DK: tl.constexpr,
     DV: tl.constexpr,
     DH: tl.constexpr,
@@ -140,10 +149,13 @@ def _newton_schulz_symmetric_kernel(
     num_rows, num_columns = matrix_shape(matrix, DK, DV, DH)
     side = tl.minimum(num_rows, num_columns)
     square = head * SQUARES + tl.where(matrix == 0, 0, tl.where(matrix == 1, SQUARE1, SQUARE2))
+    stop_rows, stop_columns = matrix_shape(matrix, num_k, num_v, num_h)
     if SQUARE:
         element = square
         length = side
+        stop = tl.minimum(stop_rows, stop_columns)
     else:
+        stop = tl.maximum(stop_rows, stop_columns)
         element, _ = matrix_place(head, matrix, DV, DH, OFFSET1, OFFSET2, SIZE)
         length = tl.maximum(num_rows, num_columns)
     # Tiles are counted along the rows of the lower triangle.
@@ -155,15 +167,15 @@ def _newton_schulz_symmetric_kernel(
     a_ptr += element
     if b_ptr is None:
         acc = _dot_transposed(
-            acc, a_ptr, a_ptr, rows, columns, side, length, CHECK_M, CHECK_K, BLOCK_K
+            acc, a_ptr, a_ptr, rows, columns, side, length, stop, CHECK_M, CHECK_K, BLOCK_K
         )
     else:
         b_ptr += element
         acc = _dot_transposed(
-            acc, a_ptr, b_ptr, rows, columns, side, length, CHECK_M, CHECK_K, BLOCK_K
+            acc, a_ptr, b_ptr, rows, columns, side, length, stop, CHECK_M, CHECK_K, BLOCK_K
         )
         acc = _dot_transposed(
-            acc, b_ptr, a_ptr, rows, columns, side, length, CHECK_M, CHECK_K, BLOCK_K
+            acc, b_ptr, a_ptr, rows, columns, side, length, stop, CHECK_M, CHECK_K, BLOCK_K
         )
     acc *= factor
     offsets = rows[:, None] * side + columns[None, :]
@@ -180,11 +192,11 @@ def _newton_schulz_symmetric_kernel(
 
 @triton.jit
 def _dot_square(
-    acc, square_ptr, x_ptr, rows, columns, side, length, CHECK_M: tl.constexpr,
+    acc, square_ptr, x_ptr, rows, columns, side, length, stop, CHECK_M: tl.constexpr,
     CHECK_N: tl.constexpr, CHECK_K: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """`acc + square x`: the given rows and columns, of `[side, side]` and `[side, length]`."""
-    for start in range(0, side, BLOCK_K):
+    """`acc + square x`, of `[side, side]` and `[side, length]`. `stop` is side, at run time."""
+    for start in range(0, stop, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
         square_pointers = square_ptr + rows[:, None] * side + inner[None, :]
         x_pointers = x_ptr + inner[:, None] * length + columns[None, :]
@@ -194,7 +206,7 @@ def _dot_square(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_k", "num_v", "num_h"])
 def _newton_schulz_multiply_kernel(
     square_ptr,  # [heads, SQUARES]
     x_ptr,  # [heads, SIZE]
@@ -202,6 +214,9 @@ def _newton_schulz_multiply_kernel(
     x2_ptr,
     out_ptr,  # [heads, SIZE]: factor x + square x + square2 x2
     factor,
+    num_k,
+    num_v,
+    num_h,
     DK: tl.constexpr,
     DV: tl.constexpr,
     DH: tl.constexpr,
@@ -227,17 +242,19 @@ def _newton_schulz_multiply_kernel(
     length = tl.maximum(num_rows, num_columns)
     square = head * SQUARES + tl.where(matrix == 0, 0, tl.where(matrix == 1, SQUARE1, SQUARE2))
     element, _ = matrix_place(head, matrix, DV, DH, OFFSET1, OFFSET2, SIZE)
+    stop_rows, stop_columns = matrix_shape(matrix, num_k, num_v, num_h)
+    stop = tl.minimum(stop_rows, stop_columns)
     tiles_n = tl.cdiv(length, BLOCK_N)
     rows = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc = _dot_square(
-        acc, square_ptr + square, x_ptr + element, rows, columns, side, length,
+        acc, square_ptr + square, x_ptr + element, rows, columns, side, length, stop,
         CHECK_M, CHECK_N, CHECK_K, BLOCK_K,
     )  # fmt: skip
     if x2_ptr is not None:
         acc = _dot_square(
-            acc, square2_ptr + square, x2_ptr + element, rows, columns, side, length,
+            acc, square2_ptr + square, x2_ptr + element, rows, columns, side, length, stop,
             CHECK_M, CHECK_N, CHECK_K, BLOCK_K,
         )  # fmt: skip
     offsets = element + rows[:, None] * length + columns[None, :]
@@ -323,12 +340,10 @@ class NewtonSchulz:
 
     def _normalize(self, g: Tensor, squares: Tensor, gradient: bool) -> Tensor:
         x = torch.empty_like(g, dtype=self.dtype)
-        tiles = tile_constexprs(self.dims.shapes, NORMALIZE_BLOCK, NORMALIZE_BLOCK)
-        _normalize_kernel[(self.heads * num_tiles(tiles),)](
-            g, squares, x, **dims_constexprs(self.dims), GRADIENT=gradient, **tiles,
-            BLOCK=NORMALIZE_BLOCK,
-            BLOCK_TOTAL=triton.next_power_of_2(max(self.dims.Dh, self.dims.Dv)),
-        )  # fmt: skip
+        constexprs = normalize_constexprs(self.dims, gradient)
+        _normalize_kernel[(self.heads * num_tiles(constexprs),)](
+            g, squares, x, **constexprs, num_warps=NUM_WARPS
+        )
         return x
 
     def _symmetric(
@@ -343,7 +358,15 @@ class NewtonSchulz:
         constexprs = symmetric_constexprs(self.dims, self.symmetric_config, square=y is not None)
         out = a.new_empty(self.heads, self.dims.squares[-1])
         _newton_schulz_symmetric_kernel[(self.heads * num_tiles(constexprs),)](
-            a, b, y, out, y_factor, factor, **constexprs, **launch_options(self.symmetric_config)
+            a,
+            b,
+            y,
+            out,
+            y_factor,
+            factor,
+            *self.dims,
+            **constexprs,
+            **launch_options(self.symmetric_config),
         )
         return out
 
@@ -359,7 +382,7 @@ class NewtonSchulz:
         constexprs = multiply_constexprs(self.dims, self.multiply_config, in_place)
         out = torch.empty_like(x, dtype=torch.float32 if in_place else self.dtype)
         _newton_schulz_multiply_kernel[(self.heads * num_tiles(constexprs),)](
-            square, x, *(second or (None, None)), out, factor,
+            square, x, *(second or (None, None)), out, factor, *self.dims,
             **constexprs, **launch_options(self.multiply_config),
         )  # fmt: skip
         return out
@@ -368,6 +391,16 @@ class NewtonSchulz:
 def _square_constexprs(dims: Dims) -> dict[str, int]:
     _, square1, square2, squares = dims.squares
     return {**dims_constexprs(dims), "SQUARE1": square1, "SQUARE2": square2, "SQUARES": squares}
+
+
+def normalize_constexprs(dims: Dims, gradient: bool) -> dict[str, int]:
+    return {
+        **dims_constexprs(dims),
+        **tile_constexprs(dims.shapes, NORMALIZE_BLOCK, NORMALIZE_BLOCK),
+        "GRADIENT": gradient,
+        "BLOCK": NORMALIZE_BLOCK,
+        "BLOCK_TOTAL": triton.next_power_of_2(max(dims.Dh, dims.Dv)),
+    }
 
 
 def symmetric_constexprs(dims: Dims, config: TTTConfig, square: bool) -> dict[str, int]:
@@ -415,4 +448,13 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
         "newton_schulz_multiply", _newton_schulz_multiply_kernel, arch,
         functools.partial(multiply_constexprs, in_place=False),
         tokens=("square_ptr", "x_ptr", "square2_ptr", "x2_ptr", "out_ptr"),
+    )  # fmt: skip
+    yield from row_compile_cases(
+        "newton_schulz_inner", _inner_kernel, arch, ("a_ptr", "b_ptr", "out_ptr"), ()
+    )
+    yield from ttt_compile_cases(
+        "newton_schulz_normalize", _normalize_kernel, arch,
+        lambda dims, _: normalize_constexprs(dims, gradient=True),
+        tokens=("x_ptr",), floats=("g_ptr", "squares_ptr"), dims=LARGEST,
+        configs=[(torch.float16, TTTConfig(NORMALIZE_BLOCK, NORMALIZE_BLOCK, 1, NUM_WARPS, 3))],
     )  # fmt: skip

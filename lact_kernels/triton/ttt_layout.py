@@ -16,7 +16,7 @@ The weights of a chunk, those its queries are applied to, have the number of the
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -262,13 +262,13 @@ def ttt_compile_cases(
     kernel: Any,
     arch: int,
     constexprs: Callable[[Dims, TTTConfig], dict],
-    tokens: tuple[str, ...],  # pointers in the tokens' dtype
+    tokens: tuple[str, ...] = (),  # pointers in the tokens' dtype
     floats: tuple[str, ...] = (),  # pointers in float32
     absent: tuple[str, ...] = (),  # pointers that are None
-    configs: Iterator[tuple[torch.dtype, TTTConfig]] | None = None,
+    configs: Iterable[tuple[torch.dtype, TTTConfig]] | None = None,  # by default the table's
     dims: tuple[Dims, ...] = COMPILED_DIMS,
 ) -> Iterator[CompileCase]:
-    """One specialisation of one kernel, with every configuration that is shipped, for the compile report."""
+    """One specialisation of one kernel, with every configuration of its, for the compile report."""
     for dtype, config in configs or shipped_ttt_configs(name, arch):
         pointers = dict.fromkeys(tokens, dtype) | dict.fromkeys(floats, torch.float32)
         for sizes in dims:

@@ -44,9 +44,9 @@ def matrix_tile(TILES0: tl.constexpr, TILES1: tl.constexpr):
 
 
 @triton.jit
-def matrix_shape(matrix, DK: tl.constexpr, DV: tl.constexpr, DH: tl.constexpr):
-    """Rows and columns: [DH, DK] of w0 and w2, [DV, DH] of w1."""
-    return tl.where(matrix == 1, DV, DH), tl.where(matrix == 1, DH, DK)
+def matrix_shape(matrix, num_k, num_v, num_h):
+    """Rows and columns: [Dh, Dk] of w0 and w2, [Dv, Dh] of w1."""
+    return tl.where(matrix == 1, num_v, num_h), tl.where(matrix == 1, num_h, num_k)
 
 
 @triton.jit

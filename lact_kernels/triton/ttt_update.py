@@ -40,6 +40,7 @@ from lact_kernels.triton.ttt_primitives import (
 RENORM_EPS = tl.constexpr(1e-5)
 PROGRAM_ELEMENTS, NUM_WARPS = 2048, 4
 MAX_DIM = 1024
+LARGEST = (Dims(MAX_DIM, MAX_DIM, MAX_DIM),)
 TOKEN_BLOCK = 1024
 
 
@@ -204,7 +205,7 @@ def row_compile_cases(
     config = TTTConfig(PROGRAM_ELEMENTS // MAX_DIM, MAX_DIM, 1, NUM_WARPS, 3)
     yield from ttt_compile_cases(
         name, kernel, arch, constexprs, ("next_weights_ptr", "dsteps_ptr"), floats, absent,
-        iter([(torch.bfloat16, config)]), (Dims(MAX_DIM, MAX_DIM, MAX_DIM),),
+        [(torch.bfloat16, config)], LARGEST,
     )  # fmt: skip
 
 
@@ -214,4 +215,9 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
     yield from row_compile_cases(
         "ttt_update", _ttt_update_kernel, arch, (*floats, "norms_ptr", "betas_ptr"),
         ("orthogonal_ptr", "squares_ptr"), PRENORM=False,
+    )  # fmt: skip
+    yield from ttt_compile_cases(
+        "ttt_mean_momentum", _ttt_mean_momentum_kernel, arch, lambda *_: {"BLOCK": TOKEN_BLOCK},
+        floats=("momentum_ptr", "betas_ptr"), absent=("table_ptr",), dims=LARGEST,
+        configs=[(torch.float32, TTTConfig(1, TOKEN_BLOCK, 1, NUM_WARPS, 3))],
     )  # fmt: skip

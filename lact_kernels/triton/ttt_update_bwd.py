@@ -17,12 +17,13 @@ row whose n is 0 has no direction, and only its length's part is lost.
 
 from collections.abc import Iterator
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lact_kernels.triton.configs import CompileCase
-from lact_kernels.triton.ttt_layout import TOKEN_ARGUMENTS, Dims, Run
+from lact_kernels.triton.configs import CompileCase, TTTConfig
+from lact_kernels.triton.ttt_layout import TOKEN_ARGUMENTS, Dims, Run, ttt_compile_cases
 from lact_kernels.triton.ttt_primitives import (
     chunk_tokens,
     matrix_place,
@@ -30,6 +31,7 @@ from lact_kernels.triton.ttt_primitives import (
     matrix_total,
 )
 from lact_kernels.triton.ttt_update import (
+    LARGEST,
     NUM_WARPS,
     RENORM_EPS,
     matrix_rows,
@@ -222,9 +224,13 @@ def ttt_rates_bwd(
     H = dlr.shape[2]
     _ttt_rates_bwd_kernel[(run.num_chunks * H * triton.cdiv(run.width, TOKEN_BLOCK),)](
         dlr_parts, dbetas, dlr, dmomentum, *run.arguments(dlr_parts[0], dims),
-        dlr_parts.shape[0], ROWS=dims.rows, BLOCK_TOTAL=triton.next_power_of_2(dims.rows),
-        BLOCK_T=TOKEN_BLOCK,
+        dlr_parts.shape[0], **rates_constexprs(dims), num_warps=NUM_WARPS,
     )  # fmt: skip
+
+
+def rates_constexprs(dims: Dims) -> dict[str, int]:
+    rows = dims.rows
+    return {"ROWS": rows, "BLOCK_TOTAL": triton.next_power_of_2(rows), "BLOCK_T": TOKEN_BLOCK}
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
@@ -240,3 +246,8 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
             (*floats, *with_muon) if iteration else (*floats, "apply_ptr"),
             ("apply_ptr",) if iteration else with_muon, PRENORM=False, BLOCK_TOTAL=1024,
         )  # fmt: skip
+    yield from ttt_compile_cases(
+        "ttt_rates_bwd", _ttt_rates_bwd_kernel, arch, lambda dims, _: rates_constexprs(dims),
+        floats=("dlr_parts_ptr", "dbetas_ptr", "dlr_ptr", "dmomentum_ptr"), absent=("table_ptr",),
+        configs=[(torch.float32, TTTConfig(1, TOKEN_BLOCK, 1, NUM_WARPS, 3))], dims=LARGEST,
+    )  # fmt: skip
