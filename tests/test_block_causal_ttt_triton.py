@@ -203,6 +203,9 @@ def test_state_is_that_of_the_eager_backend(packed, blocks):
     for a, b in zip(ours[:4], theirs[:4]):
         for x, y in zip(a, b):
             torch.testing.assert_close(x, y)
+    for n, (start, stop) in enumerate(case.spans if packed else []):
+        if stop - start < case.chunk_size:  # not even renormalised
+            assert torch.equal(ours.weights[0][n], inputs["w0"])
 
 
 @needs_interpreter
@@ -398,6 +401,16 @@ def test_rows_of_zeros_stay_finite(blocks):
         inputs["w0"][:, 2] = 0
         inputs["v"].zero_()
     assert all(x.isfinite().all() for x in run(inputs, **case.options()))
+
+
+def test_gradients_of_zeros_stay_zeros(blocks):
+    """There is nothing to normalise them by."""
+    blocks(16)
+    case = TTTCase("", B=1, H=1, muon=True)
+    inputs = case.inputs(torch.float32, DEVICE)
+    o = triton_block_causal_ttt(**inputs, **case.options())
+    grads = torch.autograd.grad(o, list(inputs.values()), torch.zeros_like(o))
+    assert not any(x.any() for x in grads)  # NaN is something
 
 
 def test_same_kernel_for_every_length():
