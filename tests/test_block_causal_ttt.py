@@ -14,6 +14,7 @@ from lact_kernels import block_causal_ttt
 from lact_kernels.eager import block_causal_ttt as eager
 from lact_kernels.eager import swiglu
 from lact_kernels.eager.newton_schulz import newton_schulz, newton_schulz_bwd
+from lact_kernels.ops import block_causal_ttt as ops
 from lact_kernels.ops.ttt_types import FastWeights, Options, Tokens
 from tests.cases import TTT_OPTIONS, TTT_SHAPES, TTTCase, check_block_causal_ttt, tensors_of
 
@@ -226,3 +227,22 @@ def test_muon_in_float16_is_accurate():
     )
     error = block_causal_ttt(**inputs, **case.options()).double() - exact
     assert error.norm() / exact.norm() < 5e-3
+
+
+def test_without_gradients_few_checkpoints_are_kept(monkeypatch):
+    intervals = []
+    original = ops.block_causal_ttt_fwd
+
+    def spy(*args):
+        intervals.append(args[-2])
+        return original(*args)
+
+    monkeypatch.setattr(ops, "block_causal_ttt_fwd", spy)
+    case = TTTCase("", T=60, chunk_size=2, momentum=True, muon=True)
+    inputs = case.inputs(torch.float64)
+    expected = eager_block_causal_ttt(**inputs, **case.options())
+    with torch.no_grad():
+        o = eager_block_causal_ttt(**inputs, **case.options())
+        eager_block_causal_ttt(**inputs, **case.options(), checkpoint_interval=100)
+    assert intervals == [1, ops.INFERENCE_INTERVAL, 100]
+    torch.testing.assert_close(o, expected, rtol=0, atol=1e-12)

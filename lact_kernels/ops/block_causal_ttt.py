@@ -20,6 +20,7 @@ from lact_kernels.ops.ttt_types import FastWeights, num_updates
 __all__ = ["TTTState", "TTTTokens", "block_causal_ttt"]
 
 MAX_TRITON_DIM = 1024
+INFERENCE_INTERVAL = 16  # of checkpoints: without a backward to come, they only take memory
 
 
 def block_causal_ttt(
@@ -85,7 +86,8 @@ def block_causal_ttt(
         return_state: also return the state after the last token. Cutting a sequence anywhere, any
             number of times, and passing the state on gives the outputs of one call.
         checkpoint_interval: keep the fast weights of every n-th chunk only for the backward, which
-            recomputes the others. Less memory, no other difference; it is no part of a state.
+            recomputes the others. Less memory, no other difference; it is no part of a state. Where
+            nothing needs a gradient, it is 16 at least.
         backend: `"triton"` (NVIDIA GPUs; float16, bfloat16 and float32; Dk, Dv and Dh up to 1024),
             `"eager"` (any device), or `"auto"`: Triton where it can run, else eager. An explicit
             choice raises when it cannot run.
@@ -145,13 +147,20 @@ def _run(q, tokens, state: TTTState, cu_seqlens_q, cu_seqlens_k, return_end: boo
 
     `how` is what a call chooses for itself alone: checkpoint interval and backend.
     """
+    checkpoint_interval, backend = how
     prenorm = len(state.masters) > 0
     start = FastWeights(*state[:4]).to_list()
-    options = (state.chunk_size, state.muon, prenorm, return_end, *how)
+    if not _needs_gradient(q, *tokens, *start):
+        checkpoint_interval = max(checkpoint_interval, INFERENCE_INTERVAL)
+    options = (state.chunk_size, state.muon, prenorm, return_end, checkpoint_interval, backend)
     o, end, _ = block_causal_ttt_fwd(q, *tokens, start, cu_seqlens_q, cu_seqlens_k, *options)
     if return_end:
         state = TTTState(*FastWeights.from_list(end, prenorm), (), *state[5:])
     return o, state
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _continue(q, tokens, state: TTTState, cu_seqlens, return_state: bool, how):
