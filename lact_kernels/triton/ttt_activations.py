@@ -47,7 +47,7 @@ from lact_kernels.triton.ttt_layout import (
     launch_options,
     ttt_compile_cases,
 )
-from lact_kernels.triton.ttt_primitives import chunk_tokens, dot_columns, dot_rows, token_tile
+from lact_kernels.triton.ttt_primitives import dot_columns, dot_rows, token_tile
 
 
 @triton.jit(do_not_specialize=TOKEN_ARGUMENTS)
@@ -86,19 +86,14 @@ def _ttt_hidden_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    chunk, h, tile_t, tile_h = token_tile(H, width, DH, BLOCK_T, BLOCK_H)
-    b, first, number, row = chunk_tokens(
-        chunk, table_ptr, first_chunk, first_row, B, T, shift, chunk_size, width
+    chunk, h, first_unit, b, first, row, number = token_tile(
+        table_ptr, first_chunk, first_row, B, T, shift, chunk_size, width, H, DH, BLOCK_T, BLOCK_H
     )
-    if tile_t * BLOCK_T >= number:
+    if number <= 0:
         return
-    h = tl.cast(h, tl.int64)
-    first += tile_t * BLOCK_T
-    row += tile_t * BLOCK_T
-    number -= tile_t * BLOCK_T
     tokens = tl.arange(0, BLOCK_T)
-    units = tile_h * BLOCK_H + tl.arange(0, BLOCK_H)
-    w_ptr = weights_ptr + (tl.cast(chunk, tl.int64) * H + h) * SIZE
+    units = first_unit + tl.arange(0, BLOCK_H)
+    w_ptr = weights_ptr + (chunk * H + h) * SIZE
     x_pointers = x_ptr + b * stride_xb + first * stride_xt + h * stride_xh
     x_pointers += tokens[:, None] * stride_xt
     gate = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
@@ -179,19 +174,14 @@ def _ttt_hidden_bwd_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    chunk, h, tile_t, tile_h = token_tile(H, width, DH, BLOCK_T, BLOCK_H)
-    b, first, number, row = chunk_tokens(
-        chunk, table_ptr, first_chunk, first_row, B, T, shift, chunk_size, width
+    chunk, h, first_unit, b, first, row, number = token_tile(
+        table_ptr, first_chunk, first_row, B, T, shift, chunk_size, width, H, DH, BLOCK_T, BLOCK_H
     )
-    if tile_t * BLOCK_T >= number:
+    if number <= 0:
         return
-    h = tl.cast(h, tl.int64)
-    first += tile_t * BLOCK_T
-    row += tile_t * BLOCK_T
-    number -= tile_t * BLOCK_T
     tokens = tl.arange(0, BLOCK_T)
-    units = tile_h * BLOCK_H + tl.arange(0, BLOCK_H)
-    matrices = (tl.cast(chunk, tl.int64) * H + h) * SIZE
+    units = first_unit + tl.arange(0, BLOCK_H)
+    matrices = (chunk * H + h) * SIZE
     w_ptr = weights_ptr + matrices
     dg_ptr = dsteps_ptr + matrices
     k_pointers = k_ptr + b * stride_kb + first * stride_kt + h * stride_kh
@@ -236,7 +226,7 @@ def _ttt_hidden_bwd_kernel(
     inside = (tokens < number)[:, None] & (units < DH)[None, :]
     acts_ptr += first_element
     dacts_ptr += first_element
-    dlr_ptr += tl.cast(tile_h, tl.int64) * 3 * rows_total + h * num_rows + row
+    dlr_ptr += tl.cast(first_unit // BLOCK_H, tl.int64) * 3 * rows_total + h * num_rows + row
 
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid

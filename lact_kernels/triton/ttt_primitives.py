@@ -69,14 +69,32 @@ def matrix_total(rows_ptr, num_rows, BLOCK: tl.constexpr):
 
 @triton.jit
 def token_tile(
-    H, max_length, COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
-):
-    """Chunk, head, tile of its tokens and tile of columns of this program, the columns running first."""
+    table_ptr, first_chunk, first_row, B, T, shift, chunk_size, width, H,
+    COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Chunk, head and first column of this program, and of its tokens the batch row, first, row and number.
+
+    Neighbours have the same tokens. Beyond a chunk's end the number is 0 or less.
+    """
     tiles = tl.cdiv(COLUMNS, BLOCK_COLUMNS)
-    tiles_t = tl.cdiv(max_length, BLOCK_T)
+    tiles_t = tl.cdiv(width, BLOCK_T)
     pid = tl.program_id(0)
     chunk_head = pid // (tiles * tiles_t)
-    return chunk_head // H, chunk_head % H, pid // tiles % tiles_t, pid % tiles
+    chunk = chunk_head // H
+    b, first, number, row = chunk_tokens(
+        chunk, table_ptr, first_chunk, first_row, B, T, shift, chunk_size, width
+    )
+    skipped = pid // tiles % tiles_t * BLOCK_T
+    chunk, h = tl.cast(chunk, tl.int64), tl.cast(chunk_head % H, tl.int64)
+    return (
+        chunk,
+        h,
+        pid % tiles * BLOCK_COLUMNS,
+        b,
+        first + skipped,
+        row + skipped,
+        number - skipped,
+    )
 
 
 @triton.jit

@@ -226,20 +226,27 @@ def _ttt_project_kernel(
     TO_VALUES: tl.constexpr,
 ):
     WIDTH: tl.constexpr = DV if TO_VALUES else DK
-    chunk, h, tile_t, tile = token_tile(H, width, WIDTH, BLOCK_T, BLOCK_N)
-    b, first, number, row = chunk_tokens(
-        chunk, table_ptr, first_chunk, first_row, B, T, shift, chunk_size, width
+    chunk, h, first_column, b, first, row, number = token_tile(
+        table_ptr,
+        first_chunk,
+        first_row,
+        B,
+        T,
+        shift,
+        chunk_size,
+        width,
+        H,
+        WIDTH,
+        BLOCK_T,
+        BLOCK_N,
     )
-    if tile_t * BLOCK_T >= number:
+    if number <= 0:
         return
-    h = tl.cast(h, tl.int64)
-    first += tile_t * BLOCK_T
-    number -= tile_t * BLOCK_T
     tokens = tl.arange(0, BLOCK_T)
-    columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = first_column + tl.arange(0, BLOCK_N)
     plane = tl.cast(num_rows, tl.int64) * H * DH
-    first_element = (h * num_rows + row + tile_t * BLOCK_T) * DH
-    matrices = (tl.cast(chunk, tl.int64) * H + h) * SIZE
+    first_element = (h * num_rows + row) * DH
+    matrices = (chunk * H + h) * SIZE
     acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     acc = _project(
         acc, acts_ptr + first_element, weights_ptr + matrices, tokens, number, columns, plane, num_h,
