@@ -87,12 +87,12 @@ def _normalize_kernel(
     rows = tile // tiles_n * BLOCK + tl.arange(0, BLOCK)[:, None]
     columns = tile % tiles_n * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = (rows < num_rows) & (columns < num_columns)
-    norm = tl.sqrt(matrix_total(squares_ptr + row, num_rows, BLOCK_TOTAL))
+    norm = tl.sqrt_rn(matrix_total(squares_ptr + row, num_rows, BLOCK_TOTAL))
     if GRADIENT:
         shorter = tl.minimum(num_rows, num_columns).to(tl.float32)
-        scale = tl.where(norm > 0.0, tl.sqrt(shorter) / norm, 0.0)
+        scale = tl.where(norm > 0.0, tl.div_rn(tl.sqrt_rn(shorter), norm), 0.0)
     else:
-        scale = 1.0 / (norm + NEWTON_SCHULZ_EPS)
+        scale = tl.div_rn(1.0, norm + NEWTON_SCHULZ_EPS)
     g = tl.load(g_ptr + element + rows * num_columns + columns, mask=inside, other=0.0)
     tall = num_rows > num_columns
     stride_row = tl.where(tall, 1, num_columns)
@@ -158,8 +158,8 @@ def _newton_schulz_symmetric_kernel(
         stop = tl.maximum(stop_rows, stop_columns)
         element, _ = matrix_place(head, matrix, DV, DH, OFFSET1, OFFSET2, SIZE)
         length = tl.maximum(num_rows, num_columns)
-    # Tiles are counted along the rows of the lower triangle.
-    tile_m = tl.cast((tl.sqrt(8.0 * tile + 1.0) - 1.0) * 0.5, tl.int32)
+    # Tiles are counted along the rows of the lower triangle. The root of a square number must be exact.
+    tile_m = tl.cast((tl.sqrt_rn(8.0 * tile + 1.0) - 1.0) * 0.5, tl.int32)
     tile_n = tile - tile_m * (tile_m + 1) // 2
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_M + tl.arange(0, BLOCK_M)

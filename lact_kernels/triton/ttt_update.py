@@ -60,6 +60,12 @@ def matrix_rows(
 
 
 @triton.jit
+def row_lengths(x):
+    """Euclidean norms of the rows, correctly rounded, as all factors of a row are: errors hit all of it."""
+    return tl.sqrt_rn(tl.sum(x * x, axis=1))
+
+
+@triton.jit
 def sum_parts(parts_ptr, offsets, inside, num_parts, stride_part):
     """The parts of a sum, added up in order."""
     total = tl.load(parts_ptr + offsets, mask=inside, other=0.0)
@@ -117,10 +123,10 @@ def _ttt_update_kernel(
         x = tl.load(sums_ptr + offsets, mask=inside, other=0.0)
         norm = tl.load(norms_ptr + rows, mask=real, other=0.0)
         if not PRENORM:
-            factor = norm / (tl.sqrt(tl.sum(x * x, axis=1)) + RENORM_EPS)
+            factor = tl.div_rn(norm, row_lengths(x) + RENORM_EPS)
             x *= tl.where(is_start != 0, 1.0, factor)[:, None]
         x += step
-        factor = norm / (tl.sqrt(tl.sum(x * x, axis=1)) + RENORM_EPS)
+        factor = tl.div_rn(norm, row_lengths(x) + RENORM_EPS)
         weights = (x * factor[:, None]).to(next_weights_ptr.dtype.element_ty)
         tl.store(next_sums_ptr + offsets, x, mask=inside)
         tl.store(next_weights_ptr + offsets, weights, mask=inside)
@@ -146,7 +152,9 @@ def _ttt_mean_momentum_kernel(
     for start in range(0, number, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
         total += tl.load(momentum_ptr + tokens, mask=tokens < number, other=0.0)
-    tl.store(betas_ptr + tl.program_id(0), tl.sum(total) / tl.maximum(number, 1))
+    tl.store(
+        betas_ptr + tl.program_id(0), tl.div_rn(tl.sum(total), tl.maximum(number, 1).to(tl.float32))
+    )
 
 
 def ttt_update(

@@ -36,6 +36,7 @@ from lact_kernels.triton.ttt_update import (
     RENORM_EPS,
     matrix_rows,
     row_compile_cases,
+    row_lengths,
     row_programs,
     sum_parts,
 )
@@ -96,25 +97,26 @@ def _ttt_update_bwd_kernel(
             dweights += carry
         x = tl.load(sums_ptr + offsets, mask=inside, other=0.0)
         norm = tl.load(norms_ptr + rows, mask=real, other=0.0)
-        length = tl.sqrt(tl.sum(x * x, axis=1))
-        along = tl.sum(dweights * x, axis=1) / (length + RENORM_EPS)
+        length = row_lengths(x)
+        along = tl.div_rn(tl.sum(dweights * x, axis=1), length + RENORM_EPS)
         dnorm = tl.load(dnorms_ptr + rows, mask=real, other=0.0)
         tl.store(dnorms_ptr + rows, dnorm + along, mask=real)
-        radial = x * (along / tl.maximum(length, TINY))[:, None]
-        dstep = (dweights - radial) * (norm / (length + RENORM_EPS))[:, None]
+        radial = x * tl.div_rn(along, tl.maximum(length, TINY))[:, None]
+        dstep = (dweights - radial) * tl.div_rn(norm, length + RENORM_EPS)[:, None]
         if PRENORM:
             dstep += carry
         tl.store(carry_ptr + offsets, dstep, mask=inside)
     else:
         # Back through the division by the Frobenius norm that begins the iteration.
         shorter = tl.minimum(num_rows, num_columns).to(tl.float32)
-        scale = tl.sqrt(matrix_total(dsquares_ptr + row, num_rows, BLOCK_TOTAL) / shorter)
-        length = tl.sqrt(matrix_total(squares_ptr + row, num_rows, BLOCK_TOTAL))
+        dlength = tl.sqrt_rn(matrix_total(dsquares_ptr + row, num_rows, BLOCK_TOTAL))
+        scale = tl.div_rn(dlength, tl.sqrt_rn(shorter))
+        length = tl.sqrt_rn(matrix_total(squares_ptr + row, num_rows, BLOCK_TOTAL))
         along = scale * matrix_total(inner_ptr + row, num_rows, BLOCK_TOTAL)
-        along /= tl.maximum(length, TINY) * (length + NEWTON_SCHULZ_EPS)
+        along = tl.div_rn(along, tl.maximum(length, TINY) * (length + NEWTON_SCHULZ_EPS))
         dx = scale * tl.load(dx_ptr + offsets, mask=inside, other=0.0)
         step = tl.load(next_steps_ptr + offsets, mask=inside, other=0.0)
-        dstep = (dx - step * along) / (length + NEWTON_SCHULZ_EPS)
+        dstep = (dx - step * along) * tl.div_rn(1.0, length + NEWTON_SCHULZ_EPS)
     if dsteps_ptr is None:
         step = tl.load(next_steps_ptr + offsets, mask=inside, other=0.0)
         tl.store(dsquares_ptr + rows, tl.sum(dstep * dstep, axis=1), mask=real)
@@ -171,7 +173,9 @@ def _ttt_rates_bwd_kernel(
         tl.store(dlr_ptr + i * tl.cast(B, tl.int64) * H * T + place, total, mask=inside)
     if dbetas_ptr is not None:
         dbeta = matrix_total(dbetas_ptr + tl.cast(chunk_head, tl.int64) * ROWS, ROWS, BLOCK_TOTAL)
-        share = tl.full([BLOCK_T], 0.0, tl.float32) + dbeta / tl.maximum(number, 1)
+        share = tl.full([BLOCK_T], 0.0, tl.float32) + tl.div_rn(
+            dbeta, tl.maximum(number, 1).to(tl.float32)
+        )
         tl.store(dmomentum_ptr + place, share, mask=inside)
 
 
