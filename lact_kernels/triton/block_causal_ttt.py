@@ -23,6 +23,7 @@ momentum or Muon, where e is the item size of the tokens. With a checkpoint inte
 every n-th step only, and computes the others again, n steps at a time.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -159,6 +160,11 @@ class _Call:
         self.betas = history[3] if self.momentum is not None else None  # [chunks, H]
         self.history = _Arrays(*history[:3]) if len(history) > 2 else _Arrays(*history, None)
 
+    @functools.cached_property
+    def lr1_v(self) -> Tensor:
+        """The values times their learning rates, rounded once."""
+        return torch.mul(self.v, self.lr[1].mT[..., None], out=self.v.new_empty(self.v.shape))
+
     def forward(self) -> tuple[Tensor, FastWeights | None]:
         o = self.q.new_empty(*self.q.shape[:3], self.dims.Dv)
         end = _End(self) if self.options.return_end else None
@@ -256,7 +262,7 @@ class _Call:
         ttt_hidden(self.k, self.v, self.lr, now.weights, acts, run, dims)
         splits = num_outer_splits(self.k, number, run.width, dims)
         parts = self.floats(splits, number, self.H, dims.size)
-        ttt_outer(self.k, self.v, acts, parts, run, dims)
+        ttt_outer(self.k, self.lr1_v, acts, parts, run, dims)
 
         now, then, parts = now.heads(), then.heads(), parts.flatten(1, 2)
         norms = self.norms[: len(now.sums)]
@@ -315,7 +321,8 @@ class _Call:
                 second = (deferred.dacts, weights)
                 ttt_project(acts, dsteps, grads.dk, run, dims, to_values=False, second=second)
                 second = (deferred.dacts[1:2], weights)
-                ttt_project(acts[1:2], dsteps, grads.dv, run, dims, to_values=True, second=second)
+                to_values = {"to_values": True, "second": second, "lr": self.lr[1]}
+                ttt_project(acts[1:2], dsteps, grads.dv, run, dims, **to_values)
                 ttt_rates_bwd(deferred.dlr, deferred.dbetas, grads.dlr, grads.dmomentum, run, dims)
 
     def update_backward(

@@ -5,11 +5,12 @@ Forward, for queries (apply) or keys and values (update), tokens in rows:
 ```
     gate = x w0^T     up = x w2^T     hidden = silu(gate) up                        (apply: stored)
     dhidden = y w1    dup = dhidden silu(gate)    dgate = dhidden up silu'(gate)
-    stored: lr0 dgate, lr1 hidden, lr2 dup
+    stored: lr0 dgate, hidden, lr2 dup
 ```
 
-These three are what the gradients of w0, w1 and w2 have to do with: G0 = (lr0 dgate)^T x, and so on. The
-same kernel without learning rates, on queries and the outputs' gradients, is the backward of apply.
+These three are what the gradients of w0, w1 and w2 have to do with: G0 = (lr0 dgate)^T x, G1 = (lr1 y)^T hidden,
+G2 = (lr2 dup)^T x. (lr1 hidden would often be subnormal in float16.) The same kernel without learning rates,
+on queries and the outputs' gradients, is the backward of apply.
 
 Backward of the update, from the gradients dG0, dG1, dG2 of the three weight gradients:
 
@@ -125,10 +126,8 @@ def _ttt_hidden_kernel(
             lr_pointers = lr_ptr + (b * H + h) * T + first + tokens
             plane_lr = tl.cast(B, tl.int64) * H * T
             lr0 = tl.load(lr_pointers, mask=tokens < number, other=0.0)
-            lr1 = tl.load(lr_pointers + plane_lr, mask=tokens < number, other=0.0)
             lr2 = tl.load(lr_pointers + 2 * plane_lr, mask=tokens < number, other=0.0)
             dgate *= lr0[:, None]
-            hidden *= lr1[:, None]
             dup *= lr2[:, None]
         tl.store(acts_ptr + offsets, dgate.to(acts_ptr.dtype.element_ty), mask=inside)
         tl.store(acts_ptr + plane + offsets, hidden.to(acts_ptr.dtype.element_ty), mask=inside)
@@ -241,7 +240,7 @@ def _ttt_hidden_bwd_kernel(
     tl.store(dlr_ptr + 2 * rows_total + tokens, tl.sum(dup_k * dup, axis=1), mask=tokens < number)
     dtype = acts_ptr.dtype.element_ty
     tl.store(acts_ptr + offsets, (lr0 * dgate).to(dtype), mask=inside)
-    tl.store(acts_ptr + plane + offsets, (lr1 * hidden).to(dtype), mask=inside)
+    tl.store(acts_ptr + plane + offsets, hidden.to(dtype), mask=inside)
     tl.store(acts_ptr + 2 * plane + offsets, (lr2 * dup).to(dtype), mask=inside)
 
     dgate_k *= lr0

@@ -6,14 +6,14 @@ Over the tokens of a chunk, the outer products that make up the three weight gra
     of w0: acts[0]^T x      of w1: y^T acts[1]      of w2: acts[2]^T x
 ```
 
-for the update (x, y keys and values), its backward and the backward of apply (x, y queries and output
-gradients). One launch computes all three, of every head and chunk; where that would leave a device
-idle, the tokens are split, and whoever reads the result adds up the parts, in order.
+for the update (x keys, y values times lr1), its backward (x, y keys and values) and the backward of apply (x, y
+queries and output gradients). One launch computes all three, of every head and chunk; where that would leave a
+device idle, the tokens are split, and whoever reads the result adds up the parts, in order.
 
 Over the hidden units, the way back to tokens, from activations a and weights w, for up to two pairs:
 
 ```
-    to values   a[1] w1^T               (apply: o = hidden w1^T, and dv)
+    to values   a[1] w1^T               (apply: o = hidden w1^T; in dv the first of two, times lr1)
     to keys     a[0] w0 + a[2] w2       (dq, dk)
 ```
 
@@ -197,6 +197,7 @@ def _ttt_project_kernel(
     weights_ptr,  # [chunks, H, SIZE]
     acts2_ptr,  # a second pair, or None
     weights2_ptr,
+    lr_ptr,  # [B, H, T], contiguous: factors of the first pair, or None
     out_ptr,
     table_ptr,
     first_chunk,
@@ -252,6 +253,9 @@ def _ttt_project_kernel(
         acc, acts_ptr + first_element, weights_ptr + matrices, tokens, number, columns, plane, num_h,
         DK, DV, DH, OFFSET1, OFFSET2, BLOCK_N, BLOCK_K, TO_VALUES,
     )  # fmt: skip
+    if lr_ptr is not None:
+        lr_pointers = lr_ptr + (b * H + h) * T + first + tokens
+        acc *= tl.load(lr_pointers, mask=tokens < number, other=0.0)[:, None]
     if acts2_ptr is not None:
         acc = _project(
             acc, acts2_ptr + first_element, weights2_ptr + matrices, tokens, number, columns,
@@ -297,12 +301,13 @@ def ttt_project(
     dims: Dims,
     to_values: bool,
     second: tuple[Tensor, Tensor] | None = None,  # the same again, added
+    lr: Tensor | None = None,  # `[B, H, T]`: factors of the first
 ) -> None:
     """Activations back to the tokens' channels: `a[0] w1^T` to values, `a[0] w0 + a[2] w2` to keys."""
     config = ttt_config("ttt_project", out.dtype, capability_of(out.device))
     columns = dims.Dv if to_values else dims.Dk
     _ttt_project_kernel[(run.num_programs(config, columns, acts.shape[1]),)](
-        acts, weights, *(second or (None, None)), out, *run.arguments(acts, dims), *outer_strides(out),
+        acts, weights, *(second or (None, None)), lr, out, *run.arguments(acts, dims), *outer_strides(out),
         **project_constexprs(dims, config, to_values), **launch_options(config),
     )  # fmt: skip
 
@@ -340,5 +345,6 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
             "ttt_project", _ttt_project_kernel, arch,
             functools.partial(project_constexprs, to_values=to_values),
             tokens=("acts_ptr", "weights_ptr", "acts2_ptr", "weights2_ptr", "out_ptr"),
-            absent=("table_ptr",),
+            floats=("lr_ptr",) if to_values else (),
+            absent=("table_ptr",) if to_values else ("table_ptr", "lr_ptr"),
         )  # fmt: skip
