@@ -8,9 +8,9 @@ Forward, for queries (apply) or keys and values (update), tokens in rows:
     stored: lr0 dgate, hidden, lr2 dup
 ```
 
-These three are what the gradients of w0, w1 and w2 have to do with: G0 = (lr0 dgate)^T x, G1 = (lr1 y)^T hidden,
-G2 = (lr2 dup)^T x. (lr1 hidden would often be subnormal in float16.) The same kernel without learning rates,
-on queries and the outputs' gradients, is the backward of apply.
+These three are what the gradients of w0, w1 and w2 have to do with: G0 = (lr0 dgate)^T x,
+G1 = (lr1 y)^T hidden, G2 = (lr2 dup)^T x. (lr1 hidden would often be subnormal in float16.) The same kernel
+without learning rates, on queries and the outputs' gradients, is the backward of apply.
 
 Backward of the update, from the gradients dG0, dG1, dG2 of the three weight gradients:
 

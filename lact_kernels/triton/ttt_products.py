@@ -6,9 +6,10 @@ Over the tokens of a chunk, the outer products that make up the three weight gra
     of w0: acts[0]^T x      of w1: y^T acts[1]      of w2: acts[2]^T x
 ```
 
-for the update (x keys, y values times lr1), its backward (x, y keys and values) and the backward of apply (x, y
-queries and output gradients). One launch computes all three, of every head and chunk; where that would leave a
-device idle, the tokens are split, and whoever reads the result adds up the parts, in order.
+for the update (x keys, y values times lr1), its backward (x, y keys and values) and the backward of
+apply (x, y queries and output gradients). One launch computes all three, of every head and chunk; where
+that would leave a device idle, the tokens are split, and whoever reads the result adds up the
+parts, in order.
 
 Over the hidden units, the way back to tokens, from activations a and weights w, for up to two pairs:
 
