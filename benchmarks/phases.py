@@ -33,7 +33,7 @@ from benchmarks import peers, report, timing
 from benchmarks.launches import Launches, count_launches
 from benchmarks.measure import failure, runner
 from benchmarks.registry import BlockCausalTTT, empty_output, output_gradient
-from benchmarks.run import DEFAULTS, DTYPES, positive
+from benchmarks.run import DEFAULTS, DTYPES, positive, settle_device
 
 OP = BlockCausalTTT.op
 PREFIX = f"{OP} "  # of the phases' names in profiles
@@ -119,10 +119,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(report.RESULTS), metavar="DIR")
     options = parser.parse_args(arguments)
 
-    if options.device == "auto":
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no CUDA device here")
+    settle_device(parser, options)
     defaults = DEFAULTS[options.device]
     options.dtype = options.dtype or defaults.dtype
     options.seq_len = options.seq_len or defaults.seq_len

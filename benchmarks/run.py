@@ -152,10 +152,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(report.RESULTS), metavar="DIR")
     options = parser.parse_args(arguments)
 
-    if options.device == "auto":
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch finds no CUDA device here")
+    settle_device(parser, options)
     defaults = DEFAULTS[options.device]
     options.dtype = options.dtype or defaults.dtype
     options.seq_len = options.seq_len or (MEMORY_LENGTH if options.memory else defaults.seq_len)
@@ -179,6 +176,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if options.heads % options.kv_heads:
         parser.error(f"--kv-heads {options.kv_heads} does not divide --heads {options.heads}")
     return options
+
+
+def settle_device(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """What "auto" stands for here; a device that is not here is an error."""
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no CUDA device here")
 
 
 def positive(text: str) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 from lact_kernels.eager import swiglu
 from lact_kernels.eager.newton_schulz import newton_schulz, newton_schulz_bwd
 from lact_kernels.ops.ttt_types import (
+    RENORM_EPS,
     FastWeights,
     Offsets,
     Options,
@@ -30,8 +31,6 @@ from lact_kernels.ops.ttt_types import (
     num_updates,
     phase,
 )
-
-RENORM_EPS = 1e-5
 
 
 class Update(NamedTuple):

@@ -15,20 +15,13 @@ runs in float32 (float64 for float64) whatever the dtype of the op's inputs.
 import torch
 from torch import Tensor
 
-COEFFICIENTS = (
-    (4.0848, -6.8946, 2.9270),
-    (3.9505, -6.3029, 2.6377),
-    (3.7418, -5.5913, 2.3037),
-    (2.8769, -3.1427, 1.2046),
-    (2.8366, -3.0525, 1.2012),
-)
-EPS = 1e-7
+from lact_kernels.ops.ttt_types import NEWTON_SCHULZ_COEFFICIENTS, NEWTON_SCHULZ_EPS
 
 
 def newton_schulz(g: Tensor) -> Tensor:
     """Orthogonalise each matrix of `[..., rows, columns]`."""
     x, _ = _normalized(g)
-    for coefficients in COEFFICIENTS:
+    for coefficients in NEWTON_SCHULZ_COEFFICIENTS:
         x = _step(x, *coefficients)
     return _wide(x, like=g)
 
@@ -37,22 +30,22 @@ def newton_schulz_bwd(dx: Tensor, g: Tensor) -> Tensor:
     """Gradient of `newton_schulz(g)` with respect to g, iterates recomputed."""
     x, norm = _normalized(g)
     iterates = [x]
-    for coefficients in COEFFICIENTS[:-1]:
+    for coefficients in NEWTON_SCHULZ_COEFFICIENTS[:-1]:
         iterates.append(_step(iterates[-1], *coefficients))
     dx = _wide(dx, like=g)
-    for x, (a, b, c) in zip(reversed(iterates), reversed(COEFFICIENTS)):
+    for x, (a, b, c) in zip(reversed(iterates), reversed(NEWTON_SCHULZ_COEFFICIENTS)):
         s = x @ x.mT
         ds = dx @ x.mT
         ds, dx = b * ds + c * (ds @ s + s @ ds), a * dx + (b * s + c * s @ s) @ dx
         dx = dx + (ds + ds.mT) @ x
     dx = _wide(dx, like=g)
     along = (dx * g).sum(dim=(-2, -1), keepdim=True) / norm.clamp_min(torch.finfo(g.dtype).tiny)
-    return (dx - g * (along / (norm + EPS))) / (norm + EPS)
+    return (dx - g * (along / (norm + NEWTON_SCHULZ_EPS))) / (norm + NEWTON_SCHULZ_EPS)
 
 
 def _normalized(g: Tensor) -> tuple[Tensor, Tensor]:
     norm = torch.linalg.matrix_norm(g, keepdim=True)
-    return _wide(g / (norm + EPS), like=g), norm
+    return _wide(g / (norm + NEWTON_SCHULZ_EPS), like=g), norm
 
 
 def _step(x: Tensor, a: float, b: float, c: float) -> Tensor:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from lact_kernels.ops.ttt_types import (
+    RENORM_EPS,
     FastWeights,
     Offsets,
     Options,
@@ -47,7 +48,6 @@ from lact_kernels.triton.ttt_update import ttt_mean_momentum, ttt_update
 from lact_kernels.triton.ttt_update_bwd import ttt_rates_bwd, ttt_update_bwd
 
 ACTIVATION_BYTES = 2**30
-RENORM_EPS = 1e-5
 
 
 def block_causal_ttt_fwd(
@@ -129,13 +129,14 @@ class _Segment(NamedTuple):
     def at(self, step: int, number: int | None = None) -> _Arrays:
         """The first `number` chunks of a step, or all."""
         number = self.chunks.counts[step] if number is None else number
-        return self.arrays.at(
-            self.chunks.firsts[step] - self.chunks.firsts[self.steps.start], number
-        )
+        return self.arrays.at(self._place(step), number)
 
     def weights(self, steps: range) -> Tensor:
-        first = self.chunks.firsts[steps.start] - self.chunks.firsts[self.steps.start]
-        return self.arrays.weights[first : first + self.chunks.num_chunks(steps)]
+        """Of the chunks of some steps, `[chunks, H, SIZE]`."""
+        return self.arrays.at(self._place(steps.start), self.chunks.num_chunks(steps)).weights
+
+    def _place(self, step: int) -> int:
+        return self.chunks.firsts[step] - self.chunks.firsts[self.steps.start]
 
 
 class _Call:
@@ -152,7 +153,7 @@ class _Call:
     ):
         self.q, self.k, self.v = readable_in_place(q, tokens.k, tokens.v)
         self.lr = torch.stack([lr.mT for lr in tokens[2:5]])  # [3, B, H, T]
-        self.momentum = None if tokens.momentum is None else tokens.momentum.mT.contiguous()
+        self.momentum = tokens.momentum
         self.start, self.options, self.dims = start, options, Dims.of(start.weights)
         self.H = q.shape[2]
         self.chunks = Chunks(q, tokens.k, start.weights[0].shape[0], offsets, options)
@@ -170,7 +171,8 @@ class _Call:
         end = _End(self) if self.options.return_end else None
         if self.momentum is not None:
             steps = range(self.chunks.steps)
-            ttt_mean_momentum(self.momentum, self.betas, self.chunks.keys(steps, steps))
+            momentum = self.momentum.mT.contiguous()  # [B, H, T]
+            ttt_mean_momentum(momentum, self.betas, self.chunks.keys(steps, steps))
         before = None
         for number, steps in enumerate(self.segments()):
             segment = self.segment(steps)
@@ -447,7 +449,7 @@ class _Gradients:
         self.dq = call.q.new_empty(call.q.shape)
         self.dk, self.dv = call.k.new_zeros(call.k.shape), call.v.new_zeros(call.v.shape)
         self.dlr = torch.zeros_like(call.lr)
-        self.dmomentum = None if call.momentum is None else torch.zeros_like(call.momentum)
+        self.dmomentum = None if call.momentum is None else torch.zeros_like(call.lr[0])
 
         splits = num_outer_splits(call.k, chunks.counts[chunks.steps // 2], chunks.max_length, dims)
         zeros = call.lr.new_zeros

@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lact_kernels.ops.ttt_types import NEWTON_SCHULZ_COEFFICIENTS
 from lact_kernels.triton.configs import CompileCase, TTTConfig, capability_of, ttt_config
 from lact_kernels.triton.primitives import load_tile
 from lact_kernels.triton.ttt_layout import (
@@ -53,13 +54,6 @@ from lact_kernels.triton.ttt_update import (
 )
 from lact_kernels.triton.ttt_update_bwd import NEWTON_SCHULZ_EPS
 
-COEFFICIENTS = (
-    (4.0848, -6.8946, 2.9270),
-    (3.9505, -6.3029, 2.6377),
-    (3.7418, -5.5913, 2.3037),
-    (2.8769, -3.1427, 1.2046),
-    (2.8366, -3.0525, 1.2012),
-)
 NORMALIZE_BLOCK = 64
 
 
@@ -331,11 +325,11 @@ class NewtonSchulz:
     def _iterates(self, g: Tensor, squares: Tensor) -> Iterator[tuple]:
         """X, S and B of each step, with its coefficients."""
         x = self._normalize(g, squares, gradient=False)
-        for step, (a, b, c) in enumerate(COEFFICIENTS):
+        for step, (a, b, c) in enumerate(NEWTON_SCHULZ_COEFFICIENTS):
             s = self._symmetric(x)
             polynomial = self._symmetric(s, y=s, y_factor=b, factor=c)
             yield x, s, polynomial, (a, b, c)
-            if step < len(COEFFICIENTS) - 1:
+            if step < len(NEWTON_SCHULZ_COEFFICIENTS) - 1:
                 x = self._multiply(polynomial, x, a)
 
     def _normalize(self, g: Tensor, squares: Tensor, gradient: bool) -> Tensor:
@@ -358,16 +352,9 @@ class NewtonSchulz:
         constexprs = symmetric_constexprs(self.dims, self.symmetric_config, square=y is not None)
         out = a.new_empty(self.heads, self.dims.squares[-1])
         _newton_schulz_symmetric_kernel[(self.heads * num_tiles(constexprs),)](
-            a,
-            b,
-            y,
-            out,
-            y_factor,
-            factor,
-            *self.dims,
-            **constexprs,
-            **launch_options(self.symmetric_config),
-        )
+            a, b, y, out, y_factor, factor, *self.dims,
+            **constexprs, **launch_options(self.symmetric_config),
+        )  # fmt: skip
         return out
 
     def _multiply(

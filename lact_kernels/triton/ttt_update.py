@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lact_kernels.ops import ttt_types
 from lact_kernels.triton.configs import CompileCase, TTTConfig
 from lact_kernels.triton.ttt_layout import (
     Dims,
@@ -37,7 +38,7 @@ from lact_kernels.triton.ttt_primitives import (
     matrix_tile,
 )
 
-RENORM_EPS = tl.constexpr(1e-5)
+RENORM_EPS = tl.constexpr(ttt_types.RENORM_EPS)
 PROGRAM_ELEMENTS, NUM_WARPS = 2048, 4
 MAX_DIM = 1024
 LARGEST = (Dims(MAX_DIM, MAX_DIM, MAX_DIM),)
@@ -171,7 +172,7 @@ def ttt_update(
     steps: Tensor | None = None,  # `[heads, SIZE]`: M, with momentum
     next_steps: Tensor | None = None,  # `[heads, SIZE]`: M', written
     squares: Tensor
-    | None = None,  # `[heads, ROWS]`: end at M', and leave the squares of its rows' norms
+    | None = None,  # `[heads, ROWS]`: ends at M', with the squares of its rows' norms
 ) -> None:
     """One update of all heads, or with Muon the first or the second part of it."""
     in_parts = step.ndim == 3

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lact_kernels.ops import ttt_types
 from lact_kernels.triton.configs import CompileCase, TTTConfig
 from lact_kernels.triton.ttt_layout import TOKEN_ARGUMENTS, Dims, Run, ttt_compile_cases
 from lact_kernels.triton.ttt_primitives import (
@@ -42,7 +43,7 @@ from lact_kernels.triton.ttt_update import (
 )
 
 TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
-NEWTON_SCHULZ_EPS = tl.constexpr(1e-7)
+NEWTON_SCHULZ_EPS = tl.constexpr(ttt_types.NEWTON_SCHULZ_EPS)
 TOKEN_BLOCK = 256
 
 
