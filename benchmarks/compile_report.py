@@ -65,7 +65,12 @@ TENSOR_MEMORY_COLUMNS = 512
 # Instruction names: Hopper's asynchronous products, those of Ampere, those of Blackwell.
 _MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA)\b")
 _LOCAL_ACCESS = re.compile(r"\b(LDL|STL)((?:\.\w+)*)")
-_POINTER_TYPES = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+_POINTER_TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+}
 
 
 @dataclasses.dataclass(frozen=True)

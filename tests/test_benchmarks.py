@@ -11,7 +11,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gate, gpu_check, measure, peers, phases, report, run, timing
+from benchmarks import (
+    accuracy_report,
+    gate,
+    gpu_check,
+    measure,
+    peers,
+    phases,
+    report,
+    run,
+    timing,
+)
 from benchmarks.registry import (
     BlockCausalTTT,
     WindowAttn,
@@ -384,8 +394,9 @@ def test_bad_arguments_of_phases(tmp_path, capsys, bad, message):
 def test_gpu_check_asks_for_what_the_benchmarks_take(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     _, stages = gpu_check.stages(tmp_path)
-    parsers = {"benchmarks.run": run.parse, "benchmarks.phases": phases.parse}
+    parsers = {x.__name__: x.parse for x in (run, accuracy_report, phases)}
     options = {x.name: parsers[x.module[0]](list(x.module[1:])) for x in stages}
+    assert options["accuracy"].seq_len[-1] == accuracy_report.SEQ_LENS[-1]
     for name, muon in (("phases", False), ("phases-muon", True)):
         assert options[name].muon is muon
         assert options[name].fast_weight_dim == [384, 768]

@@ -18,7 +18,6 @@ from tests.test_window_attn import CASES
 pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-DENSE = [case for case in CASES if case.cu_seqlens is None]
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +30,7 @@ def full_float32_products():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", DENSE, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_window_attn_triton(case, dtype):
     check_window_attn(functools.partial(window_attn, backend="triton"), case, dtype, "cuda")
 
@@ -54,13 +53,14 @@ def qkv(T, H=2, D=64, dtype=torch.bfloat16):
     return [torch.randn(1, T, H, D, dtype=dtype, device="cuda") for _ in range(3)]
 
 
-def test_auto_takes_triton_and_packed_sequences_eager():
+def test_auto_takes_triton():
     q, k, v = qkv(300)
-    assert torch.equal(window_attn(q, k, v, 64), window_attn(q, k, v, 64, backend="triton"))
     cu_seqlens = torch.tensor([0, 100, 300], dtype=torch.int32, device="cuda")
-    packed = window_attn(q, k, v, 64, cu_seqlens=cu_seqlens)
-    expected = window_attn(q, k, v, 64, cu_seqlens=cu_seqlens, backend="eager")
-    assert torch.equal(packed, expected)
+    for options in ({}, {"cu_seqlens": cu_seqlens}):
+        auto, triton = (
+            window_attn(q, k, v, 64, **options, backend=backend) for backend in ("auto", "triton")
+        )
+        assert torch.equal(auto, triton)
 
 
 TTT = TTTCase("", B=2, T=300, chunk_size=128, H=2, Dk=64, Dv=64, Dh=64, momentum=True)
@@ -101,7 +101,7 @@ def test_fast_weights_backward_is_deterministic():
 
 def test_triton_op_is_registered_right():
     q, k, v = (x.requires_grad_() for x in qkv(150))
-    args = (q, k, v, 40, 0.125, None, "triton")
+    args = (q, k, v, 40, 0.125, None, None, "triton")
     torch.library.opcheck(window_attn_fwd, args)
     o, lse = (x.detach() for x in window_attn_fwd(*args))
     torch.library.opcheck(

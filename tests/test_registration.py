@@ -37,7 +37,7 @@ def all_contiguous_grads(fn, leaves):
 def test_opcheck_window_attn(case):
     q, k, v = case.inputs(torch.float32)
     cu_seqlens = case.options().get("cu_seqlens")
-    args = (q, k, v, case.window_size, 0.25, cu_seqlens, "eager")
+    args = (q, k, v, case.window_size, 0.25, cu_seqlens, cu_seqlens, "eager")
     torch.library.opcheck(attn_ops.window_attn_fwd, args)
     o, lse = (x.detach() for x in attn_ops.window_attn_fwd(*args))
     q, k, v = (x.detach() for x in (q, k, v))
@@ -222,5 +222,5 @@ def test_triton_goes_through_the_same_op(case):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     triton_window_attn = functools.partial(window_attn, backend="triton")
     check_window_attn(triton_window_attn, case, torch.float32, device)
-    args = (*case.inputs(torch.float32, device), case.window_size, 0.25, None, "triton")
+    args = (*case.inputs(torch.float32, device), case.window_size, 0.25, None, None, "triton")
     torch.library.opcheck(attn_ops.window_attn_fwd, args)

@@ -17,8 +17,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lact_kernels.ops import checks
-from lact_kernels.ops.ttt_types import FastWeights, Offsets, Options, Tokens
+from lact_kernels.autograd.autocast import register_autocast
+from lact_kernels.ops.offsets import read_offsets
+from lact_kernels.ops.ttt_types import FastWeights, Options, Tokens
 
 TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor lr0, Tensor lr1, Tensor lr2, Tensor? momentum,"
@@ -39,14 +40,13 @@ def block_causal_ttt_fwd(
     q, k, v, lr0, lr1, lr2, momentum, start, cu_seqlens_q, cu_seqlens_k, *options
 ):
     backend, options = _read(options)
-    with _no_autocast(q):
-        o, end, history = backend.block_causal_ttt_fwd(
-            q,
-            Tokens(k, v, lr0, lr1, lr2, momentum),
-            FastWeights.from_list(start, options.prenorm),
-            _offsets(q, k, cu_seqlens_q, cu_seqlens_k),
-            options,
-        )
+    o, end, history = backend.block_causal_ttt_fwd(
+        q,
+        Tokens(k, v, lr0, lr1, lr2, momentum),
+        FastWeights.from_list(start, options.prenorm),
+        read_offsets(q, k, cu_seqlens_q, cu_seqlens_k),
+        options,
+    )
     return o, [] if end is None else end.to_list(), history
 
 
@@ -71,17 +71,16 @@ def block_causal_ttt_bwd(
     q, k, v, lr0, lr1, lr2, momentum, start, cu_seqlens_q, cu_seqlens_k, *options,
 ):  # fmt: skip
     backend, options = _read(options)
-    with _no_autocast(q):
-        dq, dtokens, dstart = backend.block_causal_ttt_bwd(
-            do,
-            FastWeights.from_list(dend, options.prenorm) if dend else None,
-            q,
-            Tokens(k, v, lr0, lr1, lr2, momentum),
-            FastWeights.from_list(start, options.prenorm),
-            history,
-            _offsets(q, k, cu_seqlens_q, cu_seqlens_k),
-            options,
-        )
+    dq, dtokens, dstart = backend.block_causal_ttt_bwd(
+        do,
+        FastWeights.from_list(dend, options.prenorm) if dend else None,
+        q,
+        Tokens(k, v, lr0, lr1, lr2, momentum),
+        FastWeights.from_list(start, options.prenorm),
+        history,
+        read_offsets(q, k, cu_seqlens_q, cu_seqlens_k),
+        options,
+    )
     return dq, [x for x in dtokens if x is not None], dstart.to_list()
 
 
@@ -120,6 +119,8 @@ def _backward(ctx, do, dend, _dhistory):
 
 
 block_causal_ttt_fwd.register_autograd(_backward, setup_context=_setup_context)
+register_autocast("block_causal_ttt_fwd", cast_inputs=False)
+register_autocast("block_causal_ttt_bwd", cast_inputs=False)
 
 
 def _read(options: tuple) -> tuple[ModuleType, Options]:
@@ -130,23 +131,6 @@ def _read(options: tuple) -> tuple[ModuleType, Options]:
     else:
         from lact_kernels.eager import block_causal_ttt
     return block_causal_ttt, Options(*options)
-
-
-def _no_autocast(x: Tensor) -> torch.autocast:
-    """Inside, products are computed in the dtypes that the backend chooses for them."""
-    return torch.autocast(x.device.type, enabled=False)
-
-
-def _offsets(
-    q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
-) -> Offsets | None:
-    """The borders of packed sequences, read on the host."""
-    if cu_seqlens_k is None:
-        return None
-    return Offsets(
-        checks.packed_offsets(cu_seqlens_q, q.shape[1]),
-        checks.packed_offsets(cu_seqlens_k, k.shape[1]),
-    )
 
 
 def _empty_like(tensors: list[Tensor]) -> list[Tensor]:

@@ -2,33 +2,40 @@
 
 Both ops are functional and opaque to `torch.compile`. The backward keeps the inputs, the output and
 the lse, nothing else.
+
+A query that stands before the first key (a sequence with more queries than keys) sees nothing: its
+output is 0 and its lse is -inf. `cu_seqlens_q` and `cu_seqlens_k` come together or not at all.
 """
 
 import torch
 from torch import Tensor
 
+from lact_kernels.autograd.autocast import register_autocast
 from lact_kernels.eager import window_attn as eager
-from lact_kernels.ops import checks
+from lact_kernels.ops.offsets import read_offsets
+
+OPTIONS = "SymInt? window_size, float softmax_scale, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, str backend"
 
 
 @torch.library.custom_op(
     "lact_kernels::window_attn_fwd",
     mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, SymInt? window_size, float softmax_scale,"
-    " Tensor? cu_seqlens, str backend) -> (Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor o, Tensor lse)",
 )
-def window_attn_fwd(q, k, v, window_size, softmax_scale, cu_seqlens, backend):
+def window_attn_fwd(q, k, v, window_size, softmax_scale, cu_seqlens_q, cu_seqlens_k, backend):
     window_size = _clamp_window(window_size, k)
     if backend == "triton":
         from lact_kernels.triton.window_attn_fwd import window_attn_fwd as launch
 
-        return launch(q, k, v, window_size, softmax_scale)
-    offsets = None if cu_seqlens is None else checks.packed_offsets(cu_seqlens, q.shape[1])
+        if not _capturing(q):
+            read_offsets(q, k, cu_seqlens_q, cu_seqlens_k)  # for its checks
+        return launch(q, k, v, window_size, softmax_scale, cu_seqlens_q, cu_seqlens_k)
+    offsets = read_offsets(q, k, cu_seqlens_q, cu_seqlens_k)
     return eager.window_attn_fwd(q, k, v, window_size, softmax_scale, offsets)
 
 
 @window_attn_fwd.register_fake
-def _(q, k, v, window_size, softmax_scale, cu_seqlens, backend):
+def _(q, k, v, window_size, softmax_scale, cu_seqlens_q, cu_seqlens_k, backend):
     B, Tq, Hq, _ = q.shape
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(B, Tq, Hq, v.shape[-1]), q.new_empty(B, Hq, Tq, dtype=lse_dtype)
@@ -38,21 +45,22 @@ def _(q, k, v, window_size, softmax_scale, cu_seqlens, backend):
     "lact_kernels::window_attn_bwd",
     mutates_args=(),
     schema="(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse,"
-    " SymInt? window_size, float softmax_scale, Tensor? cu_seqlens, str backend)"
-    " -> (Tensor, Tensor, Tensor)",
+    f" {OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
 )
-def window_attn_bwd(do, dlse, q, k, v, o, lse, window_size, softmax_scale, cu_seqlens, backend):
+def window_attn_bwd(
+    do, dlse, q, k, v, o, lse, window_size, softmax_scale, cu_seqlens_q, cu_seqlens_k, backend
+):
     window_size = _clamp_window(window_size, k)
+    saved = (do, dlse, q, k, v, o, lse, window_size, softmax_scale)
     if backend == "triton":
         from lact_kernels.triton.window_attn_bwd import window_attn_bwd as launch
 
-        return launch(do, dlse, q, k, v, o, lse, window_size, softmax_scale)
-    offsets = None if cu_seqlens is None else checks.packed_offsets(cu_seqlens, q.shape[1])
-    return eager.window_attn_bwd(do, dlse, q, k, v, o, lse, window_size, softmax_scale, offsets)
+        return launch(*saved, cu_seqlens_q, cu_seqlens_k)
+    return eager.window_attn_bwd(*saved, read_offsets(q, k, cu_seqlens_q, cu_seqlens_k))
 
 
 @window_attn_bwd.register_fake
-def _(do, dlse, q, k, v, o, lse, window_size, softmax_scale, cu_seqlens, backend):
+def _(do, dlse, q, k, v, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -62,21 +70,29 @@ def _clamp_window(window_size: int | None, k: Tensor) -> int:
     return Tk if window_size is None else min(window_size, Tk)
 
 
+def _capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being recorded, in which no value can be read on the host."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def _setup_context(ctx, inputs, output):
-    q, k, v, window_size, softmax_scale, cu_seqlens, backend = inputs
-    o, lse = output
-    ctx.save_for_backward(q, k, v, o, lse, cu_seqlens)
+    q, k, v, window_size, softmax_scale, cu_seqlens_q, cu_seqlens_k, backend = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k)
     ctx.options = (window_size, softmax_scale)
     ctx.backend = backend
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, do, dlse):
-    q, k, v, o, lse, cu_seqlens = ctx.saved_tensors
+    *tensors, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
     if do is None:
-        do = torch.zeros_like(o)
-    grads = window_attn_bwd(do, dlse, q, k, v, o, lse, *ctx.options, cu_seqlens, ctx.backend)
-    return (*grads, None, None, None, None)
+        do = torch.zeros_like(tensors[3])  # as o
+    grads = window_attn_bwd(
+        do, dlse, *tensors, *ctx.options, cu_seqlens_q, cu_seqlens_k, ctx.backend
+    )
+    return (*grads, None, None, None, None, None)
 
 
 window_attn_fwd.register_autograd(_backward, setup_context=_setup_context)
+register_autocast("window_attn_fwd", cast_inputs=True)
+register_autocast("window_attn_bwd", cast_inputs=False)

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from lact_kernels.eager import swiglu
 from lact_kernels.eager.newton_schulz import newton_schulz, newton_schulz_bwd
+from lact_kernels.ops.offsets import Offsets
 from lact_kernels.ops.ttt_types import (
     RENORM_EPS,
     FastWeights,
-    Offsets,
     Options,
     Tokens,
     Triple,

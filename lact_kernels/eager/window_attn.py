@@ -16,6 +16,7 @@ ranges overlap, and are strided views of k and v, not copies. The blocks at the 
 would begin before the sequence, and the last, shorter one run one by one, with the band cut to fit.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lact_kernels.eager import masked_attention
+from lact_kernels.ops.offsets import Offsets
 
 MIN_ROWS, MAX_ROWS = 64, 256
 MAX_BLOCKS = 64  # in one batch, which bounds the memory of the backward's per-block dk and dv
@@ -64,12 +66,12 @@ def window_attn_fwd(
     v: Tensor,
     window_size: int,
     softmax_scale: float,
-    offsets: list[int] | None = None,
+    offsets: Offsets | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs `[B, Tq, Hq, Dv]` and lse `[B, Hq, Tq]`; `offsets` are the borders of packed sequences."""
+    """Outputs `[B, Tq, Hq, Dv]` and lse `[B, Hq, Tq]`, 0 and -inf for a query before the first key."""
     (B, Tq, Hq, D), Dv = q.shape, v.shape[-1]
-    o = q.new_empty(B, Tq, Hq, Dv)
-    lse = q.new_empty(B, Hq, Tq, dtype=masked_attention.lse_dtype(q.dtype))
+    o = q.new_zeros(B, Tq, Hq, Dv)
+    lse = q.new_full((B, Hq, Tq), -math.inf, dtype=masked_attention.lse_dtype(q.dtype))
     q, k, v = (_pad_channels(x, max(D, Dv)) for x in (q, k, v))
     for blocks, (qs, os, lses), (ks, vs) in _views((q, o, lse.mT), (k, v), window_size, offsets):
         out, out_lse = masked_attention.forward(
@@ -90,7 +92,7 @@ def window_attn_bwd(
     lse: Tensor,
     window_size: int,
     softmax_scale: float,
-    offsets: list[int] | None = None,
+    offsets: Offsets | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; each block recomputes its probabilities from the lse."""
     D, Dv = q.shape[-1], v.shape[-1]
@@ -129,7 +131,7 @@ def _views(
     queries: tuple[Tensor, ...],
     keys: tuple[Tensor, ...],
     window_size: int,
-    offsets: list[int] | None,
+    offsets: Offsets | None,
 ) -> Iterator[tuple[_Blocks, tuple[Tensor, ...], tuple[Tensor, ...]]]:
     """All blocks of all sequences, with the `[T, Hkv, ...]` views of the tensors that they cut up.
 
@@ -138,7 +140,13 @@ def _views(
     """
     q, k = queries[0], keys[0]
     (B, Tq, Hq), (Tk, Hkv) = q.shape[:3], k.shape[1:3]
-    spans = [(0, Tq, 0, Tk)] if offsets is None else [(*s, *s) for s in zip(offsets, offsets[1:])]
+    borders = offsets or Offsets([0, Tq], [0, Tk])
+    spans = [
+        (*queries, *keys)
+        for queries, keys in zip(
+            itertools.pairwise(borders.queries), itertools.pairwise(borders.keys)
+        )
+    ]
     most_queries = max(stop - start for start, stop, _, _ in spans)
     most_keys = max(stop - start for _, _, start, stop in spans)
     window_size = max(1, min(window_size, most_keys))
@@ -154,9 +162,9 @@ def _views(
 
 
 def _cut(Tq: int, Tk: int, window_size: int, band: Tensor) -> Iterator[_Blocks]:
-    """The blocks of one sequence, in order."""
+    """The blocks of one sequence, in order, from the first query that sees a key."""
     rows = band.shape[0]
-    query = 0
+    query = max(0, Tq - Tk)
     while query < Tq:
         position = query + Tk - Tq
         cut_off = max(0, window_size - 1 - position)  # columns of the band before the first key

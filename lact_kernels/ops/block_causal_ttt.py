@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lact_kernels.autograd.block_causal_ttt import block_causal_ttt_fwd
 from lact_kernels.ops import checks
+from lact_kernels.ops.offsets import packed_offsets
 from lact_kernels.ops.ttt_state import (
     StateOptions,
     TTTState,
@@ -174,7 +175,7 @@ def _continue(q, tokens, state: TTTState, cu_seqlens, return_state: bool, how):
     packed = cu_seqlens is not None
     lengths = (T,) * B
     if packed:
-        offsets = checks.packed_offsets(cu_seqlens, T)
+        offsets = packed_offsets(cu_seqlens, T)
         lengths = tuple(stop - start for start, stop in zip(offsets, offsets[1:]))
     totals = tuple(map(operator.add, state.pending_lengths, lengths))
 

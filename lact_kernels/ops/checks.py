@@ -70,35 +70,20 @@ def check_finite_number(name: str, value: float) -> None:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
-    """What can be known of `cu_seqlens` without reading its values: see `packed_offsets` for those."""
+def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, name: str = "cu_seqlens") -> None:
+    """What can be known of `cu_seqlens` without reading its values: see `ops/offsets.py` for those."""
     if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(
-            f"cu_seqlens must be an int32 tensor [N+1], got {type(cu_seqlens).__name__}"
-        )
+        raise TypeError(f"{name} must be an int32 tensor [N+1], got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype != torch.int32:
-        raise TypeError(f"cu_seqlens must have the dtype torch.int32, got {cu_seqlens.dtype}")
+        raise TypeError(f"{name} must have the dtype torch.int32, got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(
-            f"cu_seqlens must have the shape [N+1] with N >= 1, got {tuple(cu_seqlens.shape)}"
+            f"{name} must have the shape [N+1] with N >= 1, got {tuple(cu_seqlens.shape)}"
         )
     if cu_seqlens.device != q.device:
-        raise ValueError(f"cu_seqlens must be on {q.device} like q, got {cu_seqlens.device}")
+        raise ValueError(f"{name} must be on {q.device} like q, got {cu_seqlens.device}")
     if q.shape[0] != 1:
-        raise ValueError(f"cu_seqlens needs packed input with B = 1, got q with B = {q.shape[0]}")
-
-
-def packed_offsets(cu_seqlens: Tensor, T: int) -> list[int]:
-    """`cu_seqlens` as a list, read once on the host, after checking that it cuts T tokens."""
-    offsets = cu_seqlens.tolist()
-    if offsets[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0, got {offsets[0]}")
-    for n, (start, stop) in enumerate(zip(offsets, offsets[1:])):
-        if stop < start:
-            raise ValueError(f"cu_seqlens descends from {start} to {stop} at index {n + 1}")
-    if offsets[-1] != T:
-        raise ValueError(f"cu_seqlens must end at T = {T}, got {offsets[-1]}")
-    return offsets
+        raise ValueError(f"{name} needs packed input with B = 1, got q with B = {q.shape[0]}")
 
 
 def choose_backend(backend: str, q: Tensor, obstacle: str | None) -> str:

@@ -59,17 +59,6 @@ class Tokens(NamedTuple):
         return self.at(slice(c * chunk_size, (c + 1) * chunk_size))
 
 
-class Offsets(NamedTuple):
-    """Borders of packed sequences in the one row of queries, and of keys, `B = 1`.
-
-    Sequence n has the queries `queries[n]:queries[n+1]` and the keys `keys[n]:keys[n+1]`; its
-    queries are those of its last tokens.
-    """
-
-    queries: list[int]
-    keys: list[int]
-
-
 class Options(NamedTuple):
     """How one call computes."""
 

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from lact_kernels.autograd.autocast import autocast_dtype
 from lact_kernels.autograd.window_attn import window_attn_fwd
 from lact_kernels.ops import checks
 
@@ -42,17 +43,19 @@ def window_attn(
         window_size: tokens that a query sees, at least 1. `None` is full causal attention.
         softmax_scale: factor on the scores, `D ** -0.5` by default.
         cu_seqlens: int32 `[N+1]`, the borders of N sequences laid end to end in one row (`B = 1`,
-            `Tq == Tk`); none sees another. It starts at 0, does not descend and ends at T.
+            `Tq == Tk`); none sees another. It starts at 0, does not descend and ends at T. Its values
+            are read once per tensor to check this, which waits for the device, and not at all while a
+            CUDA graph is recorded; a replayed graph may find other lengths in it that add up to T.
         return_lse: also return the log-sum-exp of the scaled scores of each query.
-        backend: `"triton"` (NVIDIA GPUs, head dims up to 256; no `cu_seqlens` yet), `"eager"`
-            (any device), or `"auto"`: Triton where it can run, else eager. An explicit choice raises
-            when it cannot run.
+        backend: `"triton"` (NVIDIA GPUs, head dims up to 256), `"eager"` (any device), or `"auto"`:
+            Triton where it can run, else eager. An explicit choice raises when it cannot run.
 
     Returns:
         The outputs `[B, Tq, Hq, Dv]` in the dtype of q, and with `return_lse` also lse `[B, Hq, Tq]`,
         float32 (float64 for float64 inputs), natural logarithm. Gradients flow to q, k and v through
         both. Softmax statistics and accumulation are in float32 whatever the input dtype. Time and
-        memory are O(T * window_size) and O(T).
+        memory are O(T * window_size) and O(T); the backward keeps the inputs, the outputs and lse.
+        Under `torch.autocast` q, k and v are cast to its dtype first, as PyTorch's attention does.
 
     Raises:
         TypeError: an argument of the wrong type, or a tensor of the wrong dtype.
@@ -61,42 +64,60 @@ def window_attn(
 
     Source: the sliding-window branch of the LaCT layer, arXiv 2505.23884, section 3.3.
     """
-    _check(q, k, v, window_size, softmax_scale, cu_seqlens, return_lse)
-    scale = q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    backend = checks.choose_backend(backend, q, _triton_obstacle(q, v, cu_seqlens))
-    o, lse = window_attn_fwd(q, k, v, window_size, scale, cu_seqlens, backend)
-    return (o, lse) if return_lse else o
-
-
-def _check(q, k, v, window_size, softmax_scale, cu_seqlens, return_lse) -> None:
-    checks.check_floating("q", q, "[B, Tq, Hq, D]")
-    checks.check_floating("k", k, "[B, Tk, Hkv, D]")
-    checks.check_floating("v", v, "[B, Tk, Hkv, Dv]")
-    B, Tq, Hq, D = q.shape
-    Tk, Hkv = k.shape[1:3]
-    checks.check_tensor("k", k, (B, Tk, Hkv, D), "[B, Tk, Hkv, D]", q.dtype, q.device)
-    checks.check_tensor("v", v, (B, Tk, Hkv, v.shape[-1]), "[B, Tk, Hkv, Dv]", q.dtype, q.device)
-    if Hq % Hkv:
-        raise ValueError(f"the {Hq} heads of q must be a multiple of the {Hkv} heads of k and v")
+    check_attention(q, k, v, window_size, softmax_scale)
+    checks.check_flag("return_lse", return_lse)
+    Tq, Tk = q.shape[1], k.shape[1]
     if Tq > Tk:
         raise ValueError(
             f"q has {Tq} tokens, more than the {Tk} of k: queries are aligned to the end"
         )
-    if window_size is not None:
-        checks.check_positive_int("window_size", window_size)
-    if softmax_scale is not None:
-        checks.check_finite_number("softmax_scale", softmax_scale)
-    checks.check_flag("return_lse", return_lse)
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, q)
         if Tq != Tk:
             raise ValueError(f"cu_seqlens needs as many queries as keys, got {Tq} and {Tk}")
+    o, lse = run_window_attn(q, k, v, window_size, softmax_scale, cu_seqlens, cu_seqlens, backend)
+    return (o, lse) if return_lse else o
 
 
-def _triton_obstacle(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> str | None:
+def run_window_attn(
+    q, k, v, window_size, softmax_scale, cu_seqlens_q, cu_seqlens_k, backend
+) -> tuple[Tensor, Tensor]:
+    """`window_attn` of checked arguments, which may have more queries than keys.
+
+    A query before the first key of its sequence sees nothing: its output is 0, its lse -inf.
+    `cu_seqlens_q` and `cu_seqlens_k` are the borders of queries and keys, given together or not at all.
+    """
+    scale = default_scale(q) if softmax_scale is None else float(softmax_scale)
+    backend = checks.choose_backend(backend, q, triton_obstacle(q, v))
+    return window_attn_fwd(q, k, v, window_size, scale, cu_seqlens_q, cu_seqlens_k, backend)
+
+
+def check_attention(q, k, v, window_size, softmax_scale) -> None:
+    """What every call of attention must fulfil; k and v may be a cache, longer than q or shorter."""
+    checks.check_floating("q", q, "[B, Tq, Hq, D]")
+    checks.check_floating("k", k, "[B, Tk, Hkv, D]")
+    checks.check_floating("v", v, "[B, Tk, Hkv, Dv]")
+    B, _, Hq, D = q.shape
+    Tk, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
+    for name, x, channels, layout in (("k", k, D, "D"), ("v", v, Dv, "Dv")):
+        # Dtypes that autocast makes equal are equal.
+        dtype = x.dtype if autocast_dtype(x) == autocast_dtype(q) else q.dtype
+        shape, layout = (B, Tk, Hkv, channels), f"[B, Tk, Hkv, {layout}]"
+        checks.check_tensor(name, x, shape, layout, dtype, q.device)
+    if Hq % Hkv:
+        raise ValueError(f"the {Hq} heads of q must be a multiple of the {Hkv} heads of k and v")
+    if window_size is not None:
+        checks.check_positive_int("window_size", window_size)
+    if softmax_scale is not None:
+        checks.check_finite_number("softmax_scale", softmax_scale)
+
+
+def default_scale(q: Tensor) -> float:
+    return q.shape[-1] ** -0.5
+
+
+def triton_obstacle(q: Tensor, v: Tensor) -> str | None:
     head_dim = max(q.shape[-1], v.shape[-1])
     if head_dim > MAX_TRITON_HEAD_DIM:
         return f"head dimensions go up to {MAX_TRITON_HEAD_DIM}, got {head_dim}"
-    if cu_seqlens is not None:
-        return "it has no kernels for cu_seqlens"
     return None

@@ -29,10 +29,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lact_kernels.ops.offsets import Offsets
 from lact_kernels.ops.ttt_types import (
     RENORM_EPS,
     FastWeights,
-    Offsets,
     Options,
     Tokens,
     Triple,

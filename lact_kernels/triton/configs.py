@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -60,6 +60,14 @@ class CompileCase:
     config: KernelConfig | TTTConfig
     pointers: dict[str, torch.dtype] = field(repr=False)
     constexprs: dict[str, Any] = field(repr=False)
+
+
+def packing_cases(case: CompileCase) -> Iterator[CompileCase]:
+    """An attention kernel without and with packed sequences."""
+    names = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr")
+    yield replace(case, constexprs=case.constexprs | dict.fromkeys(names))
+    packed = case.pointers | dict.fromkeys(names, torch.int32)
+    yield replace(case, shape=f"{case.shape} packed", pointers=packed)
 
 
 def _row(*entries: tuple) -> dict[int, KernelConfig]:

@@ -25,6 +25,15 @@ def outer_strides(*tensors: Tensor) -> list[int]:
     return [0 if x.size(axis) == 1 else x.stride(axis) for x in tensors for axis in range(3)]
 
 
+def packing_arguments(
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, int]:
+    """The borders of packed sequences as the kernels take them, and how many sequences: 0 if dense."""
+    if cu_seqlens_q is None:
+        return None, None, 0
+    return cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), len(cu_seqlens_q) - 1
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     """Launch on the device of `x`, which need not be the current one."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

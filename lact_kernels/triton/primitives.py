@@ -16,6 +16,12 @@ Seen from a tile of keys, the queries that see it form an interval too: diagonal
 edge. Every tile from `first` up to `end` holds at least one visible pair, and no other tile does.
 In an interior tile every pair is visible and every row is in bounds. The order of tiles does not
 matter, so a kernel visits both masked segments in one loop and the interior in another.
+
+Packed sequences are cut into tiles one by one, so that no tile belongs to two. A sequence of `l`
+tokens from token `c` on needs ceil(l / BLOCK) tiles, and gets the slots from `c // BLOCK + n` up to
+those of sequence n + 1: enough for any lengths, and at most one to spare. So the number of programs
+follows from T and N alone, and a program finds its sequence in `cu_seqlens` itself: nothing is read on
+the host, and a recorded CUDA graph serves all lengths that add up to T.
 """
 
 import triton
@@ -24,6 +30,8 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 # The running maximum before any key: finite, so that a row that has seen no key gives no NaN.
 LOWEST = tl.constexpr(-1.0e38)
+# Borders that a program reads at once in its search for a sequence.
+FANOUT = tl.constexpr(128)
 
 
 def block_dim(head_dim: int) -> int:
@@ -31,22 +39,56 @@ def block_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
+def num_tile_slots(T: int, num_sequences: int, block: int) -> int:
+    """How many tiles, or slots of tiles, T tokens of `num_sequences` packed sequences take (0: dense)."""
+    return T // block + num_sequences if num_sequences else triton.cdiv(T, block)
+
+
 @triton.jit
-def query_tile_program(Tq, Hq, Hkv, BLOCK_M: tl.constexpr):
-    """Batch row, query head, kv head and first query of this program.
+def tile_slots(T, num_sequences, BLOCK: tl.constexpr):
+    """`num_tile_slots`, in a kernel."""
+    return tl.where(num_sequences > 0, T // BLOCK + num_sequences, tl.cdiv(T, BLOCK))
+
+
+@triton.jit
+def sequence_of_slot(slot, cu_seqlens_ptr, num_sequences, BLOCK: tl.constexpr):
+    """The sequence that owns a slot, and which of its tiles the slot is (beyond its last: none)."""
+    low = 0
+    high = num_sequences
+    while high - low > 1:
+        step = tl.cdiv(high - low, FANOUT)
+        candidates = low + tl.arange(0, FANOUT) * step
+        exists = candidates < high
+        borders = tl.load(cu_seqlens_ptr + candidates, mask=exists, other=0)
+        begun = exists & (borders // BLOCK + candidates <= slot)
+        low += (tl.sum(begun.to(tl.int32), axis=0) - 1) * step
+        high = tl.minimum(low + step, high)
+    return low, slot - (tl.load(cu_seqlens_ptr + low) // BLOCK + low)
+
+
+@triton.jit
+def span_of_sequence(cu_seqlens_ptr, n):
+    """First row, 64-bit, and length of sequence n."""
+    start = tl.load(cu_seqlens_ptr + n)
+    return start.to(tl.int64), tl.load(cu_seqlens_ptr + n + 1) - start
+
+
+@triton.jit
+def query_tile_program(Tq, num_sequences, Hq, Hkv, BLOCK_M: tl.constexpr):
+    """Batch row, query head, kv head and tile (packed: slot) of this program.
 
     Neighbours are the query heads of one kv head, then the query tiles of these heads, so that
     programs that read the same keys run at the same time. The last queries, which see the most
     keys, come first.
     """
     groups = Hq // Hkv
-    num_tiles = tl.cdiv(Tq, BLOCK_M)
+    num_tiles = tile_slots(Tq, num_sequences, BLOCK_M)
     pid = tl.program_id(0)
     group = pid % groups
     tile = num_tiles - 1 - (pid // groups) % num_tiles
     batch_head = pid // (groups * num_tiles)
     kv_head = batch_head % Hkv
-    return batch_head // Hkv, kv_head * groups + group, kv_head, tile * BLOCK_M
+    return batch_head // Hkv, kv_head * groups + group, kv_head, tile
 
 
 @triton.jit
@@ -55,11 +97,11 @@ def key_tile_bounds(first_query, Tq, Tk, window_size, BLOCK_M: tl.constexpr, BLO
     first_position = first_query + Tk - Tq
     last_position = tl.minimum(first_query + BLOCK_M, Tq) - 1 + Tk - Tq
     first = tl.maximum(first_position - window_size + 1, 0) // BLOCK_N
-    end = last_position // BLOCK_N + 1
+    end = tl.cdiv(tl.maximum(last_position + 1, 0), BLOCK_N)
     # From here on the last query still sees the whole tile.
     interior = tl.minimum(tl.cdiv(tl.maximum(last_position - window_size + 1, 0), BLOCK_N), end)
     # Up to here the first query sees the whole tile.
-    diagonal = tl.maximum((first_position + 1) // BLOCK_N, interior)
+    diagonal = tl.maximum(tl.maximum(first_position + 1, 0) // BLOCK_N, interior)
     return first, interior, diagonal, end
 
 
@@ -111,6 +153,15 @@ def softmax_step(scores, row_max, row_sum, scale_log2):
     probs = tl.exp2((scores - new_max[:, None]) * scale_log2)  # [BLOCK_M, BLOCK_N]
     decay = tl.exp2((row_max - new_max) * scale_log2)  # [BLOCK_M]
     return probs, decay, new_max, row_sum * decay + tl.sum(probs, axis=1)
+
+
+@triton.jit
+def softmax_end(acc, row_max, row_sum, scale):
+    """Normalised outputs and lse of the rows: 0 and -inf where nothing was seen."""
+    blind = row_sum == 0.0
+    row_sum = tl.where(blind, 1.0, row_sum)
+    lse = tl.where(blind, float("-inf"), row_max * scale + tl.log(row_sum))
+    return acc / row_sum[:, None], lse
 
 
 @triton.jit

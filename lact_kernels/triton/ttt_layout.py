@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lact_kernels.ops.ttt_types import Offsets, Options, Triple, num_updates
+from lact_kernels.ops.offsets import Offsets
+from lact_kernels.ops.ttt_types import Options, Triple, num_updates
 from lact_kernels.triton.configs import CompileCase, TTTConfig, shipped_ttt_configs
 
 ALIGNMENT = 16  # elements

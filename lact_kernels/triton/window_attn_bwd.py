@@ -30,18 +30,28 @@ from lact_kernels.triton.configs import (
     KernelConfig,
     capability_of,
     kernel_config,
+    packing_cases,
     shipped_configs,
 )
-from lact_kernels.triton.launch import on_device, outer_strides, readable_in_place
+from lact_kernels.triton.launch import (
+    on_device,
+    outer_strides,
+    packing_arguments,
+    readable_in_place,
+)
 from lact_kernels.triton.primitives import (
     block_dim,
     key_tile_bounds,
     load_rows,
     nth_tile,
+    num_tile_slots,
     query_tile_bounds,
     query_tile_program,
+    sequence_of_slot,
     softmax_from_lse,
+    span_of_sequence,
     store_rows,
+    tile_slots,
     visible,
 )
 from lact_kernels.triton.window_attn_fwd import positive_scale
@@ -95,7 +105,7 @@ def _dq_segment(
     return dq
 
 
-@triton.jit(do_not_specialize=["window_size", "Tq", "Tk", "Hq", "Hkv"])
+@triton.jit(do_not_specialize=["num_sequences", "window_size", "Tq", "Tk", "Hq", "Hkv"])
 def _window_attn_bwd_dq_kernel(
     q_ptr,
     k_ptr,
@@ -106,6 +116,9 @@ def _window_attn_bwd_dq_kernel(
     dlse_ptr,  # or None
     stats_ptr,  # [B, Hq, Tq, STATS_WIDTH], contiguous
     dq_ptr,
+    cu_seqlens_q_ptr,  # [N + 1], or None
+    cu_seqlens_k_ptr,
+    num_sequences,  # N, or 0
     softmax_scale,  # > 0
     window_size,
     Tq,
@@ -138,7 +151,7 @@ def _window_attn_bwd_dq_kernel(
     BLOCK_N: tl.constexpr,
     STATS_WIDTH: tl.constexpr,
 ):
-    b, h, h_kv, first_query = query_tile_program(Tq, Hq, Hkv, BLOCK_M)
+    b, h, h_kv, tile = query_tile_program(Tq, num_sequences, Hq, Hkv, BLOCK_M)
     b, h, h_kv = tl.cast(b, tl.int64), tl.cast(h, tl.int64), tl.cast(h_kv, tl.int64)
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + h_kv * stride_kh
@@ -147,7 +160,21 @@ def _window_attn_bwd_dq_kernel(
     do_ptr += b * stride_dob + h * stride_doh
     dq_ptr += b * stride_dqb + h * stride_dqh
     row_offset = (b * Hq + h) * Tq
+    if cu_seqlens_q_ptr is not None:
+        n, tile = sequence_of_slot(tile, cu_seqlens_q_ptr, num_sequences, BLOCK_M)
+        q_start, Tq = span_of_sequence(cu_seqlens_q_ptr, n)
+        k_start, Tk = span_of_sequence(cu_seqlens_k_ptr, n)
+        if tile * BLOCK_M >= Tq:
+            return
+        q_ptr += q_start * stride_qt
+        k_ptr += k_start * stride_kt
+        v_ptr += k_start * stride_vt
+        o_ptr += q_start * stride_ot
+        do_ptr += q_start * stride_dot
+        dq_ptr += q_start * stride_dqt
+        row_offset += q_start
 
+    first_query = tile * BLOCK_M
     queries = first_query + tl.arange(0, BLOCK_M)
     positions = queries + (Tk - Tq)
     cols_qk = tl.arange(0, BLOCK_D)
@@ -165,6 +192,8 @@ def _window_attn_bwd_dq_kernel(
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + row_offset + queries, mask=queries < Tq, other=0.0)
     lse = tl.load(lse_ptr + row_offset + queries, mask=queries < Tq, other=0.0)
+    # A row that saw nothing: any finite value makes its probabilities 0.
+    lse = tl.where(lse == float("-inf"), 0.0, lse)
     stats_pointers = stats_ptr + (row_offset + queries) * STATS_WIDTH
     tl.store(stats_pointers, lse, mask=queries < Tq)
     tl.store(stats_pointers + STATS_WIDTH // 2, delta, mask=queries < Tq)
@@ -212,6 +241,7 @@ def _dkv_segment(
     stride_qh,
     stride_dot,
     stride_doh,
+    stride_stats,
     Tq,
     window_size,
     softmax_scale,
@@ -237,7 +267,7 @@ def _dkv_segment(
         head = tl.cast(group, tl.int64)
         q_pointers = q_ptr + head * stride_qh + first_row * stride_qt + q_offsets
         do_pointers = do_ptr + head * stride_doh + first_row * stride_dot + do_offsets
-        stats_head = stats_ptr + head * Tq * STATS_WIDTH
+        stats_head = stats_ptr + head * stride_stats
         q = load_rows(q_pointers, queries, Tq, cols_qk, HEAD_DIM_QK, BLOCK_D, MASKED)
         do = load_rows(do_pointers, queries, Tq, cols_v, HEAD_DIM_V, BLOCK_DV, MASKED)
         stats_pointers = stats_head + queries[:, None] * STATS_WIDTH
@@ -266,7 +296,7 @@ def _dkv_segment(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["window_size", "Tq", "Tk", "Hq", "Hkv"])
+@triton.jit(do_not_specialize=["num_sequences", "window_size", "Tq", "Tk", "Hq", "Hkv"])
 def _window_attn_bwd_dkv_kernel(
     q_ptr,
     k_ptr,
@@ -275,6 +305,9 @@ def _window_attn_bwd_dkv_kernel(
     stats_ptr,  # [B, Hq, Tq, STATS_WIDTH], contiguous
     dk_ptr,
     dv_ptr,
+    cu_seqlens_q_ptr,  # [N + 1], or None
+    cu_seqlens_k_ptr,
+    num_sequences,  # N, or 0
     softmax_scale,  # > 0
     window_size,
     Tq,
@@ -310,9 +343,9 @@ def _window_attn_bwd_dkv_kernel(
     OWNS_DV: tl.constexpr,
 ):
     # The key tiles of one kv head follow each other: neighbours share most of their queries.
-    num_tiles = tl.cdiv(Tk, BLOCK_N)
+    num_tiles = tile_slots(Tk, num_sequences, BLOCK_N)
     pid = tl.program_id(0)
-    first_key = pid % num_tiles * BLOCK_N
+    tile = pid % num_tiles
     h_kv = tl.cast(pid // num_tiles % Hkv, tl.int64)
     b = tl.cast(pid // num_tiles // Hkv, tl.int64)
     groups = Hq // Hkv
@@ -320,10 +353,25 @@ def _window_attn_bwd_dkv_kernel(
     k_ptr += b * stride_kb + h_kv * stride_kh
     v_ptr += b * stride_vb + h_kv * stride_vh
     do_ptr += b * stride_dob + h_kv * groups * stride_doh
-    stats_ptr += (b * Hq + h_kv * groups) * Tq * STATS_WIDTH
+    stride_stats = Tq * STATS_WIDTH  # of a head
+    stats_ptr += (b * Hq + h_kv * groups) * stride_stats
     dk_ptr += b * stride_dkb + h_kv * stride_dkh
     dv_ptr += b * stride_dvb + h_kv * stride_dvh
+    if cu_seqlens_q_ptr is not None:
+        n, tile = sequence_of_slot(tile, cu_seqlens_k_ptr, num_sequences, BLOCK_N)
+        q_start, Tq = span_of_sequence(cu_seqlens_q_ptr, n)
+        k_start, Tk = span_of_sequence(cu_seqlens_k_ptr, n)
+        if tile * BLOCK_N >= Tk:
+            return
+        q_ptr += q_start * stride_qt
+        k_ptr += k_start * stride_kt
+        v_ptr += k_start * stride_vt
+        do_ptr += q_start * stride_dot
+        stats_ptr += q_start * STATS_WIDTH
+        dk_ptr += k_start * stride_dkt
+        dv_ptr += k_start * stride_dvt
 
+    first_key = tile * BLOCK_N
     keys = first_key + tl.arange(0, BLOCK_N)
     diagonal = keys - (Tk - Tq)
     cols_qk = tl.arange(0, BLOCK_D)
@@ -344,14 +392,16 @@ def _window_attn_bwd_dkv_kernel(
     dk, dv = _dkv_segment(
         dk, dv, k, v, q_ptr, do_ptr, stats_ptr, q_offsets, do_offsets, diagonal,
         first, end - first - inside, interior, inside,
-        groups, stride_qt, stride_qh, stride_dot, stride_doh, Tq, window_size, softmax_scale,
+        groups, stride_qt, stride_qh, stride_dot, stride_doh, stride_stats,
+        Tq, window_size, softmax_scale,
         HEAD_DIM_QK, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, STATS_WIDTH,
         OWNS_DK, OWNS_DV, MASKED=True,
     )  # fmt: skip
     dk, dv = _dkv_segment(
         dk, dv, k, v, q_ptr, do_ptr, stats_ptr, q_offsets, do_offsets, diagonal,
         interior, inside, interior, 0,
-        groups, stride_qt, stride_qh, stride_dot, stride_doh, Tq, window_size, softmax_scale,
+        groups, stride_qt, stride_qh, stride_dot, stride_doh, stride_stats,
+        Tq, window_size, softmax_scale,
         HEAD_DIM_QK, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_M, STATS_WIDTH,
         OWNS_DK, OWNS_DV, MASKED=False,
     )  # fmt: skip
@@ -379,12 +429,14 @@ def window_attn_bwd(
     lse: Tensor,  # [B, Hq, Tq]
     window_size: int,
     softmax_scale: float,
+    cu_seqlens_q: Tensor | None = None,  # [N + 1], int32, contiguous, with B = 1; likewise:
+    cu_seqlens_k: Tensor | None = None,
     *,
     config: KernelConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients `(dq, dk, dv)` in the shapes and dtypes of q, k and v, contiguous.
 
-    `window_size` counts the query itself, is at least 1 and at most Tk. `config` overrides the
+    `window_size` counts the query itself, is at least 1 and at most Tk (or 1). `config` overrides the
     table for both passes.
     """
     B, Tq, Hq, D = q.shape
@@ -401,15 +453,18 @@ def window_attn_bwd(
     dkv_config = config or kernel_config("window_attn_bwd_dkv", D, Dv, q.dtype, capability)
     width = _stats_width(dkv_config)
     stats = lse.new_empty(B, Hq, Tq, width)
-    sizes = (softmax_scale, window_size, Tq, Tk, Hq, Hkv)
+    packing = packing_arguments(cu_seqlens_q, cu_seqlens_k)
+    sizes = (*packing, softmax_scale, window_size, Tq, Tk, Hq, Hkv)
+    query_slots = num_tile_slots(Tq, packing[-1], dq_config.block_m)
+    key_slots = num_tile_slots(Tk, packing[-1], dkv_config.block_n)
     with on_device(q):
-        _window_attn_bwd_dq_kernel[(triton.cdiv(Tq, dq_config.block_m) * B * Hq,)](
+        _window_attn_bwd_dq_kernel[(query_slots * B * Hq,)](
             q, k, v, o, do, lse, dlse, stats, dq, *sizes,
             *outer_strides(q, k, v, o, do, dq), **_constexprs(D, Dv, dq_config, width),
             num_warps=dq_config.num_warps, num_stages=dq_config.num_stages,
         )  # fmt: skip
         for owned in _owned(dkv_config):
-            _window_attn_bwd_dkv_kernel[(triton.cdiv(Tk, dkv_config.block_n) * B * Hkv,)](
+            _window_attn_bwd_dkv_kernel[(key_slots * B * Hkv,)](
                 q, k, v, do, stats, dk, dv, *sizes, *outer_strides(q, k, v, do, dk, dv),
                 **_constexprs(D, Dv, dkv_config, width), **owned,
                 num_warps=dkv_config.num_warps, num_stages=dkv_config.num_stages,
@@ -431,7 +486,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
             constexprs = _constexprs(head_dim, head_dim, config, _stats_width(config))
             is_dq = name == "window_attn_bwd_dq"
             for variant in [{"dlse_ptr": None}] if is_dq else _owned(config):
-                yield CompileCase(
+                case = CompileCase(
                     name=name,
                     kernel=kernel,
                     arch=arch,
@@ -441,6 +496,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
                     pointers=pointers,
                     constexprs=constexprs | variant,
                 )
+                yield from packing_cases(case)
 
 
 def _owned(config: KernelConfig) -> list[dict[str, bool]]:

@@ -24,9 +24,15 @@ from lact_kernels.triton.configs import (
     KernelConfig,
     capability_of,
     kernel_config,
+    packing_cases,
     shipped_configs,
 )
-from lact_kernels.triton.launch import on_device, outer_strides, readable_in_place
+from lact_kernels.triton.launch import (
+    on_device,
+    outer_strides,
+    packing_arguments,
+    readable_in_place,
+)
 from lact_kernels.triton.primitives import (
     LOG2_E,
     LOWEST,
@@ -34,8 +40,12 @@ from lact_kernels.triton.primitives import (
     key_tile_bounds,
     load_rows,
     nth_tile,
+    num_tile_slots,
     query_tile_program,
+    sequence_of_slot,
+    softmax_end,
     softmax_step,
+    span_of_sequence,
     store_rows,
     visible,
 )
@@ -87,13 +97,16 @@ def _fwd_segment(
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["window_size", "Tq", "Tk", "Hq", "Hkv"])
+@triton.jit(do_not_specialize=["num_sequences", "window_size", "Tq", "Tk", "Hq", "Hkv"])
 def _window_attn_fwd_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
     o_ptr,
     lse_ptr,  # [B, Hq, Tq], contiguous
+    cu_seqlens_q_ptr,  # [N + 1], or None
+    cu_seqlens_k_ptr,
+    num_sequences,  # N, or 0
     softmax_scale,  # > 0
     window_size,
     Tq,
@@ -119,14 +132,26 @@ def _window_attn_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    b, h, h_kv, first_query = query_tile_program(Tq, Hq, Hkv, BLOCK_M)
+    b, h, h_kv, tile = query_tile_program(Tq, num_sequences, Hq, Hkv, BLOCK_M)
     b, h, h_kv = tl.cast(b, tl.int64), tl.cast(h, tl.int64), tl.cast(h_kv, tl.int64)
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + h_kv * stride_kh
     v_ptr += b * stride_vb + h_kv * stride_vh
     o_ptr += b * stride_ob + h * stride_oh
     lse_ptr += (b * Hq + h) * Tq
+    if cu_seqlens_q_ptr is not None:
+        n, tile = sequence_of_slot(tile, cu_seqlens_q_ptr, num_sequences, BLOCK_M)
+        q_start, Tq = span_of_sequence(cu_seqlens_q_ptr, n)
+        k_start, Tk = span_of_sequence(cu_seqlens_k_ptr, n)
+        if tile * BLOCK_M >= Tq:
+            return
+        q_ptr += q_start * stride_qt
+        k_ptr += k_start * stride_kt
+        v_ptr += k_start * stride_vt
+        o_ptr += q_start * stride_ot
+        lse_ptr += q_start
 
+    first_query = tile * BLOCK_M
     queries = first_query + tl.arange(0, BLOCK_M)
     positions = queries + (Tk - Tq)
     cols_qk = tl.arange(0, BLOCK_D)
@@ -159,11 +184,9 @@ def _window_attn_fwd_kernel(
         HEAD_DIM_QK, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, MASKED=False,
     )  # fmt: skip
 
-    # Rows beyond Tq may have seen no key; their zero sums are kept away from the log.
-    row_sum = tl.where(queries < Tq, row_sum, 1.0)
+    o, lse = softmax_end(acc, row_max, row_sum, softmax_scale)
     o_pointers = o_ptr + rows_m * stride_ot + cols_v[None, :]
-    store_rows(o_pointers, acc / row_sum[:, None], queries, Tq, cols_v, HEAD_DIM_V)
-    lse = row_max * softmax_scale + tl.log(row_sum)
+    store_rows(o_pointers, o, queries, Tq, cols_v, HEAD_DIM_V)
     tl.store(lse_ptr + queries, lse, mask=queries < Tq)
 
 
@@ -173,13 +196,16 @@ def window_attn_fwd(
     v: Tensor,  # [B, Tk, Hkv, Dv]
     window_size: int,
     softmax_scale: float,
+    cu_seqlens_q: Tensor | None = None,  # [N + 1], int32, contiguous, with B = 1; likewise:
+    cu_seqlens_k: Tensor | None = None,
     *,
     config: KernelConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, Tq, Hq, Dv]` in the dtype of `q`, and the lse `[B, Hq, Tq]` in float32.
 
-    `window_size` counts the query itself, is at least 1 and at most Tk. Inputs are read in place
-    unless their last stride is not 1. `config` overrides the table.
+    `window_size` counts the query itself, is at least 1 and at most Tk (or 1). A query before the first
+    key has the output 0 and the lse -inf. Inputs are read in place unless their last stride is not 1.
+    `config` overrides the table.
     """
     B, Tq, Hq, D = q.shape
     Tk, Hkv, Dv = v.shape[1:]
@@ -190,9 +216,11 @@ def window_attn_fwd(
     q, sign, softmax_scale = positive_scale(q, softmax_scale)
     q, k, v = readable_in_place(q, k, v)
     config = config or kernel_config("window_attn_fwd", D, Dv, q.dtype, capability_of(q.device))
+    packing = packing_arguments(cu_seqlens_q, cu_seqlens_k)
+    slots = num_tile_slots(Tq, packing[-1], config.block_m)
     with on_device(q):
-        _window_attn_fwd_kernel[(triton.cdiv(Tq, config.block_m) * B * Hq,)](
-            q, k, v, o, lse, softmax_scale, window_size, Tq, Tk, Hq, Hkv,
+        _window_attn_fwd_kernel[(slots * B * Hq,)](
+            q, k, v, o, lse, *packing, softmax_scale, window_size, Tq, Tk, Hq, Hkv,
             *outer_strides(q, k, v, o),
             **_constexprs(D, Dv, config), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
@@ -215,7 +243,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
     for width, head_dim, config in shipped_configs("window_attn_fwd", arch):
         dtype = torch.bfloat16 if width == 16 else torch.float32
         pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), dtype)
-        yield CompileCase(
+        case = CompileCase(
             name="window_attn_fwd",
             kernel=_window_attn_fwd_kernel,
             arch=arch,
@@ -225,6 +253,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
             pointers={**pointers, "lse_ptr": torch.float32},
             constexprs=_constexprs(head_dim, head_dim, config),
         )
+        yield from packing_cases(case)
 
 
 def _constexprs(D: int, Dv: int, config: KernelConfig) -> dict[str, int]:

@@ -1,0 +1,61 @@
+"""The values of `cu_seqlens`, read on the host."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+class Offsets(NamedTuple):
+    """Borders of packed sequences in the one row of queries, and of keys, `B = 1`.
+
+    Sequence n has the queries `queries[n]:queries[n+1]` and the keys `keys[n]:keys[n+1]`; its
+    queries are those of its last tokens.
+    """
+
+    queries: list[int]
+    keys: list[int]
+
+
+def packed_offsets(cu_seqlens: Tensor, T: int, name: str = "cu_seqlens") -> list[int]:
+    """`cu_seqlens` as a list, after checking that it cuts T tokens.
+
+    Reading it waits for its device. The layers of a model share one tensor, so it is not read again as
+    long as nobody writes to it.
+    """
+    version = None if cu_seqlens.is_inference() else cu_seqlens._version
+    read, offsets = _READ.get(cu_seqlens, (None, None))
+    if version is None or read != (version, T):
+        offsets = cu_seqlens.tolist()
+        _check(offsets, T, name)
+        _READ[cu_seqlens] = (version, T), offsets
+    return offsets
+
+
+def read_offsets(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+) -> Offsets | None:
+    """Both borders, which come together or not at all, for `q [1, Tq, ..]` and `k [1, Tk, ..]`."""
+    if cu_seqlens_q is None:
+        return None
+    if cu_seqlens_q is cu_seqlens_k:
+        offsets = packed_offsets(cu_seqlens_q, q.shape[1])
+        return Offsets(offsets, offsets)
+    return Offsets(
+        packed_offsets(cu_seqlens_q, q.shape[1], "cu_seqlens_q"),
+        packed_offsets(cu_seqlens_k, k.shape[1], "cu_seqlens_k"),
+    )
+
+
+# What was read: ((version, T), offsets) of each tensor that still exists.
+_READ = WeakTensorKeyDictionary()
+
+
+def _check(offsets: list[int], T: int, name: str) -> None:
+    if offsets[0] != 0:
+        raise ValueError(f"{name} must start at 0, got {offsets[0]}")
+    for n, (start, stop) in enumerate(zip(offsets, offsets[1:])):
+        if stop < start:
+            raise ValueError(f"{name} descends from {start} to {stop} at index {n + 1}")
+    if offsets[-1] != T:
+        raise ValueError(f"{name} must end at T = {T}, got {offsets[-1]}")
