@@ -7,7 +7,16 @@ Triton. Importing this package imports no Triton and touches no GPU.
 """
 
 from lact_kernels.ops.block_causal_ttt import TTTState, TTTTokens, block_causal_ttt
+from lact_kernels.ops.ring_kv_cache import RingKVCache
 from lact_kernels.ops.window_attn import window_attn
+from lact_kernels.ops.window_attn_with_kvcache import window_attn_with_kvcache
 
 __version__ = "0.1.0"
-__all__ = ["TTTState", "TTTTokens", "block_causal_ttt", "window_attn"]
+__all__ = [
+    "RingKVCache",
+    "TTTState",
+    "TTTTokens",
+    "block_causal_ttt",
+    "window_attn",
+    "window_attn_with_kvcache",
+]

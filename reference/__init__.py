@@ -1,4 +1,4 @@
-"""Both operations as plainly as they can be written: the oracle that every backend is held against.
+"""The operations as plainly as they can be written: the oracle that every backend is held against.
 
 Dense masks and chunk loops, gradients by autograd, any float dtype, float64 included. Nothing in
 `lact_kernels` imports this package, and this package imports only torch.
@@ -6,5 +6,6 @@ Dense masks and chunk loops, gradients by autograd, any float dtype, float64 inc
 
 from reference.block_causal_ttt import block_causal_ttt
 from reference.window_attn import window_attn
+from reference.window_attn_with_kvcache import window_attn_with_kvcache
 
-__all__ = ["block_causal_ttt", "window_attn"]
+__all__ = ["block_causal_ttt", "window_attn", "window_attn_with_kvcache"]

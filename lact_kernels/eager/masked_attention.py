@@ -1,10 +1,12 @@
-"""Softmax attention under a mask that leaves every row something to see, with its lse, both ways.
+"""Softmax attention under a mask, with its lse, both ways. A row without a finite score has the output 0.
 
 Tensors are `[N, H, rows, D]` and `[N, H, keys, D]`, with one D for q, k and v; the mask is additive,
-`[rows, keys]`. On the CPU this is PyTorch's own flash kernel, called one level below
-`scaled_dot_product_attention`, which does not hand out the lse. On other devices, whose flash
-kernels take no such mask, it is written out.
+`[rows, keys]`, or anything that broadcasts to the scores where it is written out. On the CPU this is
+PyTorch's own flash kernel, called one level below `scaled_dot_product_attention`, which does not
+hand out the lse. On other devices, whose flash kernels take no such mask, it is written out.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -41,7 +43,7 @@ def forward_written_out(
     dtype = lse_dtype(q.dtype)
     scores = (q.to(dtype) @ k.to(dtype).mT) * scale + mask
     lse = scores.logsumexp(dim=-1)
-    o = torch.exp(scores - lse[..., None]) @ v.to(dtype)
+    o = torch.exp(scores - _finite(lse)[..., None]) @ v.to(dtype)
     return o.to(q.dtype), lse
 
 
@@ -50,7 +52,12 @@ def backward_written_out(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = lse_dtype(q.dtype)
     do, q, k, v, o = (x.to(dtype) for x in (do, q, k, v, o))
-    p = torch.exp((q @ k.mT) * scale + mask - lse[..., None])
+    p = torch.exp((q @ k.mT) * scale + mask - _finite(lse)[..., None])
     delta = (do * o).sum(dim=-1, keepdim=True)
     ds = p * (do @ v.mT - delta) * scale
     return ds @ k, ds.mT @ q, p.mT @ do
+
+
+def _finite(lse: Tensor) -> Tensor:
+    """The lse, with any finite value where it is -inf: `exp(-inf - x)` is 0 for those."""
+    return lse.masked_fill(lse == -math.inf, 0.0)

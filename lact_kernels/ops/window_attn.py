@@ -92,20 +92,22 @@ def run_window_attn(
     return window_attn_fwd(q, k, v, window_size, scale, cu_seqlens_q, cu_seqlens_k, backend)
 
 
-def check_attention(q, k, v, window_size, softmax_scale) -> None:
-    """What every call of attention must fulfil; k and v may be a cache, longer than q or shorter."""
+def check_attention(q, k, v, window_size, softmax_scale, names=("k", "v")) -> None:
+    """What every call of attention must fulfil. k and v, called `names`, have any number of tokens."""
+    layouts = "[B, Tk, Hkv, D]", "[B, Tk, Hkv, Dv]"
     checks.check_floating("q", q, "[B, Tq, Hq, D]")
-    checks.check_floating("k", k, "[B, Tk, Hkv, D]")
-    checks.check_floating("v", v, "[B, Tk, Hkv, Dv]")
+    for name, x, layout in zip(names, (k, v), layouts):
+        checks.check_floating(name, x, layout)
     B, _, Hq, D = q.shape
-    Tk, Hkv, Dv = k.shape[1], k.shape[2], v.shape[3]
-    for name, x, channels, layout in (("k", k, D, "D"), ("v", v, Dv, "Dv")):
+    Tk, Hkv = k.shape[1:3]
+    for name, x, layout, channels in zip(names, (k, v), layouts, (D, v.shape[3])):
         # Dtypes that autocast makes equal are equal.
         dtype = x.dtype if autocast_dtype(x) == autocast_dtype(q) else q.dtype
-        shape, layout = (B, Tk, Hkv, channels), f"[B, Tk, Hkv, {layout}]"
-        checks.check_tensor(name, x, shape, layout, dtype, q.device)
+        checks.check_tensor(name, x, (B, Tk, Hkv, channels), layout, dtype, q.device)
     if Hq % Hkv:
-        raise ValueError(f"the {Hq} heads of q must be a multiple of the {Hkv} heads of k and v")
+        raise ValueError(
+            f"the {Hq} heads of q must be a multiple of the {Hkv} heads of {' and '.join(names)}"
+        )
     if window_size is not None:
         checks.check_positive_int("window_size", window_size)
     if softmax_scale is not None:

@@ -1,0 +1,36 @@
+"""`window_attn_with_kvcache` as a registered op. It has no backward: it is for generation."""
+
+import torch
+
+from lact_kernels.autograd.autocast import register_autocast
+from lact_kernels.eager import window_attn_with_kvcache as eager
+
+UNLIMITED = 2**30  # no window; positions and windows add up within 32 bits
+
+
+@torch.library.custom_op(
+    "lact_kernels::window_attn_with_kvcache",
+    mutates_args=(),
+    schema="(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? cache_seqlens, SymInt? window_size,"
+    " float softmax_scale, str backend) -> (Tensor o, Tensor lse)",
+)
+def window_attn_with_kvcache(
+    q, k_cache, v_cache, cache_seqlens, window_size, softmax_scale, backend
+):
+    window_size = UNLIMITED if window_size is None else min(window_size, UNLIMITED)
+    inputs = (q, k_cache, v_cache, cache_seqlens, window_size, softmax_scale)
+    if backend == "triton":
+        from lact_kernels.triton.window_attn_with_kvcache import window_attn_with_kvcache as launch
+
+        return launch(*inputs)
+    return eager.window_attn_with_kvcache(*inputs)
+
+
+@window_attn_with_kvcache.register_fake
+def _(q, k_cache, v_cache, cache_seqlens, window_size, softmax_scale, backend):
+    B, Tq, Hq, _ = q.shape
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(B, Tq, Hq, v_cache.shape[-1]), q.new_empty(B, Hq, Tq, dtype=lse_dtype)
+
+
+register_autocast("window_attn_with_kvcache", cast_inputs=True)

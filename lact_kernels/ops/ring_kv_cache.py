@@ -1,0 +1,156 @@
+"""`RingKVCache`: the keys and values that a window can still see, in memory that does not grow."""
+
+import torch
+from torch import Tensor
+
+from lact_kernels.ops import checks
+from lact_kernels.ops.window_attn_with_kvcache import window_attn_with_kvcache
+
+
+class RingKVCache:
+    """A ring buffer of the last keys and values of each of B rows, which may have different lengths.
+
+    The token at position p of a row is in slot `p % S`, where the next round overwrites it. There are
+    `S = window_size + max_queries - 1` slots: all that `max_queries` new tokens see between them.
+
+        cache = RingKVCache(B, window_size, Hkv, D, dtype=torch.bfloat16, device="cuda")
+        cache.append(k, v)                   # of new tokens, [B, t, Hkv, D]
+        o = cache.window_attn(q)             # of the last of them, [B, 1, Hq, D]
+
+    Nothing here waits for the device, and both calls can be recorded in a CUDA graph.
+
+    Args:
+        batch_size: rows B.
+        window_size: tokens that a query sees, itself included, at least 1.
+        num_kv_heads: heads Hkv of keys and values.
+        head_dim: channels D of a key.
+        head_dim_v: channels Dv of a value, D by default.
+        max_queries: the most queries of a later `window_attn` call, at least 1. Any number of tokens can
+            be appended at once.
+        dtype, device: of keys and values; PyTorch's defaults by default.
+
+    Attributes:
+        k: keys `[B, S, Hkv, D]`, 0 in slots that were never written.
+        v: values `[B, S, Hkv, Dv]`.
+        seqlens: int32 `[B]`, how many tokens each row has had.
+        max_seqlen: an int that no element of `seqlens` exceeds.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape, device or value. Both name the argument.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        window_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        head_dim_v: int | None = None,
+        max_queries: int = 1,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        head_dim_v = head_dim if head_dim_v is None else head_dim_v
+        sizes = {
+            "batch_size": batch_size,
+            "window_size": window_size,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "head_dim_v": head_dim_v,
+            "max_queries": max_queries,
+        }
+        for name, size in sizes.items():
+            checks.check_positive_int(name, size)
+        self.window_size = window_size
+        self.max_queries = max_queries
+        shape = (batch_size, window_size + max_queries - 1, num_kv_heads)
+        self.k = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
+        self.v = torch.zeros(*shape, head_dim_v, dtype=dtype, device=device)
+        self.seqlens = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        self.max_seqlen = 0
+
+    @torch.no_grad()
+    def append(self, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
+        """Write the next tokens of each row, over those that are no longer seen.
+
+        Args:
+            k: keys `[B, t, Hkv, D]` in the dtype and on the device of the cache.
+            v: values `[B, t, Hkv, Dv]`.
+            lengths: int32 `[B]`, how many of the t tokens row b has, the first ones; all by default.
+                Values outside 0 .. t are an error on the CPU, and are not read on other devices.
+        """
+        self._check(k, v, lengths)
+        B, t = k.shape[:2]
+        S = self.k.shape[1]
+        if lengths is None:
+            lengths = torch.full_like(self.seqlens, t)
+        # Of more tokens than slots the last ones count.
+        first = (lengths - S).clamp(min=0)[:, None]
+        tokens = first + torch.arange(min(t, S), device=k.device)  # [B, n]
+        exists = (tokens < lengths[:, None])[..., None, None]
+        slots = (self.seqlens[:, None] + tokens).remainder(S)
+        tokens = tokens.clamp(max=t - 1)
+        rows = torch.arange(B, device=k.device)[:, None]
+        for cache, new in ((self.k, k), (self.v, v)):
+            cache[rows, slots] = torch.where(exists, new[rows, tokens], cache[rows, slots])
+        self.seqlens += lengths
+        self.max_seqlen += t
+
+    def view(self) -> tuple[Tensor, Tensor]:
+        """Keys `[B, n, Hkv, D]` and values `[B, n, Hkv, Dv]` in the order of their tokens, as copies.
+
+        The last token of each row stands at the end; a row of fewer than `n = min(max_seqlen, S)` tokens
+        has zeros before them. Where all rows are equally long these are what `window_attn` takes, with
+        the keys and values of the next tokens behind them.
+        """
+        S = self.k.shape[1]
+        n = min(self.max_seqlen, S)
+        positions = self.seqlens[:, None] - n + torch.arange(n, device=self.k.device)
+        rows = torch.arange(len(self.k), device=self.k.device)[:, None]
+        exists = (positions >= 0)[..., None, None]
+        k, v = (torch.where(exists, x[rows, positions.remainder(S)], 0) for x in (self.k, self.v))
+        return k, v
+
+    def window_attn(
+        self,
+        q: Tensor,
+        *,
+        softmax_scale: float | None = None,
+        return_lse: bool = False,
+        backend: str = "auto",
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """`window_attn_with_kvcache` of the last `Tq <= max_queries` tokens, q `[B, Tq, Hq, D]`."""
+        checks.check_floating("q", q, "[B, Tq, Hq, D]")
+        if q.shape[1] > self.max_queries:
+            raise ValueError(
+                f"q has {q.shape[1]} tokens, more than max_queries = {self.max_queries}, for which this"
+                " cache has slots"
+            )
+        return window_attn_with_kvcache(
+            q,
+            self.k,
+            self.v,
+            self.window_size,
+            cache_seqlens=self.seqlens,
+            softmax_scale=softmax_scale,
+            return_lse=return_lse,
+            backend=backend,
+        )
+
+    def _check(self, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
+        B, _, Hkv, D = self.k.shape
+        checks.check_floating("k", k, "[B, t, Hkv, D]")
+        t = k.shape[1]
+        layouts = {"k": (k, D, "[B, t, Hkv, D]"), "v": (v, self.v.shape[3], "[B, t, Hkv, Dv]")}
+        for name, (x, channels, layout) in layouts.items():
+            shape = (B, t, Hkv, channels)
+            checks.check_tensor(name, x, shape, layout, self.k.dtype, self.k.device)
+        if lengths is None:
+            return
+        checks.check_tensor("lengths", lengths, (B,), "[B]", torch.int32, self.k.device)
+        if lengths.is_cpu and not torch.compiler.is_compiling():
+            for length in lengths.tolist():
+                if not 0 <= length <= t:
+                    raise ValueError(f"lengths must be between 0 and t = {t}, got {length}")

@@ -1,0 +1,99 @@
+"""`window_attn_with_kvcache`: sliding-window attention of new tokens over a cache, for generation."""
+
+import torch
+from torch import Tensor
+
+from lact_kernels.autograd.window_attn_with_kvcache import window_attn_with_kvcache as op
+from lact_kernels.ops import checks
+from lact_kernels.ops.window_attn import check_attention, default_scale, triton_obstacle
+
+
+def window_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    window_size: int | None = None,
+    *,
+    cache_seqlens: Tensor | int | None = None,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`window_attn` of the last tokens of each row, whose keys and values are in a cache already.
+
+    The token at position p has the slot `p % S` of a cache of S slots. With at most S tokens this is a
+    cache as one writes it from the front; with more it is a ring buffer (`RingKVCache`). Only the
+    slots that the window covers are read, whatever has been read or written before: one query costs
+    O(window_size), at any position.
+
+    Args:
+        q: queries `[B, Tq, Hq, D]` of the last Tq tokens of each row; float16, bfloat16, float32, or
+            float64 (eager backend only). A handful of queries is what this function is made for; any
+            number works.
+        k_cache: keys `[B, S, Hkv, D]`, those of the Tq tokens included. `Hkv` divides `Hq`. Read in
+            place with any strides, as long as the last one is 1.
+        v_cache: values `[B, S, Hkv, Dv]`.
+        window_size: tokens that a query sees, itself included, at least 1. `None` is all before it.
+        cache_seqlens: how many tokens each row has had so far, the Tq of q included: int32 `[B]`, or an
+            int for all rows; S by default. Rows may differ. A query before the first token of its row
+            has the output 0 and the lse -inf.
+        softmax_scale: factor on the scores, `D ** -0.5` by default.
+        return_lse: also return the log-sum-exp of the scaled scores of each query.
+        backend: as in `window_attn`.
+
+    Returns:
+        The outputs `[B, Tq, Hq, Dv]` in the dtype of q, and with `return_lse` also lse `[B, Hq, Tq]`,
+        float32 (float64 for float64 inputs). There is no backward. Statistics and accumulation are in
+        float32. Under `torch.autocast` q and the cache are cast to its dtype.
+
+    Raises:
+        TypeError: an argument of the wrong type, or a tensor of the wrong dtype.
+        ValueError: a wrong shape, device or value; an input that needs a gradient; or a row that has had
+            more than S tokens where `S < window_size + Tq - 1`, whose window is no longer in the cache.
+            Values of `cache_seqlens` on a GPU are not read on the host, so that nothing waits and CUDA
+            graphs can be recorded: such a row gives NaN there.
+
+    Source: the sliding-window branch of the LaCT layer, arXiv 2505.23884, section 3.3.
+    """
+    check_attention(q, k_cache, v_cache, window_size, softmax_scale, ("k_cache", "v_cache"))
+    checks.check_flag("return_lse", return_lse)
+    _check_no_gradient(q=q, k_cache=k_cache, v_cache=v_cache)
+    cache_seqlens = _checked_lengths(cache_seqlens, q, k_cache.shape[1], window_size)
+    backend = checks.choose_backend(backend, q, triton_obstacle(q, v_cache))
+    scale = default_scale(q) if softmax_scale is None else float(softmax_scale)
+    o, lse = op(q, k_cache, v_cache, cache_seqlens, window_size, scale, backend)
+    return (o, lse) if return_lse else o
+
+
+def _check_no_gradient(**tensors: Tensor) -> None:
+    for name, x in tensors.items():
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError(
+                f"{name} requires a gradient, and window_attn_with_kvcache has no backward: call it"
+                " under torch.no_grad() or torch.inference_mode(), or use window_attn"
+            )
+
+
+def _checked_lengths(lengths, q: Tensor, S: int, window_size: int | None) -> Tensor | None:
+    """`cache_seqlens` as a tensor, checked as far as that needs no waiting for a device."""
+    B, Tq = q.shape[:2]
+    if lengths is None:
+        return None
+    if isinstance(lengths, Tensor):
+        checks.check_tensor("cache_seqlens", lengths, (B,), "[B]", torch.int32, q.device)
+        values = lengths.tolist() if lengths.is_cpu and not torch.compiler.is_compiling() else []
+    elif isinstance(lengths, (int, torch.SymInt)) and not isinstance(lengths, bool):
+        values = [lengths]
+        lengths = torch.full((B,), lengths, dtype=torch.int32, device=q.device)
+    else:
+        raise TypeError(f"cache_seqlens must be an int32 tensor [B] or an int, got {lengths!r}")
+    holds_window = window_size is not None and S >= window_size + Tq - 1
+    for length in values:
+        if length < 0:
+            raise ValueError(f"cache_seqlens must not be negative, got {length}")
+        if length > S and not holds_window:
+            raise ValueError(
+                f"cache_seqlens is {length}, but the cache has {S} slots: fewer than the tokens, and"
+                f" than the window_size + Tq - 1 that {Tq} queries with a window of {window_size} need"
+            )
+    return lengths
