@@ -33,6 +33,7 @@ import torch
 KERNEL_MODULES = (
     "lact_kernels.triton.window_attn_fwd",
     "lact_kernels.triton.window_attn_bwd",
+    "lact_kernels.triton.window_attn_with_kvcache",
     "lact_kernels.triton.ttt_activations",
     "lact_kernels.triton.ttt_products",
     "lact_kernels.triton.ttt_update",

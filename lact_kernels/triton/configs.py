@@ -1,9 +1,9 @@
 """Block sizes, warps and pipeline stages of every kernel: one table, in one place.
 
 A row is found by what decides it: the pass, the architecture, the width of the input dtype and the
-class of the head dim: the smallest of 64, 112, 128, 256 that holds both D and Dv (up to 112, the
-tiles are padded to 128 and masked, which takes registers). A length, a batch
-size, a head count or a window never decides it.
+class of the head dims D and Dv. Up to 64 this is 64. Beyond, tiles are 128 or 256 channels wide: the
+classes 128 and 256 are head dims that fill them, 96 and 192 all those whose tiles are padded and
+masked, which takes registers. A length, a batch size, a head count or a window never decides it.
 
 This module imports neither Triton nor a GPU, so that tests and reports can read the table anywhere.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 ARCHITECTURES = (80, 90, 100)
-HEAD_DIM_CLASSES = (64, 112, 128, 256)
+HEAD_DIM_CLASSES = (64, 96, 128, 192, 256)
 
 
 @dataclass(frozen=True)
@@ -75,63 +75,77 @@ def _row(*entries: tuple) -> dict[int, KernelConfig]:
     return {size: KernelConfig(*entry) for size, entry in zip(HEAD_DIM_CLASSES, entries)}
 
 
-# Each entry is (block_m, block_n, warps, stages), for head dims up to 64, 112, 128 and 256.
+# Each entry is (block_m, block_n, warps, stages), in the order of HEAD_DIM_CLASSES.
 # Chosen by the compiler's figures (benchmarks/compile_report.py), not yet timed on a GPU.
 _TABLE: dict[tuple[str, int, int], dict[int, KernelConfig]] = {
     ("window_attn_fwd", 80, 16): _row(
-        (128, 64, 4, 3), (128, 32, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2)
+        (128, 64, 4, 3), (128, 32, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)
     ),
     ("window_attn_fwd", 90, 16): _row(
-        (128, 128, 8, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2)
+        (128, 128, 8, 3), (128, 64, 8, 3), (128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)
     ),
     ("window_attn_fwd", 100, 16): _row(
-        (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2)
+        (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2), (128, 32, 8, 2)
     ),
     ("window_attn_fwd", 80, 32): _row(
-        (32, 32, 4, 2), (16, 16, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)
+        (32, 32, 4, 2), (16, 16, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)
     ),
     ("window_attn_fwd", 90, 32): _row(
-        (32, 32, 4, 2), (16, 16, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)
+        (32, 32, 4, 2), (16, 16, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)
     ),
     ("window_attn_fwd", 100, 32): _row(
-        (32, 32, 4, 2), (16, 16, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1)
+        (32, 32, 4, 2), (16, 16, 8, 1), (32, 32, 8, 1), (32, 16, 8, 1), (32, 16, 8, 1)
     ),
     ("window_attn_bwd_dkv", 80, 16): _row(
-        (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 1)
+        (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 1), (32, 64, 8, 1)
     ),
     ("window_attn_bwd_dkv", 90, 16): _row(
-        (64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2, True)
+        (64, 128, 8, 2),
+        (64, 128, 8, 2),
+        (64, 128, 8, 2),
+        (32, 64, 8, 2, True),
+        (32, 64, 8, 2, True),
     ),
     ("window_attn_bwd_dkv", 100, 16): _row(
-        (64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2)
+        (64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2)
     ),
     ("window_attn_bwd_dkv", 80, 32): _row(
-        (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)
+        (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)
     ),
     ("window_attn_bwd_dkv", 90, 32): _row(
-        (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)
+        (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)
     ),
     ("window_attn_bwd_dkv", 100, 32): _row(
-        (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1)
+        (32, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1), (16, 16, 4, 1), (16, 16, 4, 1)
     ),
     ("window_attn_bwd_dq", 80, 16): _row(
-        (64, 64, 4, 2), (128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)
+        (64, 64, 4, 2), (128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1), (64, 32, 8, 1)
     ),
     ("window_attn_bwd_dq", 90, 16): _row(
-        (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2)
+        (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)
     ),
     ("window_attn_bwd_dq", 100, 16): _row(
-        (128, 64, 8, 2), (128, 64, 4, 2), (128, 64, 4, 2), (64, 32, 8, 2)
+        (128, 64, 8, 2), (128, 64, 4, 2), (128, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)
     ),
     ("window_attn_bwd_dq", 80, 32): _row(
-        (32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2)
+        (32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2), (16, 16, 8, 2)
     ),
     ("window_attn_bwd_dq", 90, 32): _row(
-        (32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2)
+        (32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2), (16, 16, 8, 2)
     ),
     ("window_attn_bwd_dq", 100, 32): _row(
-        (32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2)
+        (32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 2), (16, 16, 8, 2)
     ),
+    **{
+        (f"window_attn_with_kvcache{rows}", arch, width): _row(*entries)
+        for (rows, width), entries in {
+            ("", 16): [(16, 128, 4, 3)] * 3 + [(16, 64, 4, 3)] * 2,
+            ("", 32): [(16, 64, 4, 2)] * 3 + [(16, 32, 4, 2)] * 2,
+            ("_wide", 16): [(64, 64, 4, 3)] * 3 + [(64, 32, 4, 2)] * 2,
+            ("_wide", 32): [(32, 32, 4, 1)] * 3 + [(32, 16, 8, 1)] * 2,
+        }.items()
+        for arch in ARCHITECTURES
+    },
 }
 
 
@@ -237,11 +251,13 @@ def _architecture(capability: tuple[int, int] | None) -> int:
 
 
 def _head_dim_class(head_dim_qk: int, head_dim_v: int) -> int:
-    largest = max(head_dim_qk, head_dim_v)
-    for size in HEAD_DIM_CLASSES:
-        if largest <= size:
-            return size
-    raise ValueError(
-        f"head dims {head_dim_qk} (q, k) and {head_dim_v} (v) are not supported by the Triton"
-        f" kernels: expected at most {HEAD_DIM_CLASSES[-1]}"
-    )
+    if max(head_dim_qk, head_dim_v) > HEAD_DIM_CLASSES[-1]:
+        raise ValueError(
+            f"head dims {head_dim_qk} (q, k) and {head_dim_v} (v) are not supported by the Triton"
+            f" kernels: expected at most {HEAD_DIM_CLASSES[-1]}"
+        )
+    if max(head_dim_qk, head_dim_v) <= 64:
+        return 64
+    wide = max(head_dim_qk, head_dim_v) > 128
+    padded = any(x & (x - 1) for x in (head_dim_qk, head_dim_v))  # not a power of two
+    return (192 if padded else 256) if wide else (96 if padded else 128)

@@ -1,6 +1,7 @@
 """What every launcher does to its arguments first. Needs torch alone."""
 
 import contextlib
+import functools
 
 import torch
 from torch import Tensor
@@ -25,6 +26,17 @@ def outer_strides(*tensors: Tensor) -> list[int]:
     return [0 if x.size(axis) == 1 else x.stride(axis) for x in tensors for axis in range(3)]
 
 
+def positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, int, float]:
+    """The same scores with a positive scale: `(sign * q, sign, scale)`, at no cost where it is.
+
+    The kernels take the maximum before scaling, which is right for a positive scale only.
+    """
+    if softmax_scale > 0:
+        return q, 1, softmax_scale
+    sign = -1 if softmax_scale < 0 else 0
+    return q * sign, sign, abs(softmax_scale) or 1.0
+
+
 def packing_arguments(
     cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, int]:
@@ -32,6 +44,14 @@ def packing_arguments(
     if cu_seqlens_q is None:
         return None, None, 0
     return cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), len(cu_seqlens_q) - 1
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Of a GPU, so that few programs can be cut up to fill it; 1 where kernels are interpreted."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:

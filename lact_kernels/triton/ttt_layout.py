@@ -14,7 +14,6 @@ The weights of a chunk, those its queries are applied to, have the number of the
 *Rows.* Activations of a run of chunks are `[.., H, rows, Dh]`, one row for each token, chunk behind chunk.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -245,13 +244,6 @@ def num_tiles(constexprs: dict[str, int]) -> int:
 
 def launch_options(config: TTTConfig) -> dict[str, int]:
     return {"num_warps": config.num_warps, "num_stages": config.num_stages}
-
-
-@functools.cache
-def num_multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 # What the compile report compiles: sizes that the tiles exceed, and sizes of whole tiles.

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lact_kernels.triton.configs import CompileCase, TTTConfig, capability_of, ttt_config
-from lact_kernels.triton.launch import outer_strides
+from lact_kernels.triton.launch import num_multiprocessors, outer_strides
 from lact_kernels.triton.primitives import load_tile, store_rows
 from lact_kernels.triton.ttt_layout import (
     TOKEN_ARGUMENTS,
@@ -37,7 +37,6 @@ from lact_kernels.triton.ttt_layout import (
     Run,
     dims_constexprs,
     launch_options,
-    num_multiprocessors,
     num_tiles,
     round_up,
     tile_constexprs,

@@ -37,6 +37,7 @@ from lact_kernels.triton.launch import (
     on_device,
     outer_strides,
     packing_arguments,
+    positive_scale,
     readable_in_place,
 )
 from lact_kernels.triton.primitives import (
@@ -54,7 +55,6 @@ from lact_kernels.triton.primitives import (
     tile_slots,
     visible,
 )
-from lact_kernels.triton.window_attn_fwd import positive_scale
 
 
 @triton.jit

@@ -31,6 +31,7 @@ from lact_kernels.triton.launch import (
     on_device,
     outer_strides,
     packing_arguments,
+    positive_scale,
     readable_in_place,
 )
 from lact_kernels.triton.primitives import (
@@ -49,6 +50,9 @@ from lact_kernels.triton.primitives import (
     store_rows,
     visible,
 )
+from lact_kernels.triton.window_attn_with_kvcache import window_attn_with_kvcache
+
+FEW_QUERIES = 16  # of a row: up to here the kernel that splits the keys takes them
 
 
 @triton.jit
@@ -213,6 +217,8 @@ def window_attn_fwd(
     lse = q.new_empty(B, Hq, Tq, dtype=torch.float32)
     if o.numel() == 0:
         return o, lse
+    if Tq <= FEW_QUERIES and cu_seqlens_q is None and config is None:
+        return window_attn_with_kvcache(q, k, v, None, window_size, softmax_scale)
     q, sign, softmax_scale = positive_scale(q, softmax_scale)
     q, k, v = readable_in_place(q, k, v)
     config = config or kernel_config("window_attn_fwd", D, Dv, q.dtype, capability_of(q.device))
@@ -225,17 +231,6 @@ def window_attn_fwd(
             **_constexprs(D, Dv, config), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return o, lse
-
-
-def positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, int, float]:
-    """The same scores with a positive scale: `(sign * q, sign, scale)`, at no cost where it is.
-
-    The kernels take the maximum before scaling, which is right for a positive scale only.
-    """
-    if softmax_scale > 0:
-        return q, 1, softmax_scale
-    sign = -1 if softmax_scale < 0 else 0
-    return q * sign, sign, abs(softmax_scale) or 1.0
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:

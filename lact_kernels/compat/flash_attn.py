@@ -1,0 +1,378 @@
+"""Functions of flash-attn 2.8 as they are called, where they are causal attention in a window.
+
+Each computes what flash-attn's function of its name computes, or raises `NotImplementedError` for an
+option that needs something else: none is ignored. Without the keyword `causal` nearly every call is
+such an option, as the defaults of flash-attn ask for attention to later keys.
+"""
+
+import torch
+from torch import Tensor
+
+from lact_kernels.ops import checks
+from lact_kernels.ops.window_attn import check_attention, run_window_attn, triton_obstacle
+from lact_kernels.ops.window_attn_with_kvcache import window_attn_with_kvcache
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+]
+
+# The options that have no counterpart here, and what to do without them.
+INSTEAD = {
+    "dropout_p": "pass 0.0",
+    "softcap": "pass 0.0, or keep flash-attn for a model that was trained with it",
+    "alibi_slopes": "pass None, or keep flash-attn for a model that was trained with them",
+    "block_table": "pass keys and values that are not paged",
+    "rotary_cos": "rotate q and k before the call",
+    "rotary_sin": "rotate q and k before the call",
+    "cache_batch_idx": "pass a cache whose row b belongs to row b of q",
+    "cache_leftpad": "begin each row at slot 0 of the cache and say its length in cache_seqlens",
+}
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """`lact_kernels.window_attn`, called as flash-attn's function of this name is.
+
+    Args:
+        q: queries `[B, Tq, Hq, D]`; float16, bfloat16, float32, or float64 (eager backend only).
+        k: keys `[B, Tk, Hkv, D]`. The last query stands at the last key. `Hkv` divides `Hq`; query head
+            h reads key head `h // (Hq // Hkv)`.
+        v: values `[B, Tk, Hkv, Dv]`.
+        dropout_p: 0.0.
+        softmax_scale: factor on the scores, `D ** -0.5` by default.
+        causal: True, except where `window_size` alone has the same effect.
+        window_size: `(left, right)`. A query sees itself and the `left` tokens before it, so that
+            `window_attn` calls this `window_size = left + 1`; a negative `left` is no limit. With
+            `causal` any `right` is accepted, and as in flash-attn it has no effect. Without `causal`
+            it must be 0, unless there is at most one query, which has no later keys.
+        softcap: 0.0.
+        alibi_slopes: None.
+        deterministic: accepted for its name; the backward is deterministic either way.
+        return_attn_probs: also return lse, and where flash-attn returns the probabilities that its
+            dropout left, an empty tensor `[0]`, as it does without dropout.
+        backend: as in `window_attn`.
+
+    Returns:
+        The outputs `[B, Tq, Hq, Dv]` in the dtype of q, and with `return_attn_probs` also lse
+        `[B, Hq, Tq]`, float32 (float64 for float64 inputs), and the empty tensor. Gradients flow to q,
+        k and v.
+
+    What differs from flash-attn:
+        A query before the first key, of which there are `Tq - Tk`, has the output 0 in both, but the
+        lse -inf here and +inf there. Gradients flow through lse too, which flash-attn drops. float32,
+        float64, `Dv` other than `D` and empty batches are errors there and work here.
+
+    Raises:
+        NotImplementedError: an option set to anything else than said above. The message names it.
+        TypeError: an argument of the wrong type, or a tensor of the wrong dtype.
+        ValueError: a wrong shape, device or value. Both name the argument.
+
+    Source: the signature is that of github.com/Dao-AILab/flash-attention at v2.8.3.
+    """
+    _check_supported(dropout_p, softcap, alibi_slopes=alibi_slopes)
+    _check_flags(deterministic=deterministic, return_attn_probs=return_attn_probs)
+    check_attention(q, k, v, None, softmax_scale)
+    window = _window(causal, window_size, single_query=q.shape[1] <= 1)
+    o, lse = run_window_attn(q, k, v, window, softmax_scale, None, None, backend)
+    return (o, lse, q.new_empty(0)) if return_attn_probs else o
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """`flash_attn_func` of queries, keys and values that are one tensor, `qkv [B, T, 3, H, D]`.
+
+    It is read in place, and its gradient is one tensor too. Options, result, errors and differences
+    from flash-attn are those of `flash_attn_func`.
+    """
+    checks.check_floating("qkv", qkv, "[B, T, 3, H, D]")
+    if qkv.shape[2] != 3:
+        raise ValueError(f"qkv must have the shape [B, T, 3, H, D], got {tuple(qkv.shape)}")
+    return flash_attn_func(
+        *qkv.unbind(2),
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        backend=backend,
+    )
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """`flash_attn_func` of N sequences laid end to end, none of which sees another.
+
+    Args:
+        q: queries `[total_q, Hq, D]`.
+        k: keys `[total_k, Hkv, D]`.
+        v: values `[total_k, Hkv, Dv]`.
+        cu_seqlens_q: int32 `[N+1]`, the borders of the sequences in q. It starts at 0, does not descend
+            and ends at total_q, where flash-attn leaves outputs undefined behind the last border. Its
+            values are read once per tensor to check this, as in `window_attn`.
+        cu_seqlens_k: int32 `[N+1]`, the borders in k and v. In each sequence the last query stands at
+            the last key, whichever there are more of.
+        max_seqlen_q: the most queries of a sequence. The kernels do not need it; where it is at most 1,
+            no query has later keys, and any `causal` and `window_size` are accepted.
+        max_seqlen_k: the most keys of a sequence, not needed either.
+        block_table: None.
+
+    The other options, errors and differences from flash-attn are those of `flash_attn_func`.
+
+    Returns:
+        The outputs `[total_q, Hq, Dv]`, and with `return_attn_probs` also lse `[Hq, total_q]` and the
+        empty tensor.
+    """
+    _check_supported(dropout_p, softcap, alibi_slopes=alibi_slopes, block_table=block_table)
+    _check_flags(deterministic=deterministic, return_attn_probs=return_attn_probs)
+    checks.check_floating("q", q, "[total_q, Hq, D]")
+    checks.check_floating("k", k, "[total_k, Hkv, D]")
+    checks.check_floating("v", v, "[total_k, Hkv, Dv]")
+    q, k, v = q[None], k[None], v[None]  # a batch of one row
+    check_attention(q, k, v, None, softmax_scale)
+    checks.check_cu_seqlens(cu_seqlens_q, q, "cu_seqlens_q")
+    checks.check_cu_seqlens(cu_seqlens_k, q, "cu_seqlens_k")
+    N = cu_seqlens_q.shape[0] - 1
+    if cu_seqlens_k.shape[0] != N + 1:
+        raise ValueError(
+            f"cu_seqlens_q has the borders of {N} sequences and cu_seqlens_k of"
+            f" {cu_seqlens_k.shape[0] - 1}: they must be the same sequences"
+        )
+    _check_int("max_seqlen_q", max_seqlen_q)
+    _check_int("max_seqlen_k", max_seqlen_k)
+    # More queries than sequences belie a max_seqlen_q of 1.
+    single_query = max_seqlen_q <= 1 and q.shape[1] <= N
+    window = _window(causal, window_size, single_query)
+    o, lse = run_window_attn(q, k, v, window, softmax_scale, cu_seqlens_q, cu_seqlens_k, backend)
+    return (o[0], lse[0], q.new_empty(0)) if return_attn_probs else o[0]
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+    *,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Write new keys and values into the cache, then `lact_kernels.window_attn_with_kvcache` over it.
+
+    Args:
+        q: queries `[B, Tq, Hq, D]` of the last Tq tokens of each row; dtypes as in `flash_attn_func`.
+        k_cache: keys `[B, S, Hkv, D]`, changed in place where k is given. `Hkv` divides `Hq`.
+        v_cache: values `[B, S, Hkv, Dv]`, likewise.
+        k: keys `[B, n, Hkv, D]` of the next n tokens, in the dtype of the cache.
+        v: their values `[B, n, Hkv, Dv]`, given with k or not at all.
+        rotary_cos, rotary_sin: None.
+        cache_seqlens: how many tokens each row has in the cache, before k: int32 `[B]`, or an int for
+            all rows. The new tokens go to the slots behind them, and the queries stand at the last
+            tokens, new ones included. Needed with k; without it the default is S.
+        cache_batch_idx, cache_leftpad, block_table: None.
+        softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`.
+        rotary_interleaved: of no effect without `rotary_cos`, in flash-attn as well.
+        num_splits: accepted for its name; how the work is split follows from the shapes.
+        return_softmax_lse: also return lse.
+        backend: as in `window_attn`.
+
+    Returns:
+        The outputs `[B, Tq, Hq, Dv]` in the dtype of q, and with `return_softmax_lse` also lse
+        `[B, Hq, Tq]`, float32 (float64 for float64 inputs). There is no backward.
+
+    What differs from flash-attn:
+        An input that needs a gradient is an error, where flash-attn returns outputs without one. A
+        cache of more rows than q has is an error. Tokens beyond the cache's S slots are an error on the
+        CPU. Elsewhere the values of a tensor are not read on the host, so that nothing waits and CUDA
+        graphs can be recorded; there such tokens replace the oldest ones as in a ring buffer, and a row
+        that still needs those gives NaN. The lse of a query without keys is -inf, not +inf.
+
+    Raises:
+        NotImplementedError: an option set to anything else than said above. The message names it.
+        TypeError: an argument of the wrong type, or a tensor of the wrong dtype.
+        ValueError: a wrong shape, device or value, or an input that needs a gradient. All of them are
+            raised before anything is written.
+
+    Source: the signature is that of github.com/Dao-AILab/flash-attention at v2.8.3.
+    """
+    _check_supported(
+        softcap=softcap,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
+        block_table=block_table,
+        alibi_slopes=alibi_slopes,
+    )
+    _check_flags(rotary_interleaved=rotary_interleaved, return_softmax_lse=return_softmax_lse)
+    _check_int("num_splits", num_splits)
+    check_attention(q, k_cache, v_cache, None, softmax_scale, ("k_cache", "v_cache"))
+    window = _window(causal, window_size, single_query=q.shape[1] <= 1)
+    backend = checks.choose_backend(backend, q, triton_obstacle(q, v_cache))
+    new_tokens = _check_new(k, v, k_cache, v_cache)
+    _check_lengths(cache_seqlens, new_tokens, k_cache)
+    _check_no_gradient(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v)
+    if k is not None:
+        _write(k_cache, k, cache_seqlens)
+        _write(v_cache, v, cache_seqlens)
+        cache_seqlens = cache_seqlens + new_tokens
+    return window_attn_with_kvcache(
+        q,
+        k_cache,
+        v_cache,
+        window,
+        cache_seqlens=cache_seqlens,
+        softmax_scale=softmax_scale,
+        return_lse=return_softmax_lse,
+        backend=backend,
+    )
+
+
+def _window(causal: bool, window_size: tuple[int, int], single_query: bool) -> int | None:
+    """`window_attn`'s `window_size`, for `causal` and the inclusive `(left, right)` of flash-attn."""
+    checks.check_flag("causal", causal)
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise TypeError(f"window_size must be a pair of ints (left, right), got {window_size!r}")
+    for side in window_size:
+        _check_int("window_size (left, right)", side)
+    left, right = window_size
+    # Queries are aligned at the end: one alone stands at the last key, with none to its right.
+    if not (causal or right == 0 or single_query):
+        raise NotImplementedError(
+            f"causal=False with window_size={tuple(window_size)} lets queries see later keys, which is"
+            " not supported: pass causal=True, or a right side of 0"
+        )
+    return left + 1 if left >= 0 else None
+
+
+def _check_supported(dropout_p: float = 0.0, softcap: float = 0.0, **options) -> None:
+    """Raise for the first option that is not off. The two numbers are off unless they are above 0."""
+    for name, number in {"dropout_p": dropout_p, "softcap": softcap}.items():
+        checks.check_finite_number(name, number)
+        options[name] = number if number > 0 else None
+    for name, value in options.items():
+        if value is not None:
+            raise NotImplementedError(f"{name} is not supported: {INSTEAD[name]}")
+
+
+def _check_flags(**flags: bool) -> None:
+    for name, flag in flags.items():
+        checks.check_flag(name, flag)
+
+
+def _check_int(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+
+
+def _check_new(k: Tensor | None, v: Tensor | None, k_cache: Tensor, v_cache: Tensor) -> int:
+    """How many new tokens k and v hold."""
+    if k is None and v is None:
+        return 0
+    checks.check_floating("k", k, "[B, n, Hkv, D]")
+    (B, _, Hkv, D), n = k_cache.shape, k.shape[1]
+    channels = {"k": (k, D, "[B, n, Hkv, D]"), "v": (v, v_cache.shape[3], "[B, n, Hkv, Dv]")}
+    for name, (x, size, layout) in channels.items():
+        checks.check_tensor(name, x, (B, n, Hkv, size), layout, k_cache.dtype, k_cache.device)
+    return n
+
+
+def _check_lengths(cache_seqlens: int | Tensor | None, new_tokens: int, k_cache: Tensor) -> None:
+    """Every row's tokens and the new ones have a slot, as far as this is known without waiting."""
+    B, S = k_cache.shape[:2]
+    lengths = [0]  # where nothing can be read, the new tokens at least
+    if isinstance(cache_seqlens, Tensor):
+        checks.check_tensor("cache_seqlens", cache_seqlens, (B,), "[B]", torch.int32, k_cache.device)
+        if cache_seqlens.is_cpu and not torch.compiler.is_compiling():
+            lengths += cache_seqlens.tolist()
+    elif cache_seqlens is not None:
+        _check_int("cache_seqlens, where it is no tensor,", cache_seqlens)
+        lengths.append(cache_seqlens)
+    elif new_tokens:
+        raise ValueError("cache_seqlens must be given with k and v: it says where they go")
+    for length in lengths:
+        if length < 0:
+            raise ValueError(f"cache_seqlens must not be negative, got {length}")
+        if length + new_tokens > S:
+            raise ValueError(
+                f"cache_seqlens is {length} and k has {new_tokens} tokens, but k_cache has {S} slots"
+            )
+
+
+def _check_no_gradient(**tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if torch.is_grad_enabled() and x is not None and x.requires_grad:
+            raise ValueError(
+                f"{name} requires a gradient, and flash_attn_with_kvcache has no backward: call it under"
+                " torch.no_grad() or torch.inference_mode(), or use flash_attn_func"
+            )
+
+
+def _write(cache: Tensor, new: Tensor, cache_seqlens: int | Tensor) -> None:
+    """Put `new [B, n, ..]` into the slots of `cache [B, S, ..]` behind the tokens of each row."""
+    B, n = new.shape[:2]
+    first = cache_seqlens[:, None] if isinstance(cache_seqlens, Tensor) else cache_seqlens
+    slots = first + torch.arange(n, device=cache.device)  # [B, n] or [n]
+    rows = torch.arange(B, device=cache.device)[:, None]
+    # Lengths that nobody has read never lead out of the cache.
+    cache[rows, slots.remainder(cache.shape[1])] = new

@@ -1,0 +1,278 @@
+"""`window_attn_with_kvcache`: few queries, many keys, which programs share when rows and heads are few.
+
+The queries of a group of heads read the same keys, so they are rows of one tile: row r is query
+`r // groups` of the group's head `r % groups`. A program walks its part of the keys that its tile
+sees, a range of positions, and finds position p in slot `p % S`. Every tile of keys is masked: these
+kernels wait for memory. With several parts each writes a normalised output and its lse, in float32,
+and a second kernel weighs them:
+
+```
+    lse = ln sum_s exp(lse_s)      O = sum_s exp(lse_s - lse) O_s
+```
+
+Lengths, slots, the window and the number of parts are runtime values.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lact_kernels.triton.configs import (
+    CompileCase,
+    KernelConfig,
+    capability_of,
+    kernel_config,
+    shipped_configs,
+)
+from lact_kernels.triton.launch import (
+    num_multiprocessors,
+    on_device,
+    outer_strides,
+    positive_scale,
+    readable_in_place,
+)
+from lact_kernels.triton.primitives import (
+    LOG2_E,
+    LOWEST,
+    block_dim,
+    load_rows,
+    softmax_end,
+    softmax_step,
+    visible,
+)
+
+NARROW_ROWS = 16  # up to here a tile of the least rows that a matrix instruction takes
+MAX_SPLITS = 64
+PROGRAMS_PER_MULTIPROCESSOR = 2
+
+
+@triton.jit(
+    do_not_specialize=["window_size", "Tq", "num_slots", "num_splits", "Hq", "Hkv", "stride_split"]
+)
+def _window_attn_with_kvcache_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,  # [num_splits, B, Tq, Hq, Dv], contiguous
+    lse_ptr,  # [num_splits, B, Hq, Tq], contiguous
+    seqlens_ptr,  # [B], or None: num_slots each
+    softmax_scale,  # > 0
+    window_size,
+    Tq,
+    num_slots,
+    num_splits,
+    Hq,
+    Hkv,
+    stride_qb,
+    stride_qt,
+    stride_qh,
+    stride_kb,
+    stride_kt,
+    stride_kh,
+    stride_vb,
+    stride_vt,
+    stride_vh,
+    stride_split,  # rows of the output of one part: B * Hq * Tq
+    HEAD_DIM_QK: tl.constexpr,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    # Neighbours read the same keys.
+    groups = Hq // Hkv
+    num_tiles = tl.cdiv(Tq * groups, BLOCK_M)
+    pid = tl.program_id(0)
+    tile = pid % num_tiles
+    split = pid // num_tiles % num_splits
+    batch_head = pid // (num_tiles * num_splits)
+    h_kv, b = batch_head % Hkv, tl.cast(batch_head // Hkv, tl.int64)
+    k_ptr += b * stride_kb + tl.cast(h_kv, tl.int64) * stride_kh
+    v_ptr += b * stride_vb + tl.cast(h_kv, tl.int64) * stride_vh
+    length = num_slots
+    if seqlens_ptr is not None:
+        length = tl.load(seqlens_ptr + b)
+
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    num_rows = Tq * groups
+    queries = rows // groups
+    heads = h_kv * groups + rows % groups
+    positions = length - Tq + queries
+    cols_qk = tl.arange(0, BLOCK_D)
+    cols_v = tl.arange(0, BLOCK_DV)
+    q_rows = b * stride_qb + queries.to(tl.int64) * stride_qt + heads.to(tl.int64) * stride_qh
+    q_pointers = q_ptr + q_rows[:, None] + cols_qk[None, :]
+    q = load_rows(q_pointers, rows, num_rows, cols_qk, HEAD_DIM_QK, BLOCK_D, True)
+
+    # The positions that the tile sees and that have a slot, and this program's part of them.
+    last_query = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // groups, Tq - 1)
+    first_seen = length - Tq + tile * BLOCK_M // groups - window_size + 1
+    first_seen = tl.maximum(tl.maximum(first_seen, length - num_slots), 0)
+    num_seen = tl.maximum(length - Tq + last_query + 1 - first_seen, 0)
+    part = tl.cdiv(tl.cdiv(num_seen, BLOCK_N), num_splits) * BLOCK_N
+    first_key = first_seen + split * part
+    end_key = tl.minimum(first_key + part, first_seen + num_seen)
+    first_slot = first_key % tl.maximum(num_slots, 1)
+
+    scale_log2 = softmax_scale * LOG2_E
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(0, end_key - first_key, BLOCK_N):
+        steps = start + tl.arange(0, BLOCK_N)
+        keys = first_key + steps
+        slots = first_slot + steps
+        slots = tl.where(slots >= num_slots, slots - num_slots, slots).to(tl.int64)[:, None]
+        k_pointers = k_ptr + slots * stride_kt + cols_qk[None, :]
+        v_pointers = v_ptr + slots * stride_vt + cols_v[None, :]
+        k = load_rows(k_pointers, keys, end_key, cols_qk, HEAD_DIM_QK, BLOCK_D, True)
+        v = load_rows(v_pointers, keys, end_key, cols_v, HEAD_DIM_V, BLOCK_DV, True)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        seen = visible(positions[:, None], keys[None, :], window_size)
+        scores = tl.where(seen & (keys < end_key)[None, :], scores, float("-inf"))
+        probs, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2)
+        acc = acc * decay[:, None]
+        acc = tl.dot(probs.to(v.dtype), v, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_DV]
+
+    o, lse = softmax_end(acc, row_max, row_sum, softmax_scale)
+    # The window of a row that has outgrown the cache is not in it any more.
+    if (length > num_slots) & (num_slots - Tq + 1 < window_size):
+        o, lse = o + float("nan"), lse + float("nan")
+    split_row = tl.cast(split, tl.int64) * stride_split
+    lse_rows = split_row + (b * Hq + heads) * Tq + queries
+    o_rows = split_row + (b * Tq + queries) * Hq + heads
+    inside = rows < num_rows
+    tl.store(lse_ptr + lse_rows, lse, mask=inside)
+    o_pointers = o_ptr + o_rows[:, None] * HEAD_DIM_V + cols_v[None, :]
+    inside = inside[:, None] & (cols_v < HEAD_DIM_V)[None, :]
+    tl.store(o_pointers, o.to(o_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["Tq", "num_splits", "Hq", "stride_split"])
+def _window_attn_combine_kernel(
+    parts_ptr,  # [num_splits, B, Tq, Hq, Dv], contiguous, like the other three
+    part_lse_ptr,  # [num_splits, B, Hq, Tq]
+    o_ptr,  # [B, Tq, Hq, Dv]
+    lse_ptr,  # [B, Hq, Tq]
+    Tq,
+    num_splits,
+    Hq,
+    stride_split,
+    HEAD_DIM_V: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+):
+    row = tl.cast(tl.program_id(0), tl.int64)  # of o: batch row, query, head
+    query = row // Hq % Tq
+    lse_row = (row // Hq // Tq * Hq + row % Hq) * Tq + query
+    splits = tl.arange(0, BLOCK_SPLITS)
+    exists = splits < num_splits
+    offsets = splits.to(tl.int64) * stride_split  # [BLOCK_SPLITS]
+    part_lse = tl.load(part_lse_ptr + offsets + lse_row, mask=exists, other=float("-inf"))
+    largest = tl.max(part_lse, axis=0)
+    largest = tl.where(largest == float("-inf"), 0.0, largest)  # nothing seen: all weights are 0
+    weights = tl.exp(part_lse - largest)
+    total = tl.sum(weights, axis=0)
+    blind = total == 0.0
+    total = tl.where(blind, 1.0, total)
+
+    cols = tl.arange(0, BLOCK_DV)
+    pointers = parts_ptr + (offsets + row)[:, None] * HEAD_DIM_V + cols[None, :]
+    inside = exists[:, None] & (cols < HEAD_DIM_V)[None, :]
+    parts = tl.load(pointers, mask=inside, other=0.0)  # [BLOCK_SPLITS, BLOCK_DV]
+    o = tl.sum(parts * weights[:, None], axis=0) / total
+    o_pointers = o_ptr + row * HEAD_DIM_V + cols
+    tl.store(o_pointers, o.to(o_ptr.dtype.element_ty), mask=cols < HEAD_DIM_V)
+    tl.store(lse_ptr + lse_row, tl.where(blind, float("-inf"), largest + tl.log(total)))
+
+
+def window_attn_with_kvcache(
+    q: Tensor,  # [B, Tq, Hq, D]
+    k_cache: Tensor,  # [B, S, Hkv, D]
+    v_cache: Tensor,  # [B, S, Hkv, Dv]
+    cache_seqlens: Tensor | None,  # [B], int32; S each by default
+    window_size: int,
+    softmax_scale: float,
+    *,
+    config: KernelConfig | None = None,
+    num_splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, Tq, Hq, Dv]` in the dtype of `q`, and the lse `[B, Hq, Tq]` in float32.
+
+    `window_size` is at least 1 and at most 2^30. `config` overrides the table, and `num_splits` the
+    number of parts into which the keys are cut.
+    """
+    B, Tq, Hq, D = q.shape
+    S, Hkv, Dv = v_cache.shape[1:]
+    o = q.new_empty(B, Tq, Hq, Dv)
+    lse = q.new_empty(B, Hq, Tq, dtype=torch.float32)
+    if o.numel() == 0:
+        return o, lse
+    q, _, softmax_scale = positive_scale(q, softmax_scale)
+    q, k, v = readable_in_place(q, k_cache, v_cache)
+    rows = Tq * Hq // Hkv
+    name = "window_attn_with_kvcache" + ("" if rows <= NARROW_ROWS else "_wide")
+    config = config or kernel_config(name, D, Dv, q.dtype, capability_of(q.device))
+    programs = B * Hkv * triton.cdiv(rows, config.block_m)
+    if num_splits is None:
+        num_splits = choose_splits(min(window_size + Tq - 1, S), programs, config, q.device)
+    # Without parts to combine the kernel writes the result itself.
+    parts, part_lse = o, lse
+    if num_splits > 1:
+        parts = lse.new_empty(num_splits, *o.shape)
+        part_lse = lse.new_empty(num_splits, *lse.shape)
+    with on_device(q):
+        _window_attn_with_kvcache_kernel[(programs * num_splits,)](
+            q, k, v, parts, part_lse, None if cache_seqlens is None else cache_seqlens.contiguous(),
+            softmax_scale, window_size, Tq, S, num_splits, Hq, Hkv,
+            *outer_strides(q, k, v), lse.numel(),
+            **_constexprs(D, Dv, config), num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+        if num_splits > 1:
+            _window_attn_combine_kernel[(lse.numel(),)](
+                parts, part_lse, o, lse, Tq, num_splits, Hq, lse.numel(), **_combine_constexprs(Dv)
+            )
+    return o, lse
+
+
+def choose_splits(num_keys: int, programs: int, config: KernelConfig, device: torch.device) -> int:
+    """Parts of at most `num_keys` keys that a device with few programs is filled with."""
+    wanted = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(device) // programs
+    return max(1, min(wanted, triton.cdiv(num_keys, config.block_n), MAX_SPLITS))
+
+
+def compile_cases(arch: int) -> Iterator[CompileCase]:
+    """Every shipped specialisation, for benchmarks/compile_report.py."""
+    for name in ("window_attn_with_kvcache", "window_attn_with_kvcache_wide"):
+        for width, head_dim, config in shipped_configs(name, arch):
+            dtype = torch.bfloat16 if width == 16 else torch.float32
+            pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), dtype)
+            yield CompileCase(
+                name=name,
+                kernel=_window_attn_with_kvcache_kernel,
+                arch=arch,
+                dtype=dtype,
+                shape=f"D{head_dim}",
+                config=config,
+                pointers={**pointers, "lse_ptr": torch.float32, "seqlens_ptr": torch.int32},
+                constexprs=_constexprs(head_dim, head_dim, config),
+            )
+
+
+def _constexprs(D: int, Dv: int, config: KernelConfig) -> dict[str, int]:
+    return {
+        "HEAD_DIM_QK": D,
+        "HEAD_DIM_V": Dv,
+        "BLOCK_D": block_dim(D),
+        "BLOCK_DV": block_dim(Dv),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+    }
+
+
+def _combine_constexprs(Dv: int) -> dict[str, int]:
+    return {"HEAD_DIM_V": Dv, "BLOCK_DV": block_dim(Dv), "BLOCK_SPLITS": MAX_SPLITS}
