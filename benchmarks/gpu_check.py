@@ -59,13 +59,16 @@ def stages(out: Path) -> tuple[Stage, list[Stage]]:
     sizes = "--dtype bfloat16 --seq-len 32768 --chunk-size 2048 --fast-weight-heads 4"
     phases = ("benchmarks.phases", "--device", "cuda", *sizes.split())
     phases += ("--fast-weight-dim", "384", "768", "--repeats", "3", "--out", str(out))
+    accuracy = ("benchmarks.accuracy_report", "--device", "cuda", "--out", str(out))
+    accuracy += ("--seq-len", "4096", "65536", "--heads", "2")
     return Stage("tests", tests, 320), [
-        Stage("window_attn", (*run, "window_attn", "--window-sizes", "1024", "4096", "16384"), 85),
+        Stage("window_attn", (*run, "window_attn", "--window-sizes", "1024", "4096", "16384"), 80),
+        Stage("accuracy", accuracy, 30),
         Stage("block_causal_ttt", (*ttt, "--no-peers"), 30),
         Stage("phases", phases, 25),
         Stage("phases-muon", (*phases, "--muon"), 30),
         # Compiling the reference takes long, and may take all of it.
-        Stage("block_causal_ttt-peers", (*ttt, "--mode", "fwd_bwd"), 60, needs_rows=False),
+        Stage("block_causal_ttt-peers", (*ttt, "--mode", "fwd_bwd"), 45, needs_rows=False),
     ]
 
 

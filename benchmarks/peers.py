@@ -204,6 +204,8 @@ def _find(module: str, name: str) -> Callable:
         raise Unavailable(f"{module}.{name} is not installed ({error})") from None
 
 
+DENSE_SDPA = Variant("dense-mask SDPA", _dense_sdpa)
+VARLEN_ATTN = Variant("FlashAttention-2 varlen_attn", _varlen_attn)
 BACKENDS = {
     ("window_attn", "cpu"): ("eager",),
     ("window_attn", "cuda"): ("triton", "eager"),
@@ -212,12 +214,12 @@ BACKENDS = {
 }
 _PEERS = {
     ("window_attn", "cpu"): [
-        Variant("dense-mask SDPA", _dense_sdpa),
+        DENSE_SDPA,
         Variant("FlexAttention", _flex_attention),
     ],
     ("window_attn", "cuda"): [
         Variant("FlexAttention", _flex_attention),
-        Variant("FlashAttention-2 varlen_attn", _varlen_attn),
+        VARLEN_ATTN,
         Variant("FLA parallel_attn", _parallel_attn),
     ],
     ("block_causal_ttt", "cpu"): [Variant("reference loop", _reference_loop)],

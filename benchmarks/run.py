@@ -118,7 +118,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--seq-len", type=positive, metavar="T")
-    parser.add_argument("--window-sizes", nargs="+", type=_window_size, metavar="W")
+    parser.add_argument("--window-sizes", nargs="+", type=window_size, metavar="W")
     parser.add_argument("--heads", type=positive, help="query heads of window_attn")
     parser.add_argument("--kv-heads", type=positive, help="key/value heads; must divide --heads")
     parser.add_argument("--head-dim", type=positive)
@@ -196,7 +196,7 @@ def positive(text: str) -> int:
     return value
 
 
-def _window_size(text: str) -> int | None:
+def window_size(text: str) -> int | None:
     return None if text == "full" else positive(text)
 
 
