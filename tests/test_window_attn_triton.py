@@ -4,13 +4,12 @@ Without a GPU they run in Triton's interpreter, with blocks of 16 so that a few 
 straddle every edge. The tests marked `gpu` run the same cases with the blocks of the table.
 """
 
+import math
+
 import pytest
 import torch
-import triton
-import triton.language as tl
 
 from lact_kernels.triton.configs import KernelConfig
-from lact_kernels.triton.primitives import key_tile_bounds, query_tile_bounds
 from lact_kernels.triton.window_attn_bwd import window_attn_bwd
 from lact_kernels.triton.window_attn_fwd import window_attn_fwd
 from reference.window_attn import window_attn
@@ -36,6 +35,7 @@ CASES = [
     pytest.param(1, 18, 18, 3, 1, 16, 16, 5, id="one_kv_head"),
     pytest.param(1, 19, 52, 2, 1, 16, 16, 21, id="kv_cache_of_odd_length"),
     pytest.param(1, 1, 40, 4, 2, 16, 16, 17, id="decode_leaves_keys_unseen"),
+    pytest.param(1, 40, 19, 2, 1, 16, 16, 9, id="queries_before_the_keys"),
     pytest.param(1, 34, 34, 1, 1, 24, 16, 18, id="padded_head_dim"),
     pytest.param(1, 20, 20, 1, 1, 16, 40, 7, id="value_dim_differs"),
 ]
@@ -44,7 +44,24 @@ LARGE_CASES = [
     pytest.param(1, 700, 700, 2, 2, 128, 128, 257, id="d128"),
     pytest.param(1, 130, 515, 4, 1, 128, 128, 300, id="d128_kv_cache"),
     pytest.param(1, 400, 400, 2, 1, 80, 96, 129, id="d80_dv96"),
+    pytest.param(1, 390, 390, 2, 1, 192, 128, 200, id="d192_dv128"),
     pytest.param(1, 385, 385, 2, 1, 256, 256, None, id="d256_full"),
+]
+# Borders (of the queries, and of the keys), Hq, Hkv, D, Dv, W, why
+PACKED_CASES = [
+    pytest.param((0, 1, 16, 33, 34, 60), 2, 2, 16, 16, 9, id="a_token_a_tile_and_ragged_ones"),
+    pytest.param((0, 0, 20, 20, 20, 37, 37), 1, 1, 16, 16, None, id="sequences_of_nothing"),
+    pytest.param(tuple(range(0, 300, 2)), 1, 1, 16, 16, 3, id="more_than_one_search_reads"),
+    pytest.param((0, 5, 15, 60), 4, 2, 16, 24, 20, id="grouped_heads_and_wider_values"),
+    pytest.param(((0, 3, 20, 21, 50), (0, 18, 37, 70, 99)), 2, 1, 16, 16, 21, id="on_a_cache"),
+    pytest.param(((0, 20, 20, 45), (0, 4, 9, 30)), 1, 1, 16, 16, 7, id="queries_before_the_keys"),
+    pytest.param(((0, 4, 8, 12), (0, 0, 8, 8)), 1, 1, 16, 16, 7, id="queries_without_any_key"),
+]
+LARGE_PACKED_CASES = [
+    pytest.param((0, 1, 300, 301, 1500, 1500, 1700), 4, 2, 128, 128, 257, id="d128"),
+    pytest.param(((0, 130, 500), (0, 700, 1100)), 2, 2, 64, 64, 300, id="d64_on_a_cache"),
+    pytest.param((0, 700, 710, 1100), 2, 1, 192, 128, 129, id="d192_dv128"),
+    pytest.param((0, 200, 600), 1, 1, 256, 256, None, id="d256"),
 ]
 
 
@@ -57,18 +74,19 @@ def make_inputs(B, Tq, Tk, Hq, Hkv, D, Dv, dtype):
     return q, k, v, do, dlse
 
 
-def run_kernels(q, k, v, do, dlse, window_size, scale, config):
-    Tk = k.shape[1]
-    window_size = Tk if window_size is None else min(window_size, Tk)
+def run_kernels(q, k, v, do, dlse, window_size, scale, config, cu_seqlens=(None, None)):
+    Tk = max(k.shape[1], 1)
+    options = (Tk if window_size is None else min(window_size, Tk), scale, *cu_seqlens)
     with filled_with_nan(), bfloat16_products(ON_CPU and q.dtype == torch.bfloat16):
-        o, lse = window_attn_fwd(q, k, v, window_size, scale, config=config)
-        grads = window_attn_bwd(do, dlse, q, k, v, o, lse, window_size, scale, config=config)
+        o, lse = window_attn_fwd(q, k, v, *options, config=config)
+        grads = window_attn_bwd(do, dlse, q, k, v, o, lse, *options, config=config)
     return o, lse, *grads
 
 
-def run_reference(q, k, v, do, dlse, window_size, scale, dtype):
+def run_reference(q, k, v, do, dlse, window_size, scale, cu_seqlens, dtype):
     q, k, v = (x.detach().to(dtype).requires_grad_() for x in (q, k, v))
-    o, lse = window_attn(q, k, v, window_size, softmax_scale=scale, return_lse=True)
+    packing = dict(zip(("cu_seqlens", "cu_seqlens_k"), cu_seqlens))
+    o, lse = window_attn(q, k, v, window_size, softmax_scale=scale, **packing, return_lse=True)
     if dlse is None:
         grads = torch.autograd.grad(o, (q, k, v), do.to(dtype))
     else:
@@ -76,14 +94,19 @@ def run_reference(q, k, v, do, dlse, window_size, scale, dtype):
     return o.detach(), lse.detach(), *grads
 
 
-def check(q, k, v, do, dlse, window_size, config, scale=None):
+def check(q, k, v, do, dlse, window_size, config, scale=None, cu_seqlens=(None, None)):
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    actual = run_kernels(q, k, v, do, dlse, window_size, scale, config)
-    same = run_reference(q, k, v, do, dlse, window_size, scale, q.dtype)
-    exact = run_reference(q, k, v, do, dlse, window_size, scale, torch.float64)
+    actual = run_kernels(q, k, v, do, dlse, window_size, scale, config, cu_seqlens)
+    same, exact = (
+        run_reference(q, k, v, do, dlse, window_size, scale, cu_seqlens, dtype)
+        for dtype in (q.dtype, torch.float64)
+    )
     assert [x.dtype for x in actual] == [q.dtype, torch.float32, *3 * [q.dtype]]
     single_key = 1 in (window_size, k.shape[1])
     for name, a, s, e in zip(("o", "lse", "dq", "dk", "dv"), actual, same, exact):
+        if name == "lse":  # -inf where nothing is seen, on which no difference is possible
+            assert torch.equal(a == -math.inf, e == -math.inf)
+            a, s, e = (x.masked_fill(e == -math.inf, 0.0) for x in (a, s, e))
         if single_key and name in ("dq", "dk"):
             assert_cancelled(a, e, [q, k, v], do, name)
         else:
@@ -95,6 +118,28 @@ def check(q, k, v, do, dlse, window_size, config, scale=None):
 @pytest.mark.parametrize("B, Tq, Tk, Hq, Hkv, D, Dv, window_size", CASES)
 def test_kernels_match_reference(B, Tq, Tk, Hq, Hkv, D, Dv, window_size, dtype):
     check(*make_inputs(B, Tq, Tk, Hq, Hkv, D, Dv, dtype), window_size, SMALL)
+
+
+def check_packed(borders, Hq, Hkv, D, Dv, dtype, window_size, config):
+    """`borders` are those of the queries, and of the keys if they differ."""
+    borders = borders if isinstance(borders[0], tuple) else (borders, borders)
+    inputs = make_inputs(1, borders[0][-1], borders[1][-1], Hq, Hkv, D, Dv, dtype)
+    cu_seqlens = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in borders]
+    check(*inputs, window_size, config, cu_seqlens=cu_seqlens)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("borders, Hq, Hkv, D, Dv, window_size", PACKED_CASES)
+def test_packed_sequences_match_reference(borders, Hq, Hkv, D, Dv, window_size, dtype):
+    check_packed(borders, Hq, Hkv, D, Dv, dtype, window_size, SMALL)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("borders, Hq, Hkv, D, Dv, window_size", PACKED_CASES + LARGE_PACKED_CASES)
+def test_packed_sequences_match_reference_on_gpu(borders, Hq, Hkv, D, Dv, window_size, dtype):
+    check_packed(borders, Hq, Hkv, D, Dv, dtype, window_size, None)
 
 
 @needs_interpreter
@@ -178,11 +223,24 @@ def test_huge_scores_stay_finite(dtype):
     q, k, v, do, dlse = make_inputs(1, 40, 40, 1, 1, 64, 64, dtype)
     q, k, scale = q * 1e4, k * 1e4, 0.125
     actual = run_kernels(q, k, v, do, dlse, 17, scale, SMALL)
-    same = run_reference(q.float(), k.float(), v.float(), do, dlse, 17, scale, torch.float32)
-    exact = run_reference(q, k, v, do, dlse, 17, scale, torch.float64)
+    dense = (None, None)
+    same = run_reference(q.float(), k.float(), v.float(), do, dlse, 17, scale, dense, torch.float32)
+    exact = run_reference(q, k, v, do, dlse, 17, scale, dense, torch.float64)
     assert all(x.isfinite().all() for x in actual)
     assert_close_to_float64(actual[0].float(), same[0].to(dtype).float(), exact[0], "o")
     assert_close_to_float64(actual[1], same[1], exact[1], "lse")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scores_of_minus_infinity(dtype):
+    """A row whose every score is -inf sees nothing; elsewhere only finite scores count."""
+    q, k, v, do, dlse = make_inputs(1, 40, 40, 1, 1, 16, 16, dtype)
+    q, k = torch.full_like(q, 1e30), k.clone()
+    k[:, 7:31] = -1e30
+    o, lse, *grads = run_kernels(q, k, v, do, dlse, 10, 0.25, SMALL)
+    assert all(x.isfinite().all() for x in (o, *grads))
+    assert torch.equal(o == 0, (lse.mT == -math.inf)[..., None].expand_as(o))
+    assert (lse == -math.inf).nonzero()[:, 2].tolist() == list(range(16, 31))
 
 
 @pytest.mark.parametrize("B, Tq, Tk", [(0, 5, 5), (2, 0, 0), (2, 0, 7)])
@@ -203,48 +261,6 @@ def test_nothing_saved_is_written_and_backward_repeats():
     second = window_attn_bwd(*saved, 9, 0.25, config=SMALL)
     assert all(torch.equal(a, b) for a, b in zip(before, saved))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
-
-
-@triton.jit
-def _bounds_kernel(
-    out_ptr, Tq, Tk, window_size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEYS: tl.constexpr
-):
-    tile = tl.program_id(0)
-    if KEYS:
-        a, b, c, d = key_tile_bounds(tile * BLOCK_M, Tq, Tk, window_size, BLOCK_M, BLOCK_N)
-    else:
-        a, b, c, d = query_tile_bounds(tile * BLOCK_N, Tq, Tk, window_size, BLOCK_M, BLOCK_N)
-    tl.store(out_ptr + tile * 4, a)
-    tl.store(out_ptr + tile * 4 + 1, b)
-    tl.store(out_ptr + tile * 4 + 2, c)
-    tl.store(out_ptr + tile * 4 + 3, d)
-
-
-@pytest.mark.parametrize("block_m, block_n", [(16, 16), (32, 16), (16, 32)])
-@pytest.mark.parametrize("Tq, Tk", [(1, 1), (64, 64), (83, 83), (50, 80), (50, 131), (1, 70)])
-def test_only_tiles_that_intersect_the_window_are_visited(Tq, Tk, block_m, block_n):
-    position = torch.arange(Tq)[:, None] + Tk - Tq
-    key = torch.arange(Tk)
-    for window_size in sorted({1, 2, 15, 16, 17, 33, 48, 64, Tk}):
-        window_size = min(window_size, Tk)
-        seen = (key <= position) & (key > position - window_size)
-        for by_query in (True, False):
-            rows, own, other = (seen, block_m, block_n) if by_query else (seen.T, block_n, block_m)
-            tiles = [row_tile.split(other, dim=1) for row_tile in rows.split(own)]
-            bounds = torch.empty(len(tiles), 4, dtype=torch.int32, device=DEVICE)
-            _bounds_kernel[(len(tiles),)](
-                bounds, Tq, Tk, window_size, BLOCK_M=block_m, BLOCK_N=block_n, KEYS=by_query
-            )
-            for row_tile, (first, interior, after, end) in zip(tiles, bounds.tolist()):
-                visited = list(range(first, end))
-                assert visited == [n for n, tile in enumerate(row_tile) if tile.any()]
-                assert first <= interior <= after <= max(end, first)
-                for n in visited:
-                    # Interior: every pair visible, and no looped-over row out of bounds. (A ragged
-                    # tile of the program's own rows is masked where it is stored.)
-                    tile = row_tile[n]
-                    whole = bool(tile.all()) and tile.shape[1] == other
-                    assert (interior <= n < after) == whole
 
 
 def test_same_kernel_for_every_length():

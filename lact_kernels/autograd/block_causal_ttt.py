@@ -103,8 +103,9 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, do, dend, _dhistory):
-    *tokens, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors[:9]
-    lists = ctx.saved_tensors[9:]
+    saved = ctx.saved_tensors  # a checkpoint unpacks them once
+    *tokens, cu_seqlens_q, cu_seqlens_k = saved[:9]
+    lists = saved[9:]
     start, history = lists[: ctx.num_start], lists[ctx.num_start :]
     q, _, v, *_, momentum = tokens
     if do is None:

@@ -1,5 +1,18 @@
 """Signatures that people already call, computed by `lact_kernels`. To migrate, replace an import."""
 
+from lact_kernels.compat.flash_attn import (
+    flash_attn_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+)
 from lact_kernels.compat.lact import block_causal_lact_swiglu, prenorm_block_causal_lact_swiglu
 
-__all__ = ["block_causal_lact_swiglu", "prenorm_block_causal_lact_swiglu"]
+__all__ = [
+    "block_causal_lact_swiglu",
+    "flash_attn_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+    "prenorm_block_causal_lact_swiglu",
+]

@@ -1,8 +1,7 @@
 """Functions of flash-attn 2.8 as they are called, where they are causal attention in a window.
 
 Each computes what flash-attn's function of its name computes, or raises `NotImplementedError` for an
-option that needs something else: none is ignored. Without the keyword `causal` nearly every call is
-such an option, as the defaults of flash-attn ask for attention to later keys.
+option that asks for something else. The defaults do: they are flash-attn's, whose `causal` is False.
 """
 
 import torch
@@ -185,8 +184,8 @@ def flash_attn_varlen_func(
             f"cu_seqlens_q has the borders of {N} sequences and cu_seqlens_k of"
             f" {cu_seqlens_k.shape[0] - 1}: they must be the same sequences"
         )
-    _check_int("max_seqlen_q", max_seqlen_q)
-    _check_int("max_seqlen_k", max_seqlen_k)
+    checks.check_int("max_seqlen_q", max_seqlen_q)
+    checks.check_int("max_seqlen_k", max_seqlen_k)
     # More queries than sequences belie a max_seqlen_q of 1.
     single_query = max_seqlen_q <= 1 and q.shape[1] <= N
     window = _window(causal, window_size, single_query)
@@ -265,17 +264,18 @@ def flash_attn_with_kvcache(
         alibi_slopes=alibi_slopes,
     )
     _check_flags(rotary_interleaved=rotary_interleaved, return_softmax_lse=return_softmax_lse)
-    _check_int("num_splits", num_splits)
+    checks.check_int("num_splits", num_splits)
     check_attention(q, k_cache, v_cache, None, softmax_scale, ("k_cache", "v_cache"))
     window = _window(causal, window_size, single_query=q.shape[1] <= 1)
     backend = checks.choose_backend(backend, q, triton_obstacle(q, v_cache))
-    new_tokens = _check_new(k, v, k_cache, v_cache)
-    _check_lengths(cache_seqlens, new_tokens, k_cache)
-    _check_no_gradient(q=q, k_cache=k_cache, v_cache=v_cache, k=k, v=v)
+    _check_new_tokens(k, v, k_cache, v_cache)
+    _check_lengths(cache_seqlens, k, k_cache)
+    inputs = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
+    checks.check_no_gradient("flash_attn_with_kvcache", "flash_attn_func", **inputs)
     if k is not None:
         _write(k_cache, k, cache_seqlens)
         _write(v_cache, v, cache_seqlens)
-        cache_seqlens = cache_seqlens + new_tokens
+        cache_seqlens = cache_seqlens + k.shape[1]
     return window_attn_with_kvcache(
         q,
         k_cache,
@@ -291,10 +291,9 @@ def flash_attn_with_kvcache(
 def _window(causal: bool, window_size: tuple[int, int], single_query: bool) -> int | None:
     """`window_attn`'s `window_size`, for `causal` and the inclusive `(left, right)` of flash-attn."""
     checks.check_flag("causal", causal)
-    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+    is_pair = isinstance(window_size, (tuple, list)) and len(window_size) == 2
+    if not is_pair or not all(checks.is_int(side) for side in window_size):
         raise TypeError(f"window_size must be a pair of ints (left, right), got {window_size!r}")
-    for side in window_size:
-        _check_int("window_size (left, right)", side)
     left, right = window_size
     # Queries are aligned at the end: one alone stands at the last key, with none to its right.
     if not (causal or right == 0 or single_query):
@@ -320,51 +319,41 @@ def _check_flags(**flags: bool) -> None:
         checks.check_flag(name, flag)
 
 
-def _check_int(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-
-
-def _check_new(k: Tensor | None, v: Tensor | None, k_cache: Tensor, v_cache: Tensor) -> int:
-    """How many new tokens k and v hold."""
+def _check_new_tokens(k: Tensor | None, v: Tensor | None, k_cache: Tensor, v_cache: Tensor) -> None:
+    """Both are what the cache takes, or neither is given."""
     if k is None and v is None:
-        return 0
+        return
     checks.check_floating("k", k, "[B, n, Hkv, D]")
     (B, _, Hkv, D), n = k_cache.shape, k.shape[1]
-    channels = {"k": (k, D, "[B, n, Hkv, D]"), "v": (v, v_cache.shape[3], "[B, n, Hkv, Dv]")}
-    for name, (x, size, layout) in channels.items():
-        checks.check_tensor(name, x, (B, n, Hkv, size), layout, k_cache.dtype, k_cache.device)
-    return n
+    device, dtype = k_cache.device, k_cache.dtype
+    checks.check_tensor("k", k, (B, n, Hkv, D), "[B, n, Hkv, D]", dtype, device)
+    checks.check_tensor("v", v, (B, n, Hkv, v_cache.shape[3]), "[B, n, Hkv, Dv]", dtype, device)
 
 
-def _check_lengths(cache_seqlens: int | Tensor | None, new_tokens: int, k_cache: Tensor) -> None:
-    """Every row's tokens and the new ones have a slot, as far as this is known without waiting."""
+def _check_lengths(cache_seqlens: int | Tensor | None, k: Tensor | None, k_cache: Tensor) -> None:
+    """Each row's tokens and those of k have slots, as far as that is known without waiting."""
     B, S = k_cache.shape[:2]
-    lengths = [0]  # where nothing can be read, the new tokens at least
+    n = 0 if k is None else k.shape[1]
+    lengths = [0]  # of values that are not read this much is known
     if isinstance(cache_seqlens, Tensor):
-        checks.check_tensor("cache_seqlens", cache_seqlens, (B,), "[B]", torch.int32, k_cache.device)
+        device = k_cache.device
+        checks.check_tensor("cache_seqlens", cache_seqlens, (B,), "[B]", torch.int32, device)
         if cache_seqlens.is_cpu and not torch.compiler.is_compiling():
             lengths += cache_seqlens.tolist()
-    elif cache_seqlens is not None:
-        _check_int("cache_seqlens, where it is no tensor,", cache_seqlens)
+    elif checks.is_int(cache_seqlens):
         lengths.append(cache_seqlens)
-    elif new_tokens:
-        raise ValueError("cache_seqlens must be given with k and v: it says where they go")
+    elif cache_seqlens is not None:
+        raise TypeError(
+            f"cache_seqlens must be an int32 tensor [B] or an int, got {cache_seqlens!r}"
+        )
+    elif k is not None:
+        raise ValueError("cache_seqlens must say where k and v go, got None")
     for length in lengths:
         if length < 0:
             raise ValueError(f"cache_seqlens must not be negative, got {length}")
-        if length + new_tokens > S:
+        if length + n > S:
             raise ValueError(
-                f"cache_seqlens is {length} and k has {new_tokens} tokens, but k_cache has {S} slots"
-            )
-
-
-def _check_no_gradient(**tensors: Tensor | None) -> None:
-    for name, x in tensors.items():
-        if torch.is_grad_enabled() and x is not None and x.requires_grad:
-            raise ValueError(
-                f"{name} requires a gradient, and flash_attn_with_kvcache has no backward: call it under"
-                " torch.no_grad() or torch.inference_mode(), or use flash_attn_func"
+                f"cache_seqlens is {length} and k has {n} tokens, more than the {S} slots of k_cache"
             )
 
 

@@ -56,9 +56,17 @@ def check_flag(name: str, value: bool) -> None:
         raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
-def check_positive_int(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+def is_int(value: object) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def check_int(name: str, value: int) -> None:
+    if not is_int(value):
         raise TypeError(f"{name} must be an int, got {value!r}")
+
+
+def check_positive_int(name: str, value: int) -> None:
+    check_int(name, value)
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
@@ -68,6 +76,16 @@ def check_finite_number(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_no_gradient(function: str, instead: str, **tensors: Tensor | None) -> None:
+    """No tensor needs a gradient, which `function` has none for and `instead` has."""
+    for name, x in tensors.items():
+        if torch.is_grad_enabled() and x is not None and x.requires_grad:
+            raise ValueError(
+                f"{name} requires a gradient, and {function} has no backward: call it under"
+                f" torch.no_grad() or torch.inference_mode(), or use {instead}"
+            )
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, name: str = "cu_seqlens") -> None:

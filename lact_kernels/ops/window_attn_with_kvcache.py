@@ -57,21 +57,13 @@ def window_attn_with_kvcache(
     """
     check_attention(q, k_cache, v_cache, window_size, softmax_scale, ("k_cache", "v_cache"))
     checks.check_flag("return_lse", return_lse)
-    _check_no_gradient(q=q, k_cache=k_cache, v_cache=v_cache)
+    inputs = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
+    checks.check_no_gradient("window_attn_with_kvcache", "window_attn", **inputs)
     cache_seqlens = _checked_lengths(cache_seqlens, q, k_cache.shape[1], window_size)
     backend = checks.choose_backend(backend, q, triton_obstacle(q, v_cache))
     scale = default_scale(q) if softmax_scale is None else float(softmax_scale)
     o, lse = op(q, k_cache, v_cache, cache_seqlens, window_size, scale, backend)
     return (o, lse) if return_lse else o
-
-
-def _check_no_gradient(**tensors: Tensor) -> None:
-    for name, x in tensors.items():
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise ValueError(
-                f"{name} requires a gradient, and window_attn_with_kvcache has no backward: call it"
-                " under torch.no_grad() or torch.inference_mode(), or use window_attn"
-            )
 
 
 def _checked_lengths(lengths, q: Tensor, S: int, window_size: int | None) -> Tensor | None:
@@ -82,7 +74,7 @@ def _checked_lengths(lengths, q: Tensor, S: int, window_size: int | None) -> Ten
     if isinstance(lengths, Tensor):
         checks.check_tensor("cache_seqlens", lengths, (B,), "[B]", torch.int32, q.device)
         values = lengths.tolist() if lengths.is_cpu and not torch.compiler.is_compiling() else []
-    elif isinstance(lengths, (int, torch.SymInt)) and not isinstance(lengths, bool):
+    elif checks.is_int(lengths):
         values = [lengths]
         lengths = torch.full((B,), lengths, dtype=torch.int32, device=q.device)
     else:

@@ -115,25 +115,25 @@ def _window_attn_with_kvcache_kernel(
     num_seen = tl.maximum(length - Tq + last_query + 1 - first_seen, 0)
     part = tl.cdiv(tl.cdiv(num_seen, BLOCK_N), num_splits) * BLOCK_N
     first_key = first_seen + split * part
-    end_key = tl.minimum(first_key + part, first_seen + num_seen)
+    num_keys = tl.minimum(part, num_seen - split * part)
     first_slot = first_key % tl.maximum(num_slots, 1)
 
     scale_log2 = softmax_scale * LOG2_E
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(0, end_key - first_key, BLOCK_N):
+    for start in range(0, num_keys, BLOCK_N):
         steps = start + tl.arange(0, BLOCK_N)
         keys = first_key + steps
         slots = first_slot + steps
         slots = tl.where(slots >= num_slots, slots - num_slots, slots).to(tl.int64)[:, None]
         k_pointers = k_ptr + slots * stride_kt + cols_qk[None, :]
         v_pointers = v_ptr + slots * stride_vt + cols_v[None, :]
-        k = load_rows(k_pointers, keys, end_key, cols_qk, HEAD_DIM_QK, BLOCK_D, True)
-        v = load_rows(v_pointers, keys, end_key, cols_v, HEAD_DIM_V, BLOCK_DV, True)
+        k = load_rows(k_pointers, steps, num_keys, cols_qk, HEAD_DIM_QK, BLOCK_D, True)
+        v = load_rows(v_pointers, steps, num_keys, cols_v, HEAD_DIM_V, BLOCK_DV, True)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         seen = visible(positions[:, None], keys[None, :], window_size)
-        scores = tl.where(seen & (keys < end_key)[None, :], scores, float("-inf"))
+        scores = tl.where(seen & (steps < num_keys)[None, :], scores, float("-inf"))
         probs, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2)
         acc = acc * decay[:, None]
         acc = tl.dot(probs.to(v.dtype), v, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_DV]

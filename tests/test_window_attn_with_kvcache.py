@@ -1,0 +1,408 @@
+"""`window_attn_with_kvcache` and `RingKVCache` on both backends, against the reference.
+
+Without a GPU the Triton kernels run in the interpreter, with tiles of 16 keys.
+"""
+
+import contextlib
+import dataclasses
+import math
+from unittest import mock
+
+import pytest
+import torch
+
+import lact_kernels
+import reference
+from lact_kernels import RingKVCache, window_attn, window_attn_with_kvcache
+from lact_kernels.triton.configs import KernelConfig
+from lact_kernels.triton.window_attn_with_kvcache import choose_splits
+from lact_kernels.triton.window_attn_with_kvcache import window_attn_with_kvcache as launch
+from tests.bfloat16_interpreter import bfloat16_products
+from tests.cases import filled_with_nan
+from tests.tolerance import assert_close_to_float64
+
+ON_CPU = not torch.cuda.is_available()
+DEVICE = "cpu" if ON_CPU else "cuda"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SMALL = KernelConfig(block_m=16, block_n=16, num_warps=4, num_stages=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheCase:
+    """One cache, how many tokens each row has had, and why it is there."""
+
+    reason: str
+    slots: int
+    window_size: int | None
+    lengths: tuple[int, ...] | None = None  # None: as many as there are slots
+    Tq: int = 1
+    Hq: int = 4
+    Hkv: int = 2
+    D: int = 16
+    Dv: int = 16
+
+    def __str__(self) -> str:
+        return self.reason.replace(" ", "-")
+
+    def inputs(self, dtype: torch.dtype):
+        """q, the cache, and the options. Slots that were never written are NaN."""
+        B = len(self.lengths or (0, 0))
+        q = torch.randn(B, self.Tq, self.Hq, self.D, dtype=dtype)
+        caches = [torch.randn(B, self.slots, self.Hkv, d, dtype=dtype) for d in (self.D, self.Dv)]
+        for b, length in enumerate(self.lengths or ()):
+            for cache in caches:
+                cache[b, length:] = math.nan
+        options = {"window_size": self.window_size}
+        if self.lengths is not None:
+            options["cache_seqlens"] = torch.tensor(self.lengths, dtype=torch.int32, device=DEVICE)
+        return [x.to(DEVICE) for x in (q, *caches)], options
+
+
+CASES = [
+    CacheCase("whole cache", 40, None),
+    CacheCase("window inside a tile", 40, 5),
+    CacheCase("window of one", 40, 1, (40, 7, 1)),
+    CacheCase("rows of different lengths", 70, 20, (1, 19, 20, 21, 70, 33)),
+    CacheCase("row without tokens", 20, 8, (0, 3)),
+    CacheCase("no window", 50, None, (50, 17)),
+    CacheCase("window beyond the cache", 30, 1000, (30, 4)),
+    CacheCase("ring before and at its end", 20, 20, (19, 20)),
+    CacheCase("ring after its end", 20, 20, (21, 39, 40, 41, 1000)),
+    CacheCase("ring larger than the window", 33, 20, (34, 33, 65, 500)),
+    CacheCase("ring far away", 20, 20, (10**6 + 7, 2**31 - 1)),
+    CacheCase("several queries", 50, 9, (50, 30, 12), Tq=5),
+    CacheCase("several queries on a ring", 24, 20, (24, 25, 48, 77), Tq=5),
+    CacheCase("queries before the first token", 24, 20, (2, 0, 5), Tq=5),
+    CacheCase("many queries", 60, 11, (60, 45), Tq=40, Hq=6),
+    CacheCase("one head each", 40, 12, (40, 3), Hq=2),
+    CacheCase("padded head dims", 40, 12, (40, 3), D=24, Dv=40),
+    CacheCase("one slot", 1, 1, (1, 5, 0)),
+]
+
+
+def check(fn, case, dtype):
+    (q, k, v), options = case.inputs(dtype)
+    actual = fn(q, k, v, **options)
+    same = reference.window_attn_with_kvcache(q, k, v, **options, return_lse=True)
+    q, k, v = (x.double() for x in (q, k, v))
+    exact = reference.window_attn_with_kvcache(q, k, v, **options, return_lse=True)
+    assert [x.dtype for x in actual] == [dtype, torch.float32]
+    blind = exact[1] == -math.inf
+    assert torch.equal(actual[1] == -math.inf, blind)
+    assert_close_to_float64(actual[0], same[0], exact[0], "o")
+    lses = (x.masked_fill(blind, 0.0) for x in (actual[1], same[1], exact[1]))
+    assert_close_to_float64(*lses, "lse")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_eager_matches_reference(case, dtype):
+    def fn(*tensors, **options):
+        return window_attn_with_kvcache(*tensors, **options, return_lse=True, backend="eager")
+
+    check(fn, case, dtype)
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_match_reference(case, dtype, num_splits):
+    def fn(q, k, v, window_size, cache_seqlens=None):
+        window_size = window_size or 2**30
+        config = SMALL if ON_CPU else None
+        with filled_with_nan(), bfloat16_products(ON_CPU and dtype == torch.bfloat16):
+            return launch(
+                *(q, k, v, cache_seqlens, window_size, q.shape[-1] ** -0.5),
+                config=config,
+                num_splits=num_splits,
+            )
+
+    check(fn, case, dtype)
+
+
+@pytest.mark.parametrize("Tq", [1, 16])
+def test_kernels_through_the_public_function(Tq):
+    """With the tiles of the table, narrow and wide."""
+
+    def fn(*tensors, **options):
+        return window_attn_with_kvcache(*tensors, **options, return_lse=True, backend="triton")
+
+    check(fn, CacheCase("", 300, 200, (300, 216, 1000, 90), Tq=Tq), torch.float32)
+
+
+def test_parts_are_as_many_as_a_device_and_the_keys_allow():
+    with mock.patch(f"{choose_splits.__module__}.num_multiprocessors", lambda device: 100):
+        choices = [choose_splits(n, p, SMALL, None) for n, p in ((10_000, 4), (40, 4), (500, 4000))]
+    assert choices == [50, 3, 1]
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7, 3.0])
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_any_scale(backend, scale):
+    q, k, v = (torch.randn(2, n, 2, 16, device=DEVICE) for n in (3, 20, 20))
+    options = {"softmax_scale": scale, "window_size": 9}
+    o = window_attn_with_kvcache(q, k, v, **options, backend=backend)
+    torch.testing.assert_close(o, reference.window_attn_with_kvcache(q, k, v, **options))
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_strided_caches(backend):
+    """Heads before time, keys and values in one tensor, and some rows of a larger cache."""
+    kv = torch.randn(6, 2, 2, 40, 16, device=DEVICE)[::2]
+    k, v = (x.transpose(1, 2) for x in kv.unbind(1))
+    q = torch.randn(3, 2, 4, 32, device=DEVICE)[..., ::2]
+    o = window_attn_with_kvcache(q, k, v, 13, cache_seqlens=30, backend=backend)
+    seqlens = torch.full((3,), 30, device=DEVICE)
+    expected = reference.window_attn_with_kvcache(q, k, v, 13, cache_seqlens=seqlens)
+    torch.testing.assert_close(o, expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("B, Tq, S", [(0, 1, 5), (2, 0, 5), (2, 1, 0)])
+def test_empty_inputs(B, Tq, S, backend):
+    q, k, v = (torch.randn(B, n, 2, 16, device=DEVICE) for n in (Tq, S, S))
+    o, lse = window_attn_with_kvcache(q, k, v, 4, return_lse=True, backend=backend)
+    assert o.shape == (B, Tq, 2, 16) and lse.shape == (B, 2, Tq)
+    assert not o.any() and (lse == -math.inf).all()
+
+
+@contextlib.contextmanager
+def count_loaded_elements():
+    """What the interpreter loads from memory, where it is not masked off."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    loaded = []
+
+    def counting(name, mask_of):
+        method = getattr(InterpreterBuilder, name)
+
+        def counted(builder, pointers, *rest):
+            loaded.append(int(mask_of(pointers, *rest).sum()))
+            return method(builder, pointers, *rest)
+
+        return mock.patch.object(InterpreterBuilder, name, counted)
+
+    with counting("create_masked_load", lambda pointers, mask, *rest: mask.data):
+        yield loaded
+
+
+@pytest.mark.skipif(not ON_CPU, reason="counts in the interpreter")
+@pytest.mark.parametrize("length", [100, 10**6])
+def test_a_query_reads_its_window_and_nothing_else(length):
+    """At any position of a cache of a million slots. Each part reads the query and the length of its row."""
+    W, S, D, Dv = 50, 10**6, 16, 24
+    q, k, v = (torch.zeros(1, n, 1, d) for n, d in ((1, D), (S, D), (S, Dv)))
+    seqlens = torch.tensor([length], dtype=torch.int32)
+    for num_splits in (1, 2):
+        with count_loaded_elements() as loaded:
+            launch(q, k, v, seqlens, W, 1.0, config=SMALL, num_splits=num_splits)
+        combined = 0 if num_splits == 1 else num_splits * (Dv + 1)
+        assert sum(loaded) == W * (D + Dv) + num_splits * (D + 1) + combined
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_nothing_outside_the_window_matters(backend):
+    """NaN in every slot but those of the window, a million tokens into the sequence."""
+    W, S = 20, 4096
+    q, k, v = (torch.randn(1, n, 2, 16, device=DEVICE) for n in (1, S, S))
+    length = 10**6
+    kept = [p % S for p in range(length - W, length)]
+    expected = reference.window_attn(q, k[:, kept], v[:, kept])
+    for x in (k, v):
+        others = torch.ones(S, dtype=torch.bool, device=DEVICE)
+        others[kept] = False
+        x[:, others] = math.nan
+    o = window_attn_with_kvcache(q, k, v, W, cache_seqlens=length, backend=backend)
+    torch.testing.assert_close(o, expected)
+
+
+def test_few_queries_of_window_attn_take_this_kernel():
+    """And have their gradients from the usual ones."""
+    q, k, v = (torch.randn(2, n, 2, 16, device=DEVICE, requires_grad=True) for n in (3, 30, 30))
+    name = "lact_kernels.triton.window_attn_fwd.window_attn_with_kvcache"
+    with mock.patch(name, side_effect=launch) as launched:
+        o = window_attn(q, k, v, 9, backend="triton")
+    assert launched.call_count == 1
+    expected = reference.window_attn(q, k, v, 9)
+    torch.testing.assert_close(o, expected)
+    do = torch.randn_like(o)
+    ours, theirs = (torch.autograd.grad(x, (q, k, v), do) for x in (o, expected))
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_a_row_that_has_lost_its_window_is_not_a_number(backend):
+    """What is known without reading lengths on the host is an error: see the bad inputs."""
+    op = lact_kernels.autograd.window_attn_with_kvcache.window_attn_with_kvcache
+    q, k, v = (torch.randn(3, n, 2, 16, device=DEVICE) for n in (2, 10, 10))
+    seqlens = torch.tensor([10, 11, 4], dtype=torch.int32, device=DEVICE)
+    o, lse = op(q, k, v, seqlens, 10, 0.25, backend)
+    assert [bool(x.isnan().all()) for x in o] == [False, True, False]
+    assert [bool(x.isnan().any()) for x in lse] == [False, True, False]
+    o, _ = op(q, k, v, seqlens, 9, 0.25, backend)
+    assert not o.isnan().any()
+
+
+BAD = [
+    (
+        {name: torch.ones(2, 8, 3, 4) for name in ("k_cache", "v_cache")},
+        ValueError,
+        "4 heads of q .* 3 heads of k_cache and v_cache",
+    ),
+    ({"v_cache": torch.ones(2, 9, 2, 4)}, ValueError, "v_cache must have the shape"),
+    ({"k_cache": torch.ones(2, 8, 2, 4).half()}, TypeError, "k_cache .*float32.*float16"),
+    ({"window_size": 0}, ValueError, "window_size must be at least 1"),
+    ({"cache_seqlens": 3.0}, TypeError, r"cache_seqlens must be an int32 tensor \[B\] or an int"),
+    ({"cache_seqlens": True}, TypeError, "cache_seqlens must be an int32 tensor"),
+    ({"cache_seqlens": -1}, ValueError, "cache_seqlens must not be negative, got -1"),
+    ({"cache_seqlens": torch.tensor([3, 3])}, TypeError, "cache_seqlens .*int32, got torch.int64"),
+    ({"cache_seqlens": torch.ones(3).int()}, ValueError, r"cache_seqlens .*\(2,\), got \(3,\)"),
+    ({"cache_seqlens": 9}, ValueError, "cache_seqlens is 9, but the cache has 8 slots"),
+    (
+        {"cache_seqlens": torch.tensor([3, 9]).int(), "window_size": 8},
+        ValueError,
+        "than the window_size . Tq - 1 that 2 queries with a window of 8 need",
+    ),
+    ({"q": torch.ones(2, 2, 4, 4, requires_grad=True)}, ValueError, "q requires a gradient, and"),
+    ({"return_lse": None}, TypeError, "return_lse must be True or False"),
+    ({"backend": "fast"}, ValueError, "backend must be"),
+]
+
+
+@pytest.mark.parametrize("changed, error, message", BAD)
+def test_bad_input(changed, error, message):
+    inputs = {
+        "q": torch.ones(2, 2, 4, 4),
+        "k_cache": torch.ones(2, 8, 2, 4),
+        "v_cache": torch.ones(2, 8, 2, 4),
+    }
+    with pytest.raises(error, match=message):
+        window_attn_with_kvcache(**inputs | changed)
+
+
+def test_a_ring_of_just_enough_slots_is_accepted():
+    q, k = torch.ones(2, 2, 4, 4), torch.ones(2, 8, 2, 4)
+    window_attn_with_kvcache(q, k, k, 7, cache_seqlens=9)
+
+
+@dataclasses.dataclass
+class Rows:
+    """All keys and values that each row has had, which a ring buffer forgets."""
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+
+    def append(self, k, v, lengths):
+        for kept, new in ((self.keys, k), (self.values, v)):
+            for b, length in enumerate(lengths):
+                kept[b] = torch.cat([kept[b], new[b, :length]])
+
+
+def ring_and_rows(B, W, **options):
+    ring = RingKVCache(B, W, 2, 16, head_dim_v=24, device=DEVICE, **options)
+    empty = [torch.empty(0, 2, d, device=DEVICE, dtype=ring.k.dtype) for d in (16, 24)]
+    return ring, Rows(*([x] * B for x in empty))
+
+
+def new_tokens(ring, t):
+    B, dtype = len(ring.k), ring.k.dtype
+    return [torch.randn(B, t, 2, d, device=DEVICE, dtype=dtype) for d in (16, 24)]
+
+
+def check_ring(ring, rows, Tq, backend="auto"):
+    B = len(ring.k)
+    q = torch.randn(B, Tq, 4, 16, device=DEVICE, dtype=ring.k.dtype)
+    o, lse = ring.window_attn(q, return_lse=True, backend=backend)
+    for b in range(B):
+        k, v = rows.keys[b][None], rows.values[b][None]
+        expected = reference.window_attn(q[b : b + 1], k, v, ring.window_size, return_lse=True)
+        torch.testing.assert_close((o[b : b + 1], lse[b : b + 1]), expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_ring_buffer_goes_round(backend):
+    """Token by token, with prompts shorter and longer than the ring before and in between."""
+    ring, rows = ring_and_rows(2, 5)
+    for t in (3, 1, 1, 1, 1, 1, 12, 1, 1, 1, 0, 4, 5, 6, 1):
+        k, v = new_tokens(ring, t)
+        ring.append(k, v)
+        rows.append(k, v, (t, t))
+        check_ring(ring, rows, 1, backend)
+    assert ring.seqlens.tolist() == [39, 39] and ring.max_seqlen == 39
+    assert ring.k.shape == (2, 5, 2, 16) and ring.v.shape == (2, 5, 2, 24)
+
+
+def test_rows_of_different_lengths_and_several_queries():
+    ring, rows = ring_and_rows(3, 6, max_queries=3, dtype=torch.float64)
+    assert ring.k.shape[1] == 8
+    steps = [(7, (0, 3, 7)), (2, (2, 0, 1)), (1, (1, 1, 1)), (20, (20, 8, 9)), (3, (3, 2, 0))]
+    for t, lengths in 3 * steps:
+        k, v = new_tokens(ring, t)
+        ring.append(k, v, torch.tensor(lengths, dtype=torch.int32, device=DEVICE))
+        rows.append(k, v, lengths)
+        for Tq in (1, 2, 3):
+            check_ring(ring, rows, Tq)
+        assert ring.seqlens.tolist() == [len(x) for x in rows.keys]
+
+
+def test_view_is_in_order_and_aligned_at_the_end():
+    ring, rows = ring_and_rows(2, 4)
+    for t, lengths in [(0, (0, 0)), (2, (2, 1)), (1, (1, 1)), (9, (0, 9)), (1, (1, 0))]:
+        k, v = new_tokens(ring, t)
+        ring.append(k, v, torch.tensor(lengths, dtype=torch.int32, device=DEVICE))
+        rows.append(k, v, lengths)
+        for kept, seen in zip((rows.keys, rows.values), ring.view()):
+            assert seen.shape[1] == min(ring.max_seqlen, 4)
+            for b in range(2):
+                last = kept[b][-4:]
+                padding = seen.shape[1] - len(last)
+                assert torch.equal(seen[b, padding:], last)
+                assert not seen[b, :padding].any()
+
+
+def test_a_prompt_goes_on_behind_the_view():
+    """Any split of a sequence into pieces and single tokens gives the outputs of one call."""
+    T, W = 40, 7
+    q, k, v = (torch.randn(2, T, h, 16, device=DEVICE) for h in (4, 2, 2))
+    whole = reference.window_attn(q, k, v, W)
+    ring, outputs, start = RingKVCache(2, W, 2, 16, device=DEVICE), [], 0
+    for t in (3, 1, 1, 11, 1, 5, 1, 1, 9, 7):
+        piece = slice(start, start + t)
+        kept = ring.view()
+        keys, values = (torch.cat(x, dim=1) for x in zip(kept, (k[:, piece], v[:, piece])))
+        ring.append(k[:, piece], v[:, piece])
+        if t == 1:
+            outputs.append(ring.window_attn(q[:, piece]))
+        else:
+            outputs.append(window_attn(q[:, piece], keys, values, W))
+        start += t
+    torch.testing.assert_close(torch.cat(outputs, dim=1), whole)
+
+
+RING_BAD = [
+    (
+        lambda ring, k, v: ring.append(k[:1], v),
+        ValueError,
+        r"k must have the shape .*\(2, 3, 2, 16",
+    ),
+    (lambda ring, k, v: ring.append(k, v[:, :2]), ValueError, "v must have the shape"),
+    (lambda ring, k, v: ring.append(k.half(), v), TypeError, "k must have the dtype torch.float32"),
+    (lambda ring, k, v: ring.append(k, v, [1, 2]), TypeError, "lengths must be a tensor"),
+    (lambda ring, k, v: ring.append(k, v, torch.tensor([1, 4]).int()), ValueError, "0 and t = 3"),
+    (lambda ring, k, v: ring.append(k, v, torch.tensor([-1, 1]).int()), ValueError, "got -1"),
+    (lambda ring, k, v: ring.window_attn(torch.ones(2, 2, 4, 16)), ValueError, "max_queries = 1"),
+    (lambda ring, k, v: RingKVCache(2, 0, 2, 16), ValueError, "window_size must be at least 1"),
+    (lambda ring, k, v: RingKVCache(2, None, 2, 16), TypeError, "window_size must be an int"),
+    (lambda ring, k, v: RingKVCache(2, 4, 2, 16, max_queries=0), ValueError, "max_queries"),
+]
+
+
+@pytest.mark.skipif(not ON_CPU, reason="lengths are read on the CPU only")
+@pytest.mark.parametrize("call, error, message", RING_BAD)
+def test_ring_buffer_refuses(call, error, message):
+    ring, _ = ring_and_rows(2, 5)
+    k, v = new_tokens(ring, 3)
+    with pytest.raises(error, match=message):
+        call(ring, k, v)
+    assert not ring.seqlens.any() and not ring.k.any()
