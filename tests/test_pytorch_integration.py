@@ -1,0 +1,537 @@
+"""What PyTorch does around an op: autocast, compile, export, checkpoints, DDP, saved tensors, inference.
+
+What only a GPU can show is in test_gpu.py.
+"""
+
+import contextlib
+import copy
+import datetime
+import functools
+import itertools
+import pickle
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks.launches import count_launches
+from lact_kernels import RingKVCache, block_causal_ttt, window_attn, window_attn_with_kvcache
+from lact_kernels.eager import masked_attention
+from lact_kernels.ops import offsets
+from tests.cases import TTTCase, WindowCase
+
+CASES = [
+    WindowCase("dense", 40, 7, B=2, Hq=4),
+    WindowCase("packed", 40, 7, Hq=4, cu_seqlens=(0, 10, 10, 40)),
+]
+dense_and_packed = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def results(fn, inputs):
+    """The outputs of `fn`, and the gradients of all inputs that have one, each output's cotangent ones."""
+    outputs = fn(*inputs)
+    leaves = [x for x in inputs if x.requires_grad]
+    if not leaves:
+        return outputs
+    return *outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(x) for x in outputs])
+
+
+def assert_same(actual, expected):
+    assert [x.dtype for x in actual] == [x.dtype for x in expected]
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+# Autocast
+
+
+def autocast(enabled=True):
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+
+@pytest.fixture
+def written_out(monkeypatch):
+    """Attention in matrix products, as on other devices: autocast would cast those, if it came so far."""
+    monkeypatch.setattr(masked_attention, "forward", masked_attention.forward_written_out)
+    monkeypatch.setattr(masked_attention, "backward", masked_attention.backward_written_out)
+
+
+def cast_leaves(case, dtypes):
+    inputs = case.inputs(torch.float32)
+    return [x.detach().to(dtype).requires_grad_() for x, dtype in zip(inputs, dtypes)]
+
+
+DOUBLE = (torch.float64,) * 3
+MIXED = (torch.float32, torch.float32, torch.bfloat16)
+
+
+@pytest.mark.usefixtures("written_out")
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 3, MIXED, DOUBLE], ids=str)
+@dense_and_packed
+def test_autocast_is_a_cast_by_hand(case, dtypes, backend):
+    """Of all but float64, with gradients in the dtypes of the leaves."""
+    fn = functools.partial(window_attn, **case.options(), return_lse=True, backend=backend)
+    inputs = cast_leaves(case, dtypes)
+    dtype = torch.float64 if dtypes == DOUBLE else torch.bfloat16
+    o, lse, *grads = results(fn, [x.detach().to(dtype).requires_grad_() for x in inputs])
+    with autocast():
+        actual = results(fn, inputs)
+    assert actual[0].dtype == dtype
+    assert_same(actual, (o, lse, *(dx.to(x.dtype) for dx, x in zip(grads, inputs))))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_autocast_accepts_the_dtypes_that_pytorchs_attention_accepts(enabled):
+    """Also where it is off within a region where it is on."""
+    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    for mix in itertools.product(dtypes, repeat=3):
+        q, k, v = cast_leaves(WindowCase("", 5, None), mix)
+        with autocast(), autocast(enabled):
+            try:
+                expected = F.scaled_dot_product_attention(q, k, v).dtype
+            except RuntimeError:
+                with pytest.raises(TypeError, match="must have the dtype"):
+                    window_attn(q, k, v)
+            else:
+                assert window_attn(q, k, v).dtype == expected
+
+
+@pytest.mark.usefixtures("written_out")
+@pytest.mark.parametrize("fn_name", ["dense", "packed", "fast weights"])
+@pytest.mark.parametrize("forward_inside", [False, True])
+def test_backward_inside_autocast_gives_the_same(fn_name, forward_inside):
+    fn, make_inputs, (sizes, *_) = CHANGES[f"{fn_name}, length"]
+    inputs = make_inputs(*sizes)
+    with autocast(forward_inside):
+        outputs = fn(*inputs)
+    leaves = [x for x in inputs if x.requires_grad]
+    ones = [torch.ones_like(x) for x in outputs]
+    grads = []
+    for backward_inside in (False, True):
+        with autocast(backward_inside):
+            grads.append(torch.autograd.grad(outputs, leaves, ones, retain_graph=True))
+    assert_same(*grads)
+
+
+@dense_and_packed
+def test_autocast_inside_of_a_compiled_function(case):
+    def fn(*inputs):
+        with autocast():
+            return window_attn(*inputs, **case.options(), return_lse=True)
+
+    inputs = cast_leaves(case, MIXED)
+    assert_same(results(compiled(fn)[0], inputs), results(fn, inputs))
+
+
+@dense_and_packed
+def test_autocast_around_a_compiled_function(case):
+    """Which is compiled once for each state of autocast that it is called in."""
+    fn = functools.partial(window_attn, **case.options(), return_lse=True)
+    traced, counter = compiled(fn)
+    inputs = case.inputs(torch.float32)
+    for enabled, dtype in ((False, torch.float32), (True, torch.bfloat16), (False, torch.float32)):
+        with autocast(enabled):
+            actual = results(traced, inputs)
+            assert_same(actual, results(fn, inputs))
+        assert actual[0].dtype == dtype
+    assert counter.frame_count == 2
+
+
+@torch.no_grad()
+def test_autocast_casts_queries_and_cache():
+    q, k_cache, v_cache = cast_leaves(WindowCase("", 2, None, Tk=9, B=3), MIXED)
+    lengths = torch.tensor([2, 9, 30], dtype=torch.int32)
+    fn = functools.partial(
+        window_attn_with_kvcache, window_size=5, cache_seqlens=lengths, return_lse=True
+    )
+    with autocast():
+        actual = fn(q, k_cache, v_cache)
+    assert actual[0].dtype == torch.bfloat16
+    assert_same(actual, fn(q.bfloat16(), k_cache.bfloat16(), v_cache))
+    with pytest.raises(TypeError, match="v_cache must have the dtype"):
+        fn(q, k_cache, v_cache)
+
+
+@torch.no_grad()
+def test_decoding_under_autocast():
+    """The keys and values of a projection come in autocast's dtype, which is then that of the cache."""
+    case = WindowCase("", 12, 5)
+    inputs = [x.bfloat16() for x in case.inputs(torch.float32)]
+    outputs, cache = [], RingKVCache(1, 5, 2, 16, dtype=torch.bfloat16)
+    with autocast():
+        for q, k, v in zip(*(x.split(1, dim=1) for x in inputs)):
+            cache.append(k, v)
+            outputs.append(cache.window_attn(q.float()))
+    o = window_attn(*inputs, 5)
+    torch.testing.assert_close(torch.cat(outputs, dim=1), o, rtol=2e-2, atol=2e-2)
+
+
+def test_every_op_has_a_rule_for_autocast():
+    """In the dispatcher, where nothing else comes between."""
+    names = [x for x in torch._C._dispatch_get_all_op_names() if x.startswith("lact_kernels::")]
+    assert len(names) >= 5
+    for name, device in itertools.product(names, ("CPU", "CUDA")):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, f"Autocast{device}"), name
+
+
+# torch.compile
+
+
+def compiled(fn, dynamic=None):
+    """`fn` traced whole, and a counter of its compilations. It needs no C++ compiler."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    return torch.compile(fn, fullgraph=True, dynamic=dynamic, backend=counter), counter
+
+
+# The compiler takes sizes that are equal at first to be equal for good, so no other is among these.
+HEADS = {"Hq": 6, "Hkv": 3, "D": 16, "Dv": 24}
+
+
+def call_dense(q, k, v):
+    return window_attn(q, k, v, 7, return_lse=True)
+
+
+def dense_inputs(B, T):
+    return WindowCase("", T, 7, B=B, **HEADS).inputs(torch.float32)
+
+
+def call_packed(q, k, v, cu_seqlens):
+    return window_attn(q, k, v, 7, cu_seqlens=cu_seqlens, return_lse=True)
+
+
+def packed_inputs(N, T):
+    return *dense_inputs(1, T), torch.linspace(0, T, N + 1, dtype=torch.int32)
+
+
+def call_kvcache(q, k_cache, v_cache, cache_seqlens):
+    return window_attn_with_kvcache(
+        q, k_cache, v_cache, 7, cache_seqlens=cache_seqlens, return_lse=True
+    )
+
+
+def kvcache_inputs(B, S):
+    inputs = WindowCase("", 2, 7, B=B, Tk=S, **HEADS).inputs(torch.float32)
+    return *(x.detach() for x in inputs), torch.full((B,), S + 1, dtype=torch.int32)
+
+
+def call_fast_weights(*inputs):
+    *inputs, momentum = inputs
+    return (block_causal_ttt(*inputs, momentum=momentum, chunk_size=4, muon=True),)
+
+
+def fast_weights_inputs(B, T):
+    return tuple(TTTCase("", B=B, T=T, H=3, momentum=True).inputs(torch.float32).values())
+
+
+CHANGES = {
+    "dense, batch": (call_dense, dense_inputs, [(5, 33), (2, 33), (9, 33), (16, 33)]),
+    "dense, length": (call_dense, dense_inputs, [(5, 33), (5, 34), (5, 2), (5, 200)]),
+    "packed, length": (call_packed, packed_inputs, [(4, 33), (4, 34), (4, 9), (4, 200)]),
+    "packed, sequences": (call_packed, packed_inputs, [(4, 33), (1, 33), (2, 33), (40, 33)]),
+    "kvcache, batch": (call_kvcache, kvcache_inputs, [(5, 33), (8, 33), (9, 33), (16, 33)]),
+    "kvcache, slots": (call_kvcache, kvcache_inputs, [(5, 33), (5, 34), (5, 8), (5, 200)]),
+    "fast weights, length": (call_fast_weights, fast_weights_inputs, [(2, 11), (2, 12), (2, 30)]),
+}
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+@pytest.mark.parametrize("change", CHANGES)
+def test_new_sizes_compile_nothing_again(change, dynamic):
+    """Unasked, the compiler takes the second size it sees for a sign that there are more."""
+    fn, make_inputs, sizes = CHANGES[change]
+    traced, counter = compiled(fn, dynamic)
+    for size in sizes:
+        inputs = make_inputs(*size)
+        assert_same(results(traced, inputs), results(fn, inputs))
+    assert counter.frame_count == (1 if dynamic else 2)
+
+
+def test_compiled_decoding_compiles_once_for_all_steps():
+    """And once more unasked: `max_seqlen` grows with every step."""
+    caches = [RingKVCache(2, 5, 3, 16) for _ in range(2)]
+
+    def step(cache, q, k, v):
+        cache.append(k, v)
+        return cache.window_attn(q)
+
+    traced, counter = compiled(step)
+    with torch.no_grad():
+        for _ in range(7):
+            inputs = torch.randn(3, 2, 1, 3, 16)
+            assert torch.equal(traced(caches[0], *inputs), step(caches[1], *inputs))
+    assert counter.frame_count == 2
+    assert caches[0].max_seqlen == 7
+
+
+# A module around each operation
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(10, 3 * 3 * 8)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 3, 8)).unbind(2)
+        return window_attn(q, k, v, 7, cu_seqlens=cu_seqlens).flatten(2)
+
+
+class FastWeights(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(10, 3 * 3 * 8)
+        self.lr = nn.Linear(10, 3 * 3)
+        self.w0, self.w1, self.w2 = (nn.Parameter(torch.randn(3, 8, 8) / 3) for _ in range(3))
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 3, 8)).unbind(2)
+        rates = F.softplus(self.lr(x)).unflatten(-1, (3, 3)).unbind(2)
+        weights = (self.w0, self.w1, self.w2)
+        return block_causal_ttt(
+            q, k, v, *weights, *rates, chunk_size=4, cu_seqlens=cu_seqlens
+        ).flatten(2)
+
+
+MODULES = (Attention, FastWeights)
+
+
+def module_inputs(packed, n=3, T=20):
+    """Of n rows of T tokens, or n packed sequences of as many between them."""
+    if not packed:
+        return (torch.randn(n, T, 10),)
+    return torch.randn(1, T, 10), torch.linspace(0, T, n + 1, dtype=torch.int32)
+
+
+def gradients(module, inputs):
+    module.zero_grad()
+    module(*inputs).square().sum().backward()
+    return [p.grad for p in module.parameters()]
+
+
+@pytest.fixture(params=MODULES, ids=lambda x: x.__name__)
+def module(request):
+    return request.param()
+
+
+layouts = pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@layouts
+def test_checkpoint(module, packed, use_reentrant):
+    x, *rest = module_inputs(packed)
+    grads = []
+    for forward in (module, functools.partial(checkpoint, module, use_reentrant=use_reentrant)):
+        leaf = x.clone().requires_grad_()
+        module.zero_grad()
+        forward(leaf, *rest).square().sum().backward()
+        grads.append([leaf.grad, *(p.grad for p in module.parameters())])
+    assert_same(*grads)
+
+
+@layouts
+def test_functional_call(module, packed):
+    inputs = module_inputs(packed)
+    values = {name: x.detach() / 2 for name, x in module.named_parameters()}
+    twin = copy.deepcopy(module)
+    twin.load_state_dict(values)
+    expected = gradients(twin, inputs)
+    parameters = {name: x.requires_grad_() for name, x in values.items()}
+    o = torch.func.functional_call(module, parameters, inputs)
+    assert_same([o], [twin(*inputs)])
+    assert_same(torch.autograd.grad(o.square().sum(), list(parameters.values())), expected)
+
+
+@layouts
+def test_exported_program_runs_on_other_sizes(module, packed):
+    inputs = module_inputs(packed)
+    length, number = {1: torch.export.Dim.DYNAMIC}, {0: torch.export.Dim.DYNAMIC}
+    dynamic_shapes = (length, number) if packed else (length | number,)
+    program = torch.export.export(module, inputs, dynamic_shapes=dynamic_shapes).module()
+    for n, T in ((3, 20), (2, 21), (7, 200)):
+        inputs = module_inputs(packed, n, T)
+        torch.testing.assert_close(program(*inputs), module(*inputs))
+
+
+def pickled(x):
+    return pickle.loads(pickle.dumps(x))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_copied_module(module, copied):
+    inputs = module_inputs(packed=True)
+    module(*inputs)
+    assert_same(gradients(copied(module), inputs), gradients(module, inputs))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_copied_cache_goes_its_own_way(copied):
+    cache = RingKVCache(1, 5, 2, 16)
+    q, k, v = torch.randn(3, 1, 1, 2, 16)
+    cache.append(k, v)
+    before = cache.window_attn(q)
+    other = copied(cache)
+    assert torch.equal(other.window_attn(q), before)
+    other.append(v, k)
+    assert torch.equal(cache.window_attn(q), before)
+    assert not torch.equal(other.window_attn(q), before)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_distributed_data_parallel(world_size, tmp_path):
+    args = (world_size, f"file://{tmp_path}/store")
+    if world_size == 1:
+        check_distributed_data_parallel(0, *args)
+    else:
+        torch.multiprocessing.spawn(check_distributed_data_parallel, args, nprocs=world_size)
+
+
+def check_distributed_data_parallel(rank, world_size, store):
+    """Each rank has tokens of its own, and ends with the mean of the gradients of all."""
+    timeout = datetime.timedelta(seconds=60)
+    torch.distributed.init_process_group("gloo", store, timeout, world_size, rank)
+    try:
+        for make_module, packed in itertools.product(MODULES, (False, True)):
+            torch.manual_seed(0)
+            module = make_module()
+            inputs = [module_inputs(packed, n=2 + r) for r in range(world_size)]
+            means = [sum(x) / world_size for x in zip(*(gradients(module, x) for x in inputs))]
+            distributed = DistributedDataParallel(copy.deepcopy(module))
+            torch.testing.assert_close(gradients(distributed, inputs[rank]), means)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# What the backward keeps
+
+STRIDES = {
+    "contiguous": lambda B: torch.randn(3, B, 40, 2, 16).unbind(0),
+    "sliced from one projection": lambda B: torch.randn(B, 40, 3, 2, 16).unbind(2),
+    "heads first": lambda B: torch.randn(3, B, 2, 40, 16).transpose(2, 3).unbind(0),
+    "channels not last": lambda B: torch.randn(3, B, 40, 16, 2).transpose(3, 4).unbind(0),
+}
+
+
+@dense_and_packed
+@pytest.mark.parametrize("strides", STRIDES)
+def test_backward_keeps_inputs_output_and_lse_alone(strides, case):
+    """As they are: not a copy of q, k or v, and nothing beside them."""
+    inputs = [x.requires_grad_() for x in STRIDES[strides](case.B)]
+    options = case.options()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        o, lse = window_attn(*inputs, **options, return_lse=True)
+    known = [*inputs, o, lse, *(x for x in options.values() if isinstance(x, Tensor))]
+    places = {(x.data_ptr(), x.shape, x.stride()) for x in known}
+    assert {(x.data_ptr(), x.shape, x.stride()) for x in saved} == places
+    assert not any(isinstance(x, Tensor) for x in tree_leaves(vars(o.grad_fn)))
+
+
+# cu_seqlens on the host
+
+
+def borders(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def train(cu_seqlens):
+    gradients(Attention(), (torch.randn(1, 20, 10), cu_seqlens))
+
+
+def times_read(fn, *args):
+    return count_launches(lambda: fn(*args)).syncs
+
+
+def test_cu_seqlens_is_read_once_per_tensor():
+    cu_seqlens = borders(0, 4, 20)
+    assert [times_read(train, cu_seqlens) for _ in range(3)] == [1, 0, 0]
+    with torch.inference_mode():
+        assert times_read(Attention(), torch.randn(1, 20, 10), cu_seqlens) == 0
+    assert times_read(train, borders(0, 4, 20)) == 1
+
+
+def test_compiled_function_reads_cu_seqlens_once(monkeypatch):
+    reads = []
+    tolist = Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda x: reads.append(x) or tolist(x))
+    traced, _ = compiled(call_packed)
+    for inputs in (packed_inputs(3, 20), packed_inputs(3, 20)):
+        reads.clear()
+        for _ in range(2):
+            results(traced, inputs)
+        assert len(reads) == 1
+
+
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+def test_cu_seqlens_that_changed_is_read_and_checked_again(mode):
+    q, k, v = torch.randn(3, 1, 20, 2, 16)
+    cu_seqlens = borders(0, 4, 20)
+    fn = functools.partial(window_attn, q, k, v, 7, cu_seqlens=cu_seqlens)
+    before = fn()
+    with mode():
+        cu_seqlens[1] = 9
+        after = fn()
+    assert torch.equal(after, window_attn(q, k, v, 7, cu_seqlens=borders(0, 9, 20)))
+    assert not torch.equal(after, before)
+    with mode(), pytest.raises(ValueError, match="cu_seqlens descends from 30 to 20 at index 2"):
+        cu_seqlens[1] = 30
+        fn()
+
+
+def test_cu_seqlens_of_inference_mode_is_read_every_time():
+    """It has no version that would tell of a change."""
+    q, k, v = torch.randn(3, 1, 20, 2, 16)
+    with torch.inference_mode():
+        cu_seqlens = borders(0, 4, 20)
+        fn = functools.partial(window_attn, q, k, v, 7, cu_seqlens=cu_seqlens)
+        assert [times_read(fn) for _ in range(2)] == [1, 1]
+        cu_seqlens[1] = 9
+        assert torch.equal(fn(), window_attn(q, k, v, 7, cu_seqlens=borders(0, 9, 20)))
+
+
+def test_nothing_holds_cu_seqlens():
+    before = len(offsets._READ)
+    cu_seqlens = borders(0, 4, 20)
+    train(cu_seqlens)
+    assert len(offsets._READ) == before + 1
+    reference = weakref.ref(cu_seqlens)
+    del cu_seqlens
+    assert reference() is None
+    assert len(offsets._READ) == before
+
+
+# The cache and autograd
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_cache_without_autograd(mode, made_inside):
+    q, k, v = WindowCase("", 12, 5).inputs(torch.float32)
+    with mode() if made_inside else contextlib.nullcontext():
+        cache = RingKVCache(1, 5, 2, 16)
+    outputs = []
+    with mode():
+        for token in zip(*(x.split(1, dim=1) for x in (q, k, v))):
+            cache.append(*token[1:])
+            outputs.append(cache.window_attn(token[0]))
+    o = torch.cat(outputs, dim=1)
+    assert not o.requires_grad
+    torch.testing.assert_close(o, window_attn(q, k, v, 5).detach())
+
+
+def test_cache_does_not_join_the_graph():
+    q, k, v = WindowCase("", 3, 5).inputs(torch.float32)
+    cache = RingKVCache(1, 5, 2, 16)
+    cache.append(k * 2, v * 2)
+    query = q[:, -1:]
+    outputs = (*cache.view(), cache.window_attn(query.detach()))
+    assert not any(x.requires_grad for x in (cache.k, cache.v, cache.seqlens, *outputs))
+    with pytest.raises(ValueError, match="q requires a gradient"):
+        cache.window_attn(query)
