@@ -1,0 +1,157 @@
+"""Hundreds of drawn shapes, windows, strides and packings of `window_attn`, against the reference.
+
+The draws are the same in every run (`derandomize`), so that a failure is a change of the code.
+"""
+
+import collections
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import reference
+from lact_kernels.ops.window_attn import run_window_attn
+from lact_kernels.triton.configs import KernelConfig
+from tests.test_window_attn_triton import DEVICE, ON_CPU, run_kernels, run_reference
+
+drawn = settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+LAYOUTS = ("contiguous", "one projection", "heads first", "padded channels", "every second token")
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values with other strides, and NaN wherever a wrong offset would read."""
+    if layout == "one projection":
+        return _embedded(
+            x, (x.shape[0], x.shape[1], 3, *x.shape[2:]), (..., 1, slice(None), slice(None))
+        )
+    if layout == "heads first":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "padded channels":
+        return _embedded(x, (*x.shape[:3], x.shape[3] + 5), (..., slice(3, 3 + x.shape[3])))
+    if layout == "every second token":
+        return _embedded(
+            x, (x.shape[0], 2 * x.shape[1], *x.shape[2:]), (slice(None), slice(1, None, 2))
+        )
+    return x
+
+
+def _embedded(x: Tensor, shape: tuple[int, ...], index: tuple) -> Tensor:
+    larger = x.new_full(shape, float("nan"))
+    larger[index] = x
+    return larger[index]
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """One call. `lengths` are those of packed sequences, of queries and of keys, or of one dense row."""
+
+    B: int
+    lengths: tuple[tuple[int, int], ...]
+    window_size: int | None
+    heads: tuple[int, int]
+    D: int
+    Dv: int
+    layouts: tuple[str, str, str, str]
+    seed: int
+
+    @property
+    def packed(self) -> bool:
+        return self.B == 0
+
+    def inputs(self, dtype: torch.dtype) -> tuple[list[Tensor], tuple]:
+        """q, k, v and do, and the borders of the sequences."""
+        generator = torch.Generator().manual_seed(self.seed)
+        borders = [list(itertools.accumulate(x, initial=0)) for x in zip(*self.lengths)]
+        (Tq, Tk), (Hq, Hkv), B = (x[-1] for x in borders), self.heads, self.B or 1
+        shapes = [(Tq, Hq, self.D), (Tk, Hkv, self.D), (Tk, Hkv, self.Dv), (Tq, Hq, self.Dv)]
+        tensors = [
+            laid_out(torch.randn(B, *shape, generator=generator).to(DEVICE, dtype), layout)
+            for shape, layout in zip(shapes, self.layouts)
+        ]
+        if not self.packed:
+            return tensors, (None, None)
+        return tensors, tuple(torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in borders)
+
+
+@st.composite
+def draws(draw, longest: int) -> Draw:
+    length = st.one_of(st.integers(0, 3), st.integers(0, longest))
+    more_keys = st.one_of(st.just(0), st.just(0), st.integers(-longest, longest))
+    packed = draw(st.booleans())
+    queries = draw(st.lists(length, min_size=1, max_size=8 if packed else 1))
+    lengths = tuple((n, max(0, n + draw(more_keys))) for n in queries)
+    Hkv, groups = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    return Draw(
+        B=0 if packed else draw(st.integers(1, 2)),
+        lengths=lengths,
+        window_size=draw(st.one_of(st.none(), st.integers(2, 20), st.integers(2, 2 * longest))),
+        heads=(Hkv * groups, Hkv),
+        D=draw(st.sampled_from([16, 24, 32])),
+        Dv=draw(st.sampled_from([16, 40])),
+        layouts=tuple(draw(st.sampled_from(LAYOUTS)) for _ in range(4)),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+@drawn
+@given(draws(longest=150))
+def test_eager(case: Draw):
+    """In float64, where there is no rounding to allow for."""
+    (*inputs, do), borders = case.inputs(torch.float64)
+    inputs = [x.requires_grad_() for x in inputs]
+    ours = run_window_attn(*inputs, case.window_size, None, *borders, "eager")
+    packing = dict(zip(("cu_seqlens", "cu_seqlens_k"), borders))
+    exact = reference.window_attn(*inputs, case.window_size, **packing, return_lse=True)
+    torch.testing.assert_close(ours, exact)
+    grads = (torch.autograd.grad(o, inputs, do, materialize_grads=True) for o, _ in (ours, exact))
+    torch.testing.assert_close(*grads)
+
+
+STRUCTURE = {torch.float32: 1e-4, torch.float16: 3e-2}  # a wrong index or mask changes far more
+blocks = st.sampled_from([(16, 16), (32, 16), (16, 32)])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ON_CPU, reason="the tiles of 16 are for the interpreter")
+@pytest.mark.parametrize("dtype", STRUCTURE, ids=str)
+def test_kernels(dtype):
+    """Each draw alone by a coarse bound, and all together by that of `benchmarks/accuracy.py`.
+
+    Many a draw is a handful of numbers, too few to compare rounding errors with.
+    """
+    squares = collections.defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
+
+    @settings(drawn, max_examples=150)
+    @given(draws(longest=40), blocks)
+    def check(case: Draw, blocks):
+        (*inputs, do), borders = case.inputs(dtype)
+        config = KernelConfig(*blocks, num_warps=4, num_stages=1)
+        options = (do, None, case.window_size, case.D**-0.5)
+        actual = run_kernels(*inputs, *options, config, borders)
+        same, exact = (run_reference(*inputs, *options, borders, x) for x in (dtype, torch.float64))
+        for name, *tensors in zip(("o", "lse", "dq", "dk", "dv"), actual, same, exact):
+            assert torch.equal(tensors[0] == -math.inf, tensors[2] == -math.inf)
+            a, s, e = (x.double().masked_fill(x == -math.inf, 0.0) for x in tensors)
+            torch.testing.assert_close(a, e, rtol=0, atol=STRUCTURE[dtype] * (1 + _largest(e)))
+            squares[name] += torch.stack([x.square().sum() for x in (a - e, s - e, e)]).cpu()
+
+    check()
+    assert len(squares) == 5
+    for name, (ours, plain, size) in squares.items():
+        eps = torch.finfo(torch.float32 if name == "lse" else dtype).eps
+        assert ours.sqrt() <= 2 * plain.sqrt() + eps * size.sqrt(), name
+
+
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
