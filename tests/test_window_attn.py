@@ -110,6 +110,23 @@ def test_huge_scores_stay_finite():
     assert all(x.isfinite().all() for x in (o, lse, q.grad, k.grad, v.grad))
 
 
+@pytest.mark.parametrize("written_out", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scores_of_minus_infinity(dtype, written_out, monkeypatch):
+    """A row whose every score is -inf has the output 0, and nothing becomes NaN."""
+    if written_out:
+        monkeypatch.setattr(masked_attention, "forward", masked_attention.forward_written_out)
+        monkeypatch.setattr(masked_attention, "backward", masked_attention.backward_written_out)
+    q, k, v = (x.detach() for x in WindowCase("", 100, 20).inputs(dtype))
+    q = torch.full_like(q, 1e30).requires_grad_()
+    k[:, 20:70] = -1e30
+    k, v = k.requires_grad_(), v.requires_grad_()
+    o = window_attn(q, k, v, 10)
+    grads = torch.autograd.grad(o, (q, k, v), torch.randn_like(o))
+    assert all(x.isfinite().all() for x in (o, *grads))
+    assert not o[:, 29:70].any() and o[:, :20].all() and o[:, 70:].all()
+
+
 def test_memory_does_not_grow_with_the_square_of_T():
     """The largest tensor that any op makes stays linear in T."""
 

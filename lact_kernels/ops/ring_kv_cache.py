@@ -33,7 +33,8 @@ class RingKVCache:
         k: keys `[B, S, Hkv, D]`, 0 in slots that were never written.
         v: values `[B, S, Hkv, Dv]`.
         seqlens: int32 `[B]`, how many tokens each row has had.
-        max_seqlen: an int that no element of `seqlens` exceeds.
+        max_seqlen: an int that no element of `seqlens` exceeds. It is counted on the host: the replay of
+            a CUDA graph changes `seqlens` and leaves it.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
