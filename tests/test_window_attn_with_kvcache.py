@@ -103,21 +103,31 @@ def test_eager_matches_reference(case, dtype):
     check(fn, case, dtype)
 
 
+def check_kernels(case, dtype, num_splits, config):
+    def fn(q, k, v, window_size, cache_seqlens=None):
+        inputs = (q, k, v, cache_seqlens, window_size or 2**30, q.shape[-1] ** -0.5)
+        with filled_with_nan(), bfloat16_products(ON_CPU and dtype == torch.bfloat16):
+            return launch(*inputs, config=config, num_splits=num_splits)
+
+    check(fn, case, dtype)
+
+
+@pytest.mark.skipif(not ON_CPU, reason="runs in the interpreter only")
 @pytest.mark.parametrize("num_splits", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernels_match_reference(case, dtype, num_splits):
-    def fn(q, k, v, window_size, cache_seqlens=None):
-        window_size = window_size or 2**30
-        config = SMALL if ON_CPU else None
-        with filled_with_nan(), bfloat16_products(ON_CPU and dtype == torch.bfloat16):
-            return launch(
-                *(q, k, v, cache_seqlens, window_size, q.shape[-1] ** -0.5),
-                config=config,
-                num_splits=num_splits,
-            )
+    check_kernels(case, dtype, num_splits, SMALL)
 
-    check(fn, case, dtype)
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("D, Dv", [(64, 64), (128, 128), (192, 128), (256, 256)])
+def test_kernels_match_reference_on_gpu(D, Dv, dtype, num_splits):
+    """All cases at each size, narrow and wide, with the tiles of the table."""
+    for case in CASES:
+        check_kernels(dataclasses.replace(case, D=D, Dv=Dv), dtype, num_splits, None)
 
 
 @pytest.mark.parametrize("Tq", [1, 16])
