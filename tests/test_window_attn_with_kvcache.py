@@ -210,6 +210,28 @@ def test_a_query_reads_its_window_and_nothing_else(length):
         assert sum(loaded) == W * (D + Dv) + num_splits * (D + 1) + combined
 
 
+@pytest.mark.skipif(not ON_CPU, reason="counts in the interpreter")
+def test_a_tile_of_queries_reads_what_it_sees_and_nothing_else():
+    Tq, W, D, S = 40, 50, 16, 1000
+    q, k, v = (torch.zeros(1, n, 1, D) for n in (Tq, S, S))
+    with count_loaded_elements() as loaded:
+        launch(q, k, v, None, W, 1.0, config=SMALL, num_splits=1)
+    keys = sum(W - 1 + rows for rows in (16, 16, 8))
+    assert sum(loaded) == 2 * D * keys + D * Tq
+
+
+@pytest.mark.skipif(not ON_CPU, reason="counts in the interpreter")
+def test_nothing_outside_the_cache_is_read():
+    """Of a row that has outgrown it, whose result is NaN."""
+    D, S = 16, 40
+    q, k, v = (torch.zeros(1, n, 1, D) for n in (1, S, S))
+    seqlens = torch.tensor([1000], dtype=torch.int32)
+    with count_loaded_elements() as loaded:
+        o, _ = launch(q, k, v, seqlens, 2**30, 1.0, config=SMALL, num_splits=1)
+    assert o.isnan().all()
+    assert sum(loaded) == 2 * D * S + D + 1
+
+
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_nothing_outside_the_window_matters(backend):
     """NaN in every slot but those of the window, a million tokens into the sequence."""
