@@ -290,11 +290,11 @@ BAD = [
     ({"cache_seqlens": -1}, ValueError, "cache_seqlens must not be negative, got -1"),
     ({"cache_seqlens": torch.tensor([3, 3])}, TypeError, "cache_seqlens .*int32, got torch.int64"),
     ({"cache_seqlens": torch.ones(3).int()}, ValueError, r"cache_seqlens .*\(2,\), got \(3,\)"),
-    ({"cache_seqlens": 9}, ValueError, "cache_seqlens is 9, but the cache has 8 slots"),
+    ({"cache_seqlens": 9}, ValueError, "cache_seqlens is 9, but the cache has fewer slots: 8"),
     (
         {"cache_seqlens": torch.tensor([3, 9]).int(), "window_size": 8},
         ValueError,
-        "than the window_size . Tq - 1 that 2 queries with a window of 8 need",
+        "fewer slots, and than window_size . Tq - 1 = 9: 8",
     ),
     ({"q": torch.ones(2, 2, 4, 4, requires_grad=True)}, ValueError, "q requires a gradient, and"),
     ({"return_lse": None}, TypeError, "return_lse must be True or False"),

@@ -79,13 +79,11 @@ def _checked_lengths(lengths, q: Tensor, S: int, window_size: int | None) -> Ten
         lengths = torch.full((B,), lengths, dtype=torch.int32, device=q.device)
     else:
         raise TypeError(f"cache_seqlens must be an int32 tensor [B] or an int, got {lengths!r}")
-    holds_window = window_size is not None and S >= window_size + Tq - 1
+    ring_slots = None if window_size is None else window_size + Tq - 1
     for length in values:
         if length < 0:
             raise ValueError(f"cache_seqlens must not be negative, got {length}")
-        if length > S and not holds_window:
-            raise ValueError(
-                f"cache_seqlens is {length}, but the cache has {S} slots: fewer than the tokens, and"
-                f" than the window_size + Tq - 1 that {Tq} queries with a window of {window_size} need"
-            )
+        if length > S and (ring_slots is None or S < ring_slots):
+            ring = "" if ring_slots is None else f", and than window_size + Tq - 1 = {ring_slots}"
+            raise ValueError(f"cache_seqlens is {length}, but the cache has fewer slots{ring}: {S}")
     return lengths
