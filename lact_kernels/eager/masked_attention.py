@@ -1,14 +1,15 @@
 """Softmax attention under a mask, with its lse, both ways. A row without a finite score has the output 0.
 
 Tensors are `[N, H, rows, D]` and `[N, H, keys, D]`, with one D for q, k and v; the mask is additive,
-`[rows, keys]`, or anything that broadcasts to the scores where it is written out. On the CPU this is
-PyTorch's own flash kernel, called one level below `scaled_dot_product_attention`, which does not
-hand out the lse. On other devices, whose flash kernels take no such mask, it is written out.
+`[rows, keys]` or `[N, 1, rows, keys]`. On the CPU this is PyTorch's own flash kernel, called one level
+below `scaled_dot_product_attention`, which does not hand out the lse. On other devices, whose flash
+kernels take no such mask, it is written out.
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 aten = torch.ops.aten
@@ -24,7 +25,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tupl
     if not q.is_cpu:
         return forward_written_out(q, k, v, mask, scale)
     flash = aten._scaled_dot_product_flash_attention_for_cpu
-    return flash(q, k, v, attn_mask=mask[None, None], scale=scale)
+    return flash(q, k, v, attn_mask=mask, scale=scale)
 
 
 def backward(
@@ -34,7 +35,7 @@ def backward(
     if not q.is_cpu:
         return backward_written_out(do, q, k, v, o, lse, mask, scale)
     flash = aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return flash(do, q, k, v, o, lse, 0.0, False, attn_mask=mask[None, None], scale=scale)
+    return flash(do, q, k, v, o, lse, 0.0, False, attn_mask=mask, scale=scale)
 
 
 def forward_written_out(
@@ -56,6 +57,12 @@ def backward_written_out(
     delta = (do * o).sum(dim=-1, keepdim=True)
     ds = p * (do @ v.mT - delta) * scale
     return ds @ k, ds.mT @ q, p.mT @ do
+
+
+def pad_channels(x: Tensor, channels: int) -> Tensor:
+    """The same channels, zeros behind them, and a last stride of 1, in place where that is given."""
+    x = F.pad(x, (0, channels - x.shape[-1])) if x.shape[-1] < channels else x
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _finite(lse: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ def window_attn_fwd(
     (B, Tq, Hq, D), Dv = q.shape, v.shape[-1]
     o = q.new_zeros(B, Tq, Hq, Dv)
     lse = q.new_full((B, Hq, Tq), -math.inf, dtype=masked_attention.lse_dtype(q.dtype))
-    q, k, v = (_pad_channels(x, max(D, Dv)) for x in (q, k, v))
+    q, k, v = (masked_attention.pad_channels(x, max(D, Dv)) for x in (q, k, v))
     for blocks, (qs, os, lses), (ks, vs) in _views((q, o, lse.mT), (k, v), window_size, offsets):
         out, out_lse = masked_attention.forward(
             blocks.queries(qs), blocks.window(ks), blocks.window(vs), blocks.mask, softmax_scale
@@ -106,7 +106,9 @@ def window_attn_bwd(
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
         o = F.pad(o, (0, 1))
         do = torch.cat([do, dlse.mT[..., None].to(do.dtype)], dim=-1)
-    q, k, v, o, do = (_pad_channels(x, max(D, v.shape[-1])) for x in (q, k, v, o, do))
+    q, k, v, o, do = (
+        masked_attention.pad_channels(x, max(D, v.shape[-1])) for x in (q, k, v, o, do)
+    )
     queries, keys = (q, o, do, lse.mT, dq), (k, v, dk, dv)
     for blocks, (qs, os, dos, lses, dqs), (ks, vs, dks, dvs) in _views(
         queries, keys, window_size, offsets
@@ -182,12 +184,6 @@ def _band(rows: int, window_size: int, like: Tensor) -> Tensor:
     ones = like.new_ones(rows, rows + window_size - 1, dtype=torch.bool)
     visible = ones.triu().tril(window_size - 1)
     return like.new_zeros(visible.shape).masked_fill_(~visible, -math.inf)
-
-
-def _pad_channels(x: Tensor, channels: int) -> Tensor:
-    """The same channels, zeros behind them, and a last stride of 1, in place where that is given."""
-    x = F.pad(x, (0, channels - x.shape[-1])) if x.shape[-1] < channels else x
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _power_of_two(x: int) -> int:
