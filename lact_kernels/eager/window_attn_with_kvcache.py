@@ -1,4 +1,9 @@
-"""Attention of a few queries over a cache: the slots they see are gathered, and nothing else is read."""
+"""Attention of a few queries over a cache: the slots they see are a slice of it, or two where a ring ends.
+
+The lengths are read on the host to know which. Rows of one length run together.
+"""
+
+import math
 
 import torch
 from torch import Tensor
@@ -15,42 +20,52 @@ def window_attn_with_kvcache(
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Outputs `[B, Tq, Hq, Dv]` and lse `[B, Hq, Tq]`; NaN for a row whose keys the cache has lost."""
-    (B, Tq, Hq, D), (S, Hkv, Dv) = q.shape, v_cache.shape[1:]
-    span = min(window_size + Tq - 1, S)
-    if q.numel() == 0 or span == 0:
-        lse = q.new_full((B, Hq, Tq), -torch.inf, dtype=masked_attention.lse_dtype(q.dtype))
-        return q.new_zeros(B, Tq, Hq, Dv), lse
-    if cache_seqlens is None:
-        cache_seqlens = torch.full((B,), S, dtype=torch.int32, device=q.device)
-    lengths = cache_seqlens[:, None]  # [B, 1]
-    keys = lengths - span + torch.arange(span, device=q.device)  # [B, span]: their positions
-    queries = lengths - Tq + torch.arange(Tq, device=q.device)  # [B, Tq]
-    distance = queries[:, :, None] - keys[:, None]  # [B, Tq, span]
-    visible = (distance >= 0) & (distance < window_size) & (keys >= 0)[:, None]
-    mask = torch.zeros_like(visible, dtype=q.dtype).masked_fill_(~visible, -torch.inf)
-
-    # Memory that was never written may hold anything, NaN included: the first token stands in for it.
-    slots = keys.clamp(min=0).remainder(S)
-    k, v = (_gather(x, slots, max(D, Dv)) for x in (k_cache, v_cache))
-    # The queries of a group are rows of one product.
-    q = masked_attention.pad_channels(q, max(D, Dv))
-    q = q.unflatten(2, (Hkv, Hq // Hkv)).permute(0, 2, 3, 1, 4)  # [B, Hkv, G, Tq, D]
-    mask = mask[:, None, None].expand(B, 1, Hq // Hkv, Tq, span).flatten(2, 3)
-    o, lse = masked_attention.forward(q.flatten(2, 3), k, v, mask, softmax_scale)
-    o = o[..., :Dv].unflatten(2, (Hq // Hkv, Tq)).permute(0, 3, 1, 2, 4).flatten(2, 3)
-    lse = lse.unflatten(2, (Hq // Hkv, Tq)).flatten(1, 2)
-
-    blind = ~visible.any(dim=-1)  # [B, Tq]
-    o = o.masked_fill(blind[..., None, None], 0.0)
-    lse = lse.masked_fill(blind[:, None], -torch.inf)
-    if S < window_size + Tq - 1:
-        lost = lengths[:, :, None] > S  # [B, 1, 1]
-        o, lse = o.masked_fill(lost[..., None], torch.nan), lse.masked_fill(lost, torch.nan)
-    return o.contiguous(), lse.contiguous()
+    (B, Tq, Hq, _), (S, Hkv, Dv) = q.shape, v_cache.shape[1:]
+    o = q.new_zeros(B, Tq, Hq, Dv)
+    lse = q.new_full((B, Hq, Tq), -math.inf, dtype=masked_attention.lse_dtype(q.dtype))
+    lengths = [S] * B if cache_seqlens is None else cache_seqlens.tolist()
+    together = len(set(lengths)) == 1
+    rows = [slice(None)] if together else [slice(b, b + 1) for b in range(B)]
+    for row, length in zip(rows, lengths):
+        if S < min(length, window_size + Tq - 1):
+            o[row], lse[row] = math.nan, math.nan
+            continue
+        n = min(Tq, length)  # queries that are tokens of the row, the last ones
+        if n == 0:
+            continue
+        span = min(window_size + n - 1, length)
+        # The queries of a group are rows of one product.
+        queries = q[row, Tq - n :].unflatten(2, (Hkv, Hq // Hkv)).permute(0, 2, 3, 1, 4)
+        keys, values = (
+            _last_tokens(x[row], length, span).transpose(1, 2) for x in (k_cache, v_cache)
+        )
+        mask = _mask(n, span, window_size, q).repeat(Hq // Hkv, 1)  # [G * n, span]
+        out, out_lse = masked_attention.forward(
+            *_equally_wide(queries.flatten(2, 3), keys, values), mask, softmax_scale
+        )
+        out = out[..., :Dv].unflatten(2, (Hq // Hkv, n)).permute(0, 3, 1, 2, 4)
+        o[row, Tq - n :] = out.flatten(2, 3)
+        lse[row, :, Tq - n :] = out_lse.unflatten(2, (Hq // Hkv, n)).flatten(1, 2)
+    return o, lse
 
 
-def _gather(cache: Tensor, slots: Tensor, channels: int) -> Tensor:
-    """Slots `[B, span]` of `[B, S, Hkv, D]`, as `[B, Hkv, span, channels]`."""
-    # Row by row: indexing both axes at once is fifty times slower on a CPU.
-    rows = [x.index_select(0, row_slots) for x, row_slots in zip(cache, slots)]
-    return masked_attention.pad_channels(torch.stack(rows).transpose(1, 2), channels)
+def _last_tokens(cache: Tensor, length: int, span: int) -> Tensor:
+    """The last `span` of `length` tokens, `[B, span, Hkv, D]`: a view, unless the ring ends among them."""
+    S = cache.shape[1]
+    first, last = (length - span) % S, (length - 1) % S + 1
+    if first < last:
+        return cache[:, first:last]
+    return torch.cat([cache[:, first:], cache[:, :last]], dim=1)
+
+
+def _mask(n: int, span: int, window_size: int, like: Tensor) -> Tensor:
+    """The additive mask `[n, span]` of the last n of `span` tokens: 0 where they see, -inf elsewhere."""
+    diagonal = span - n  # the key of the first query
+    visible = like.new_ones(n, span, dtype=torch.bool).tril(diagonal)
+    visible = visible.triu(diagonal - window_size + 1)
+    return like.new_zeros(n, span).masked_fill_(~visible, -math.inf)
+
+
+def _equally_wide(*tensors: Tensor) -> list[Tensor]:
+    channels = max(x.shape[-1] for x in tensors)
+    return [masked_attention.pad_channels(x, channels) for x in tensors]

@@ -17,7 +17,8 @@ class RingKVCache:
         cache.append(k, v)                   # of new tokens, [B, t, Hkv, D]
         o = cache.window_attn(q)             # of the last of them, [B, 1, Hq, D]
 
-    Nothing here waits for the device, and both calls can be recorded in a CUDA graph.
+    Nothing here waits for a GPU, and both calls can be recorded in a CUDA graph (with the Triton backend:
+    the eager one reads lengths on the host).
 
     Args:
         batch_size: rows B.

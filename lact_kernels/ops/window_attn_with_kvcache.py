@@ -50,8 +50,8 @@ def window_attn_with_kvcache(
         TypeError: an argument of the wrong type, or a tensor of the wrong dtype.
         ValueError: a wrong shape, device or value; an input that needs a gradient; or a row that has had
             more than S tokens where `S < window_size + Tq - 1`, whose window is no longer in the cache.
-            Values of `cache_seqlens` on a GPU are not read on the host, so that nothing waits and CUDA
-            graphs can be recorded: such a row gives NaN there.
+            Values of `cache_seqlens` on a GPU are not checked, nor does the Triton backend read them on
+            the host, so that nothing waits and CUDA graphs can be recorded: such a row gives NaN there.
 
     Source: the sliding-window branch of the LaCT layer, arXiv 2505.23884, section 3.3.
     """
