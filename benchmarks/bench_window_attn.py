@@ -13,6 +13,7 @@ POINTS = {
     "W128": WindowAttn(T=4096, window_size=128),
     "W1024": WindowAttn(T=4096, window_size=1024),
     "W1024-grouped": WindowAttn(T=4096, window_size=1024, Hq=4, Hkv=1),
+    "W1024-packed": WindowAttn(T=4096, window_size=1024, sequences=8),
 }
 
 

@@ -1,9 +1,10 @@
 """The correctness gate: nothing is timed before it is right.
 
 Every backend of ours that a device can run is held against `reference/` in float64, forward and every
-gradient, under the rule of `benchmarks/accuracy.py`.
+gradient there is, under the rule of `benchmarks/accuracy.py`.
 """
 
+import dataclasses
 from collections.abc import Iterable
 
 import torch
@@ -13,6 +14,7 @@ from benchmarks.accuracy import COMPARISON_HEADER, Comparison, compare_all, comp
 from benchmarks.registry import (
     Point,
     WindowAttn,
+    WindowAttnWithKVCache,
     empty_output,
     forward_backward,
     in_float64,
@@ -21,6 +23,7 @@ from benchmarks.registry import (
 
 # One more window than the sweep has: an odd length that no tile size divides, a window inside a tile.
 EDGE_POINT = WindowAttn(T=777, window_size=100)
+CACHE_EDGE_POINT = WindowAttnWithKVCache(S=777, window_size=100, Tq=3)
 
 
 def check(
@@ -43,11 +46,11 @@ def passes(
     """Check the gate points of all `points`, print one line each, and tables where one fails."""
     ok = True
     for point in _gate_points(points):
-        label = f"{point.op} T={point.T} {point.swept}={getattr(point, point.swept)}"
+        label = _label(point)
         try:
             results = check(point, backends, point.inputs(dtype, device))
         except Exception as error:  # whatever it raises, it is a failure to report, not to hide
-            print(f"gate  {label:<46} CRASHED: {type(error).__name__}: {error}", flush=True)
+            print(f"gate  {label:<60} CRASHED: {type(error).__name__}: {error}", flush=True)
             ok = False
             continue
         for backend, comparisons in results.items():
@@ -55,7 +58,7 @@ def passes(
             failed = [name for name, c in comparisons.items() if not c.ok]
             verdict = f"FAILED: {', '.join(failed)}" if failed else "ok"
             used = f"worst {worst} at {_used(comparisons[worst]):.0%} of its bound"
-            print(f"gate  {label:<46} {backend:<7} {used:<34} {verdict}", flush=True)
+            print(f"gate  {label:<60} {backend:<7} {used:<34} {verdict}", flush=True)
             if failed:
                 ok = False
                 print(COMPARISON_HEADER)
@@ -67,9 +70,20 @@ def passes(
 def _gate_points(points: Iterable[Point]) -> list[Point]:
     """Each gate point once, in the order of the sweep, and the odd edge with windows."""
     gates = list(dict.fromkeys(point.gate() for point in points))
-    if any(isinstance(point, WindowAttn) for point in gates):
-        gates.append(EDGE_POINT)
+    if isinstance(gates[0], WindowAttn):
+        gates.append(dataclasses.replace(EDGE_POINT, sequences=gates[0].sequences))
+    if isinstance(gates[0], WindowAttnWithKVCache):
+        gates.append(CACHE_EDGE_POINT)
     return gates
+
+
+def _label(point: Point) -> str:
+    """The operation and all that is not as by default, its size above all."""
+    values = (
+        (field.name, getattr(point, field.name), field.default)
+        for field in dataclasses.fields(point)
+    )
+    return " ".join([point.op, *(f"{name}={x}" for name, x, default in values if x != default)])
 
 
 def _used(comparison: Comparison) -> float:

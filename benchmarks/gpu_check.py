@@ -53,8 +53,12 @@ def stages(out: Path) -> tuple[Stage, list[Stage]]:
     tests = ("pytest", "tests", "-m", "gpu", "-ra", "--durations=10", "--junitxml", junit)
     # A test file that lacks a module must not keep the others from running.
     tests += ("--continue-on-collection-errors",)
-    common = ("--device", "cuda", "--repeats", "15", "--seconds", "4", "--out", str(out))
+    common = ("--device", "cuda", "--repeats", "15", "--seconds", "3", "--out", str(out))
     run = ("benchmarks.run", *common, "--op")
+    attention = (*run, "window_attn", "--window-sizes")
+    packed = (*attention, "4096", "--sequences", "16")
+    cache = (*run, "window_attn_with_kvcache", "--cache-sizes", "4096", "16384", "65536")
+    cache += ("--heads", "32", "--kv-heads", "8")
     ttt = (*run, "block_causal_ttt", "--chunk-sizes", "2048", "--fast-weight-dims", "384", "768")
     sizes = "--dtype bfloat16 --seq-len 32768 --chunk-size 2048 --fast-weight-heads 4"
     phases = ("benchmarks.phases", "--device", "cuda", *sizes.split())
@@ -62,13 +66,15 @@ def stages(out: Path) -> tuple[Stage, list[Stage]]:
     accuracy = ("benchmarks.accuracy_report", "--device", "cuda", "--out", str(out))
     accuracy += ("--seq-len", "4096", "65536", "--heads", "2")
     return Stage("tests", tests, 320), [
-        Stage("window_attn", (*run, "window_attn", "--window-sizes", "1024", "4096", "16384"), 80),
+        Stage("window_attn", (*attention, "1024", "4096", "16384"), 60),
+        Stage("window_attn-packed", packed, 30),
+        Stage("window_attn_with_kvcache", cache, 20),
         Stage("accuracy", accuracy, 30),
         Stage("block_causal_ttt", (*ttt, "--no-peers"), 30),
         Stage("phases", phases, 25),
         Stage("phases-muon", (*phases, "--muon"), 30),
         # Compiling the reference takes long, and may take all of it.
-        Stage("block_causal_ttt-peers", (*ttt, "--mode", "fwd_bwd"), 45, needs_rows=False),
+        Stage("block_causal_ttt-peers", (*ttt, "--mode", "fwd_bwd"), 25, needs_rows=False),
     ]
 
 
@@ -210,7 +216,7 @@ def _summary_line(stage: Stage, outcome: Outcome, passed: bool, details: str) ->
     verdict = "ok" if passed else f"FAILED (exit status {outcome.status})"
     if outcome.stopped:
         verdict += ", stopped at its time budget"
-    return f"{stage.name:<22} {outcome.seconds:>6.1f} s  {verdict}; {details}"
+    return f"{stage.name:<24} {outcome.seconds:>6.1f} s  {verdict}; {details}"
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from benchmarks.peers import Unavailable, Variant
 from benchmarks.registry import (
     BlockCausalTTT,
     Point,
+    WindowAttnWithKVCache,
     empty_output,
     forward_backward,
     output_gradient,
@@ -81,14 +82,15 @@ def measure_point(
     del ours
 
     baseline = next((v.name for v in variants if not v.ours), None)
-    _time(rows, runs, point.flops(mode), baseline, settings)
+    _time(rows, runs, point, mode, baseline, settings)
     yield from rows.values()
 
 
 def _time(
     rows: dict[str, Row],
     runs: dict[str, Callable[[], object]],
-    flops: int,
+    point: Point,
+    mode: str,
     baseline: str | None,
     settings: Settings,
 ) -> None:
@@ -108,7 +110,9 @@ def _time(
         row = rows[name]
         row.rounds = len(milliseconds)
         row.p20_ms, row.p50_ms, row.p80_ms = timing.percentiles(milliseconds)
-        row.needed_tflops = flops / row.p50_ms / 1e9
+        row.needed_tflops = point.flops(mode) / row.p50_ms / 1e9
+        if isinstance(point, WindowAttnWithKVCache):
+            row.needed_gb_per_s = point.needed_bytes(settings.dtype) / row.p50_ms / 1e6
         row.matrix_tflops = product_flops / matrix_ms / 1e9
         row.share_of_matrix_rate = row.needed_tflops / row.matrix_tflops
     for name in measured:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.registry import BlockCausalTTT, Point, WindowAttn
+from benchmarks.registry import BlockCausalTTT, Point, WindowAttn, WindowAttnWithKVCache
 
 
 class Unavailable(Exception):
@@ -65,15 +65,27 @@ def _ours(backend: str) -> Variant:
     return Variant(f"lact_kernels {backend}", build, ours=True)
 
 
+def _sees(window_size: int, cu_seqlens: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:
+    """Whether the query at i sees the key at j, for index tensors i and j."""
+
+    def near(i: Tensor, j: Tensor) -> Tensor:
+        return (i >= j) & (i - j < window_size)
+
+    if cu_seqlens is None:
+        return near
+    lengths = cu_seqlens.diff()
+    sequence = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)  # [T]
+    return lambda i, j: near(i, j) & (sequence[i] == sequence[j])
+
+
 def _dense_sdpa(point: WindowAttn, mode: str) -> Callable[..., Tensor]:
     """`scaled_dot_product_attention` with a T x T boolean mask, made beforehand on the first call."""
     masks = []
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         if not masks:
             i = torch.arange(point.T, device=q.device)
-            distance = i[:, None] - i  # [T, T]
-            masks.append((distance >= 0) & (distance < point.swept_value))
+            masks.append(_sees(point.swept_value, cu_seqlens)(i[:, None], i))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         o = F.scaled_dot_product_attention(
             q, k, v, attn_mask=masks[0], enable_gqa=point.Hq != point.Hkv
@@ -84,23 +96,21 @@ def _dense_sdpa(point: WindowAttn, mode: str) -> Callable[..., Tensor]:
 
 
 def _flex_attention(point: WindowAttn, mode: str) -> Callable[..., Tensor]:
-    """Compiled FlexAttention; its sliding BlockMask is made beforehand on the first call."""
+    """Compiled FlexAttention; its BlockMask, sliding in each sequence, is made on the first call."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    W = point.swept_value
     compiled = torch.compile(flex_attention, dynamic=False)
     masks = []
 
-    def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (i >= j) & (i - j < W)
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         if q.device.type == "cpu" and mode != "fwd":
             raise Unavailable("FlexAttention has no backward on the CPU")
         if not masks:
             # Compiled, because the uncompiled mask of T x T does not fit at long lengths.
             make = torch.compile(create_block_mask) if q.is_cuda else create_block_mask
-            masks.append(make(visible, None, None, point.T, point.T, device=q.device))
+            sees, lengths = _sees(point.swept_value, cu_seqlens), (point.T, point.T)
+            mask = make(lambda b, h, i, j: sees(i, j), None, None, *lengths, device=q.device)
+            masks.append(mask)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         o = compiled(q, k, v, block_mask=masks[0], enable_gqa=point.Hq != point.Hkv)
         return o.transpose(1, 2)
@@ -111,14 +121,15 @@ def _flex_attention(point: WindowAttn, mode: str) -> Callable[..., Tensor]:
 def _varlen_attn(point: WindowAttn, mode: str) -> Callable[..., Tensor]:
     """FlashAttention-2 as PyTorch carries it: the batch laid end to end, a left window of W - 1."""
     varlen_attn = _find("torch.nn.attention.varlen", "varlen_attn")
-    left = -1 if point.swept_value >= point.T else point.swept_value - 1
+    longest = max(point.lengths)
+    left = -1 if point.swept_value >= longest else point.swept_value - 1
     borders = []
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         if not borders:
-            ends = torch.arange(point.B + 1, dtype=torch.int32, device=q.device) * point.T
-            borders.append(ends)
-        lengths = (borders[0], borders[0], point.T, point.T)
+            rows = torch.arange(point.B + 1, dtype=torch.int32, device=q.device) * point.T
+            borders.append(rows if cu_seqlens is None else cu_seqlens)
+        lengths = (borders[0], borders[0], longest, longest)
         packed = (x.flatten(0, 1) for x in (q, k, v))
         return varlen_attn(*packed, *lengths, window_size=(left, 0)).unflatten(0, q.shape[:2])
 
@@ -129,7 +140,41 @@ def _parallel_attn(point: WindowAttn, mode: str) -> Callable[..., Tensor]:
     """flash-linear-attention's softmax attention, whose `window_size` counts the query as ours does."""
     parallel_attn = _find("fla.ops.attn", "parallel_attn")
     window_size = None if point.swept_value >= point.T else point.swept_value
-    return lambda q, k, v: parallel_attn(q, k, v, window_size=window_size)
+    borders = []
+
+    def run(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        if not borders:  # one int64 tensor, by which it recognises what it made of it
+            borders.append(None if cu_seqlens is None else cu_seqlens.long())
+        return parallel_attn(q, k, v, window_size=window_size, cu_seqlens=borders[0])
+
+    return run
+
+
+def _cache_sdpa(slots: Callable[[WindowAttnWithKVCache], int]) -> Callable:
+    """`scaled_dot_product_attention` over the last `slots(point)` slots of the cache, read in place.
+
+    What a query does not see of them is masked by `[Tq, slots]`, made beforehand on the first call.
+    """
+
+    def build(point: WindowAttnWithKVCache, mode: str) -> Callable[..., Tensor]:
+        first = point.S - slots(point)
+        masks = []
+
+        def run(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+            if not masks:
+                position = torch.arange(point.S, device=q.device)
+                sees = _sees(point.S if point.window_size is None else point.window_size)
+                mask = sees(position[-point.Tq :, None], position[first:])
+                masks.append(None if mask.all() else mask)  # without one, more kernels can run
+            q, k, v = (x.transpose(1, 2) for x in (q, k_cache[:, first:], v_cache[:, first:]))
+            o = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=masks[0], enable_gqa=point.Hq != point.Hkv
+            )
+            return o.transpose(1, 2)
+
+        return run
+
+    return build
 
 
 def _reference_loop(point: BlockCausalTTT, mode: str) -> Callable[..., Tensor]:
@@ -206,9 +251,15 @@ def _find(module: str, name: str) -> Callable:
 
 DENSE_SDPA = Variant("dense-mask SDPA", _dense_sdpa)
 VARLEN_ATTN = Variant("FlashAttention-2 varlen_attn", _varlen_attn)
+CACHE_SDPA = [
+    Variant("SDPA over the window", _cache_sdpa(lambda point: point.span)),
+    Variant("SDPA over the whole cache", _cache_sdpa(lambda point: point.S)),
+]
 BACKENDS = {
     ("window_attn", "cpu"): ("eager",),
     ("window_attn", "cuda"): ("triton", "eager"),
+    ("window_attn_with_kvcache", "cpu"): ("eager",),
+    ("window_attn_with_kvcache", "cuda"): ("triton", "eager"),
     ("block_causal_ttt", "cpu"): ("eager",),
     ("block_causal_ttt", "cuda"): ("triton", "eager"),
 }
@@ -222,6 +273,8 @@ _PEERS = {
         VARLEN_ATTN,
         Variant("FLA parallel_attn", _parallel_attn),
     ],
+    ("window_attn_with_kvcache", "cpu"): CACHE_SDPA,
+    ("window_attn_with_kvcache", "cuda"): CACHE_SDPA,
     ("block_causal_ttt", "cpu"): [Variant("reference loop", _reference_loop)],
     ("block_causal_ttt", "cuda"): [
         Variant("compiled reference loop", _compiled_reference_loop),

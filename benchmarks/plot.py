@@ -11,8 +11,8 @@ TITLES = {"fwd": "forward", "fwd_bwd": "forward + backward"}
 def plot(rows: Iterable[Row], device: str, path: Path) -> bool:
     """One panel per sweep and mode. False, with a message, when matplotlib is missing or no row has data.
 
-    A sweep over T shows peak memory; the others show throughput on needed FLOPs, and the rate of a plain
-    matrix product beside it.
+    A sweep over T shows peak memory, one over the slots of a cache throughput on needed bytes; the others
+    show throughput on needed FLOPs, and the rate of a plain matrix product beside it.
     """
     panels = list(_panels(rows))
     if not panels:
@@ -47,15 +47,17 @@ def draw(axis, rows: list[Row]) -> None:
     """The rows of one panel on a matplotlib axis, one line per variant."""
     from matplotlib.ticker import NullLocator
 
-    memory = rows[0].swept == "T"
     for variant in dict.fromkeys(row.variant for row in rows):
         line = [row for row in rows if row.variant == variant]
         points = sorted((row.place, _height(row)) for row in line)
         axis.plot(*zip(*points), marker="o", label=variant, linewidth=2 if line[0].ours else 1)
     axis.set_xscale("log", base=2)
-    if memory:
+    if rows[0].swept == "T":
         axis.set_yscale("log", base=2)
         axis.set(xlabel="tokens T", ylabel="peak memory beyond the inputs, MiB")
+    elif rows[0].swept == "S":
+        axis.set(xlabel="slots S of the cache", ylabel="GB/s on needed bytes")
+        axis.set_ylim(bottom=0)
     else:
         matrix = {row.place: row.matrix_tflops for row in rows}
         axis.plot(*zip(*sorted(matrix.items())), "k--", linewidth=1, label="plain matrix product")
@@ -84,4 +86,4 @@ def _panels(rows: Iterable[Row]) -> Iterator[tuple[str, list[Row]]]:
 def _height(row: Row) -> float | None:
     if row.swept == "T":
         return None if row.peak_memory_bytes is None else row.peak_memory_bytes / 2**20
-    return row.needed_tflops
+    return row.needed_gb_per_s if row.swept == "S" else row.needed_tflops

@@ -1,13 +1,15 @@
 """What is measured: each operation once, with its inputs, its needed FLOPs and its reference.
 
-A *point* is one operation at one size, a frozen dataclass: `WindowAttn` or `BlockCausalTTT`. It makes
-its own seeded inputs, runs the operation on a backend, runs the reference, and counts the FLOPs that
-the mathematics needs: masked work and padding earn nothing, nor does recomputation (but for the scores
-in the backward of attention, which everybody recomputes and everybody counts). `benchmarks/peers.py` holds
-what others make of the same inputs.
+A *point* is one operation at one size, a frozen dataclass: `WindowAttn`, `WindowAttnWithKVCache` or
+`BlockCausalTTT`. It makes its own seeded inputs, runs the operation on a backend, runs the reference,
+and counts the FLOPs that the mathematics needs: masked work and padding earn nothing, nor does
+recomputation (but for the scores in the backward of attention, which everybody recomputes and everybody
+counts). `benchmarks/peers.py` holds what others make of the same inputs.
 """
 
 import dataclasses
+import itertools
+import random
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -28,10 +30,14 @@ GATE_CHUNK = 1024
 
 @dataclasses.dataclass(frozen=True)
 class WindowAttn:
-    """One size of `window_attn`. `window_size` None is full causal attention."""
+    """One size of `window_attn`. `window_size` None is full causal attention.
+
+    With more than one of `sequences` the T tokens are so many packed sequences, and B is 1.
+    """
 
     op: ClassVar[str] = "window_attn"
     swept: ClassVar[str] = "window_size"
+    modes: ClassVar[tuple[str, ...]] = MODES
 
     T: int
     window_size: int | None
@@ -40,48 +46,134 @@ class WindowAttn:
     Hkv: int = 4
     D: int = 64
     Dv: int = 64
+    sequences: int = 1
 
     @property
     def swept_value(self) -> int:
         """The place on the horizontal axis: full attention is a window of T."""
         return self.T if self.window_size is None else self.window_size
 
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return self.B, self.T, self.Hq, self.Dv
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the packed sequences: seeded shares of T, log-uniform over a factor of 256."""
+        draw = random.Random(0)
+        shares = [256 ** draw.random() for _ in range(self.sequences)]
+        ends = itertools.accumulate(shares, initial=0)
+        borders = [round(self.T * end / sum(shares)) for end in ends]
+        return [stop - start for start, stop in itertools.pairwise(borders)]
+
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
-        """Leaves q `[B, T, Hq, D]`, k `[B, T, Hkv, D]`, v `[B, T, Hkv, Dv]`, standard normal."""
+        """Leaves q `[B, T, Hq, D]`, k `[B, T, Hkv, D]`, v `[B, T, Hkv, Dv]`, standard normal.
+
+        Packed sequences come with their borders, cu_seqlens `[sequences + 1]`.
+        """
         normal = _normal(device, seed)
         shapes = {
             "q": (self.B, self.T, self.Hq, self.D),
             "k": (self.B, self.T, self.Hkv, self.D),
             "v": (self.B, self.T, self.Hkv, self.Dv),
         }
-        return {name: normal(shape).to(dtype).requires_grad_() for name, shape in shapes.items()}
+        inputs = {name: normal(shape).to(dtype).requires_grad_() for name, shape in shapes.items()}
+        if self.sequences > 1:
+            borders = [0, *itertools.accumulate(self.lengths)]
+            inputs["cu_seqlens"] = torch.tensor(borders, dtype=torch.int32, device=device)
+        return inputs
 
-    def run(self, backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return lact_kernels.window_attn(q, k, v, self.window_size, backend=backend)
+    def run(self, backend: str, q: Tensor, k: Tensor, v: Tensor, **packing: Tensor) -> Tensor:
+        return lact_kernels.window_attn(q, k, v, self.window_size, **packing, backend=backend)
 
-    def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return reference.window_attn(q, k, v, self.window_size)
+    def reference(self, q: Tensor, k: Tensor, v: Tensor, **packing: Tensor) -> Tensor:
+        return reference.window_attn(q, k, v, self.window_size, **packing)
 
     def flops(self, mode: str) -> int:
         """Two products of P pairs per head forward; backward four, and the scores once more.
 
-        P counts the pairs of a query and a key that it sees: `sum_i min(i + 1, window_size)`.
+        P counts the pairs of a query and a key that it sees, in each sequence.
         """
-        W = min(self.swept_value, self.T)
-        pairs = W * (W + 1) // 2 + (self.T - W) * W
+        pairs = sum(_pairs(length, self.swept_value) for length in self.lengths)
         forward = 2 * pairs * (self.D + self.Dv)
         backward = 2 * pairs * (3 * self.D + 2 * self.Dv)
         return self.B * self.Hq * (forward + (backward if mode == "fwd_bwd" else 0))
 
     def gate(self) -> "WindowAttn":
-        """The point itself where the dense reference fits, else the same windows over fewer tokens."""
+        """The point itself where the dense reference fits, else the same windows over fewer tokens.
+
+        Packed sequences shrink, and the window with them, so that as many as before outlast it.
+        """
         if self.B * self.Hq * self.T**2 <= GATE_SCORES:
             return self
         group = self.Hq // self.Hkv
         Hkv = min(self.Hkv, 2)
         window_size = self.window_size and min(self.window_size, GATE_WINDOW)
         T = min(self.T, (window_size or GATE_WINDOW) + 129)  # the window's edge in odd places
+        if self.sequences > 1:
+            T = min(self.T, 2 * GATE_WINDOW)
+            window_size = self.window_size and max(1, self.window_size * T // self.T)
         return dataclasses.replace(self, B=1, T=T, Hq=group * Hkv, Hkv=Hkv, window_size=window_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class WindowAttnWithKVCache:
+    """One size of `window_attn_with_kvcache`: the last Tq of S tokens in each row of a full cache.
+
+    Forward only, so its inputs need no gradients.
+    """
+
+    op: ClassVar[str] = "window_attn_with_kvcache"
+    swept: ClassVar[str] = "S"
+    modes: ClassVar[tuple[str, ...]] = ("fwd",)
+
+    S: int
+    window_size: int | None
+    B: int = 4
+    Tq: int = 1
+    Hq: int = 8
+    Hkv: int = 2
+    D: int = 64
+
+    @property
+    def span(self) -> int:
+        """The slots that the queries of a row see between them, the last ones."""
+        return self.S if self.window_size is None else min(self.S, self.window_size + self.Tq - 1)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return self.B, self.Tq, self.Hq, self.D
+
+    def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
+        """q `[B, Tq, Hq, D]`, k_cache and v_cache `[B, S, Hkv, D]`, standard normal."""
+        normal = _normal(device, seed)
+        cache = (self.B, self.S, self.Hkv, self.D)
+        shapes = {"q": self.output_shape, "k_cache": cache, "v_cache": cache}
+        return {name: normal(shape).to(dtype) for name, shape in shapes.items()}
+
+    def run(self, backend: str, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        return lact_kernels.window_attn_with_kvcache(
+            q, k_cache, v_cache, self.window_size, backend=backend
+        )
+
+    def reference(self, q: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        return reference.window_attn_with_kvcache(q, k_cache, v_cache, self.window_size)
+
+    def flops(self, mode: str) -> int:
+        """Two products of the pairs that the last Tq of S queries see, per query head."""
+        W = self.S if self.window_size is None else self.window_size
+        pairs = _pairs(self.S, W) - _pairs(self.S - self.Tq, W)
+        return self.B * self.Hq * pairs * 4 * self.D
+
+    def needed_bytes(self, dtype: torch.dtype) -> int:
+        """Queries, outputs, and the slots that are seen, each once: what bounds a single query."""
+        channels = self.D * (self.Tq * self.Hq + self.span * self.Hkv)
+        return 2 * self.B * channels * dtype.itemsize
+
+    def gate(self) -> "WindowAttnWithKVCache":
+        """The same window over a cache a little larger than it."""
+        S = min(self.S, (self.window_size or GATE_WINDOW) + 129)
+        return dataclasses.replace(self, S=S)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +182,7 @@ class BlockCausalTTT:
 
     op: ClassVar[str] = "block_causal_ttt"
     swept: ClassVar[str] = "chunk_size"
+    modes: ClassVar[tuple[str, ...]] = MODES
 
     T: int
     chunk_size: int
@@ -105,6 +198,10 @@ class BlockCausalTTT:
     @property
     def swept_value(self) -> int:
         return self.chunk_size
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return self.B, self.T, self.H, self.Dv
 
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
         """Leaves as `block_causal_ttt` takes them: unit q and k, rates that change the weights visibly.
@@ -162,8 +259,16 @@ class BlockCausalTTT:
         return {"chunk_size": self.chunk_size, "muon": self.muon, "prenorm": self.prenorm}
 
 
-Point = WindowAttn | BlockCausalTTT
-OPERATIONS: dict[str, type[Point]] = {x.op: x for x in (WindowAttn, BlockCausalTTT)}
+Point = WindowAttn | WindowAttnWithKVCache | BlockCausalTTT
+OPERATIONS: dict[str, type[Point]] = {
+    x.op: x for x in (WindowAttn, WindowAttnWithKVCache, BlockCausalTTT)
+}
+
+
+def _pairs(T: int, window_size: int) -> int:
+    """Of a query and a key that it sees, in T tokens: `sum_i min(i + 1, window_size)`."""
+    W = min(window_size, T)
+    return W * (W + 1) // 2 + (T - W) * W
 
 
 def _newton_schulz_flops(rows: int, columns: int, mode: str) -> int:
@@ -185,8 +290,7 @@ def _normal(device: torch.device, seed: int) -> Callable[[tuple[int, ...]], Tens
 
 def empty_output(point: Point, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Uninitialised, with the shape of the point's output, `[B, T, H, Dv]`."""
-    H = point.Hq if isinstance(point, WindowAttn) else point.H
-    return torch.empty(point.B, point.T, H, point.Dv, dtype=dtype, device=device)
+    return torch.empty(point.output_shape, dtype=dtype, device=device)
 
 
 def output_gradient(o: Tensor, seed: int = 1) -> Tensor:
@@ -197,16 +301,24 @@ def output_gradient(o: Tensor, seed: int = 1) -> Tensor:
 def forward_backward(
     function: Callable[..., Tensor], inputs: dict[str, Tensor], do: Tensor
 ) -> dict[str, Tensor]:
-    """Output "o" and the gradient "dx" of every input x, as new tensors; backward starts from `do`.
+    """Output "o" and the gradient "dx" of every leaf x, as new tensors; backward starts from `do`.
 
-    An input that `o` does not depend on, such as the keys of a single chunk, has a gradient of zeros.
+    Leaves are the inputs that need a gradient; without any there is no backward. A leaf that `o` does
+    not depend on, such as the keys of a single chunk, has a gradient of zeros.
     """
     o = function(**inputs)
+    leaves = {name: x for name, x in inputs.items() if x.requires_grad}
+    if not leaves:
+        return {"o": o}
     gradients = torch.autograd.grad(
-        o, list(inputs.values()), do.to(o.dtype), allow_unused=True, materialize_grads=True
+        o, list(leaves.values()), do.to(o.dtype), allow_unused=True, materialize_grads=True
     )
-    return {"o": o.detach()} | {f"d{name}": g for name, g in zip(inputs, gradients)}
+    return {"o": o.detach()} | {f"d{name}": g for name, g in zip(leaves, gradients)}
 
 
 def in_float64(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
+    """Leaves again where they were; borders stay the integers that they are."""
+    return {
+        name: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x
+        for name, x in inputs.items()
+    }

@@ -24,7 +24,7 @@ class Row:
 
     op: str
     variant: str
-    swept: str  # the variable of this sweep: "window_size", "chunk_size" or "T"
+    swept: str  # the variable of this sweep: "window_size", "chunk_size", "S" or "T"
     shape: dict
     dtype: str
     mode: str  # "fwd", or "fwd_bwd" for forward and backward together
@@ -35,6 +35,7 @@ class Row:
     p80_ms: float | None = None
     peak_memory_bytes: int | None = None  # beyond the inputs
     needed_tflops: float | None = None  # TFLOP/s on needed FLOPs, at p50
+    needed_gb_per_s: float | None = None  # on needed bytes, at p50, where memory is what bounds
     baseline: str | None = None  # the peer that the ratio refers to
     ratio_to_baseline: float | None = None  # baseline's p50 / this p50: above 1 is faster
     matrix_tflops: float | None = None  # of a plain matrix product, timed in turn with this row
@@ -128,7 +129,7 @@ class JsonLines:
 
 HEADER = (
     f"{'size':>7} {'mode':<7} {'variant':<30} {'p20 ms':>9} {'p50 ms':>9} {'p80 ms':>9} {'TFLOP/s':>8}"
-    f" {'x base':>7} {'matrix':>6} {'peak MiB':>9}  status"
+    f" {'GB/s':>7} {'x base':>7} {'matrix':>6} {'peak MiB':>9}  status"
 )
 
 
@@ -140,6 +141,7 @@ def table_line(row: Row) -> str:
     return (
         f"{size:>7} {row.mode:<7} {row.variant:<30} {times}"
         f" {_number(row.needed_tflops, 8, _decimals(row.needed_tflops))}"
+        f" {_number(row.needed_gb_per_s, 7, 1)}"
         f" {_number(row.ratio_to_baseline, 7, 2)} {share:>6} {_number(mebibytes, 9, 1)}  {row.status}"
     )
 

@@ -1,10 +1,12 @@
-"""Correctness first, then time and memory of both operations and of what else computes them.
+"""Correctness first, then time and memory of the operations and of what else computes them.
 
 ```
-python -m benchmarks.run                               # this device's default sweeps
+python -m benchmarks.run                                 # this device's default sweeps
 python -m benchmarks.run --op window_attn --window-sizes 512 4096 full --mode fwd_bwd
-python -m benchmarks.run --memory                      # peak memory against T, up to 65,536 tokens
-python -m benchmarks.phases                            # where block_causal_ttt spends its time
+python -m benchmarks.run --op window_attn --sequences 16 # packed sequences of very different lengths
+python -m benchmarks.run --op window_attn_with_kvcache   # new tokens over ever larger caches
+python -m benchmarks.run --memory                        # peak memory against T, up to 65,536 tokens
+python -m benchmarks.phases                              # where block_causal_ttt spends its time
 ```
 
 Rows appear on the screen and are appended to `<out>/<device>.jsonl` as they are finished, so
@@ -24,7 +26,14 @@ import torch
 from benchmarks import gate, peers, report, timing
 from benchmarks.measure import Settings, measure_point
 from benchmarks.plot import plot
-from benchmarks.registry import MODES, OPERATIONS, BlockCausalTTT, Point, WindowAttn
+from benchmarks.registry import (
+    MODES,
+    OPERATIONS,
+    BlockCausalTTT,
+    Point,
+    WindowAttn,
+    WindowAttnWithKVCache,
+)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MEMORY_SIZE = 512  # window or chunk of the sweep over T
@@ -40,6 +49,8 @@ class Defaults:
     window_sizes: tuple[int | None, ...]
     heads: int
     head_dim: int
+    cache_sizes: tuple[int, ...]
+    cache_rows: int
     chunk_sizes: tuple[int, ...]
     fast_weight_dims: tuple[int, ...]
     rounds: int
@@ -52,6 +63,8 @@ DEFAULTS = {
         window_sizes=(64, 128, 256, 512, 1024, 2048, 4096),
         heads=4,
         head_dim=64,
+        cache_sizes=(4096, 8192, 16384, 32768, 65536),
+        cache_rows=4,
         chunk_sizes=(256, 512, 1024, 2048, 4096),
         fast_weight_dims=(192,),
         rounds=7,
@@ -62,6 +75,8 @@ DEFAULTS = {
         window_sizes=(512, 1024, 2048, 4096, 8192, 16384, None),
         heads=16,
         head_dim=128,
+        cache_sizes=(4096, 8192, 16384, 32768, 65536),
+        cache_rows=16,
         chunk_sizes=(1024, 2048, 4096),
         fast_weight_dims=(384, 768),
         rounds=20,
@@ -119,9 +134,28 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--seq-len", type=positive, metavar="T")
     parser.add_argument("--window-sizes", nargs="+", type=window_size, metavar="W")
-    parser.add_argument("--heads", type=positive, help="query heads of window_attn")
+    parser.add_argument(
+        "--sequences",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="the T tokens of window_attn are N packed sequences, log-uniform in length and seeded",
+    )
+    parser.add_argument("--heads", type=positive, help="query heads of attention")
     parser.add_argument("--kv-heads", type=positive, help="key/value heads; must divide --heads")
     parser.add_argument("--head-dim", type=positive)
+    parser.add_argument(
+        "--cache-sizes",
+        nargs="+",
+        type=positive,
+        metavar="S",
+        help="slots of the caches of window_attn_with_kvcache, all of them full",
+    )
+    parser.add_argument("--cache-window", type=window_size, default=1024, metavar="W")
+    parser.add_argument("--cache-rows", type=positive, metavar="B")
+    parser.add_argument(
+        "--queries", type=positive, default=1, metavar="TQ", help="new tokens of each row"
+    )
     parser.add_argument("--chunk-sizes", nargs="+", type=positive, metavar="C")
     parser.add_argument("--fast-weight-heads", type=positive, default=4)
     parser.add_argument(
@@ -147,7 +181,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--memory",
         action="store_true",
-        help="sweep T instead, ours only, at one window and chunk size",
+        help="sweep T instead, ours only, at one window and chunk size; not for caches",
     )
     parser.add_argument("--out", type=Path, default=Path(report.RESULTS), metavar="DIR")
     options = parser.parse_args(arguments)
@@ -162,6 +196,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             f"--window-sizes {max(options.window_sizes)} is beyond --seq-len {T}; say full"
         )
     if options.memory:
+        options.op = [op for op in options.op if op != WindowAttnWithKVCache.op]
         options.window_sizes = options.window_sizes or [min(MEMORY_SIZE, T)]
         options.chunk_sizes = options.chunk_sizes or [MEMORY_SIZE]
     options.window_sizes = options.window_sizes or [
@@ -170,11 +205,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.heads = options.heads or defaults.heads
     options.kv_heads = options.kv_heads or options.heads
     options.head_dim = options.head_dim or defaults.head_dim
+    options.cache_sizes = options.cache_sizes or list(defaults.cache_sizes)
+    options.cache_rows = options.cache_rows or defaults.cache_rows
     options.chunk_sizes = options.chunk_sizes or list(defaults.chunk_sizes)
     options.fast_weight_dims = options.fast_weight_dims or list(defaults.fast_weight_dims)
     options.repeats = options.repeats or defaults.rounds
     if options.heads % options.kv_heads:
         parser.error(f"--kv-heads {options.kv_heads} does not divide --heads {options.heads}")
+    if options.queries > min(options.cache_sizes):
+        parser.error(
+            f"--queries {options.queries} are more than --cache-sizes {min(options.cache_sizes)}"
+        )
+    options.op = [op for op in options.op if set(OPERATIONS[op].modes) & set(options.mode)]
+    if not options.op:
+        parser.error(f"{WindowAttnWithKVCache.op} has no backward and no sweep over T")
     return options
 
 
@@ -204,12 +248,17 @@ def _sweeps(options: argparse.Namespace) -> list[tuple[str, list[Point]]]:
     """The swept variable and its points, one sweep per operation and fast-weight dimension."""
     sweeps: list[tuple[str, list[Point]]] = []
     T = options.seq_len
-    if "window_attn" in options.op:
-        heads = {"Hq": options.heads, "Hkv": options.kv_heads}
-        dims = {"D": options.head_dim, "Dv": options.head_dim}
-        points = [WindowAttn(T=T, window_size=W, **heads, **dims) for W in options.window_sizes]
+    heads = {"Hq": options.heads, "Hkv": options.kv_heads, "D": options.head_dim}
+    if WindowAttn.op in options.op:
+        sizes = {"T": T, "Dv": options.head_dim, "sequences": options.sequences}
+        points = [WindowAttn(window_size=W, **heads, **sizes) for W in options.window_sizes]
         sweeps += _sweep(points, options.memory)
-    if "block_causal_ttt" in options.op:
+    if WindowAttnWithKVCache.op in options.op:
+        sizes = {"window_size": options.cache_window, "B": options.cache_rows}
+        sizes["Tq"] = options.queries
+        points = [WindowAttnWithKVCache(S=S, **heads, **sizes) for S in options.cache_sizes]
+        sweeps += _sweep(points, memory=False)
+    if BlockCausalTTT.op in options.op:
         flags = {name: getattr(options, name) for name in ("muon", "momentum", "prenorm")}
         for D in options.fast_weight_dims:
             dims = {"H": options.fast_weight_heads, "Dk": D, "Dv": D, "Dh": D}
@@ -245,7 +294,7 @@ def _measure(sweeps, options: argparse.Namespace, settings: Settings) -> Iterato
     for swept, points in sweeps:
         _print_title(points[0], swept)
         for mode in options.mode:
-            for point in points:
+            for point in points if mode in points[0].modes else ():
                 yield from measure_point(point, mode, swept, _variants(point, options), settings)
 
 

@@ -1,8 +1,8 @@
 """How time and memory are measured.
 
 Time: after a warm-up, the variants take turns (A B C A B C ...), so that a change of clock or load
-hits all of them. On a GPU each call lies between two events, after its L2 cache has been overwritten;
-on a CPU it is wall time.
+hits all of them. Before each call the L2 caches are overwritten, for a variant must not profit from what
+the one before it has read. On a GPU a call lies between two events; on a CPU it is wall time.
 
 Memory: the largest amount in use during one call beyond what was in use before it, so inputs are not
 counted and outputs are. On a GPU this comes from PyTorch's allocator. On a CPU it is the growth of the
@@ -22,44 +22,41 @@ from torch import Tensor
 
 MIN_ROUNDS = 3
 _M_MMAP_THRESHOLD = -3  # of mallopt
-FLUSH_BYTES = 2**28  # several times the L2 cache of any GPU
+FLUSH_BYTES = {"cuda": 2**28, "cpu": 2**26}  # several times the L2 caches
 
 
 def interleaved(
     runs: dict[str, Callable[[], object]], device: torch.device, rounds: int, seconds: float
 ) -> dict[str, list[float]]:
     """Milliseconds of every call: `rounds` turns, fewer (but MIN_ROUNDS) once `seconds` have passed."""
-    measure = _events(device) if device.type == "cuda" else _wall_time
+    measure = _events if device.type == "cuda" else _wall_time
+    flush = torch.empty(FLUSH_BYTES[device.type], dtype=torch.uint8, device=device)
     milliseconds: dict[str, list[float]] = {name: [] for name in runs}
     started = time.perf_counter()
     for done in range(rounds):
         if done >= MIN_ROUNDS and time.perf_counter() - started > seconds:
             break
         for name, run in runs.items():
-            milliseconds[name].append(measure(run))
+            milliseconds[name].append(measure(run, flush))
     return milliseconds
 
 
-def _wall_time(run: Callable[[], object]) -> float:
+def _wall_time(run: Callable[[], object], flush: Tensor) -> float:
+    flush.zero_()
     started = time.perf_counter()
     run()
     return 1e3 * (time.perf_counter() - started)
 
 
-def _events(device: torch.device) -> Callable[[Callable[[], object]], float]:
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
-
-    def measure(run: Callable[[], object]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        flush.zero_()
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize(device)
-        return start.elapsed_time(end)
-
-    return measure
+def _events(run: Callable[[], object], flush: Tensor) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(flush.device)
+    flush.zero_()
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize(flush.device)
+    return start.elapsed_time(end)
 
 
 def percentiles(milliseconds: list[float]) -> tuple[float, float, float]:

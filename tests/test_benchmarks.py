@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import reference
 from benchmarks import (
     accuracy_report,
     gate,
@@ -25,8 +26,10 @@ from benchmarks import (
 from benchmarks.registry import (
     BlockCausalTTT,
     WindowAttn,
+    WindowAttnWithKVCache,
     empty_output,
     forward_backward,
+    in_float64,
     output_gradient,
 )
 
@@ -59,6 +62,26 @@ def test_window_attn_flops_count_the_visible_pairs(window_size):
     backward = 3 * pairs * (3 * 2 * 8 + 2 * 2 * 4)  # scores, dq, dk over D; dp, dv over Dv
     assert point.flops("fwd") == forward
     assert point.flops("fwd_bwd") == forward + backward
+
+
+def test_packed_sequences_are_very_different_and_count_their_own_pairs():
+    point = WindowAttn(T=200, window_size=20, Hq=3, D=8, Dv=4, sequences=5)
+    lengths = point.lengths
+    assert lengths == point.lengths and len(lengths) == 5 and sum(lengths) == 200
+    assert min(lengths) < point.window_size < max(lengths) and max(lengths) > 10 * min(lengths)
+    pairs = sum(i - 20 < j <= i for length in lengths for i in range(length) for j in range(length))
+    assert point.flops("fwd") == 3 * pairs * (2 * 8 + 2 * 4)
+    cu_seqlens = point.inputs(torch.float32, CPU)["cu_seqlens"]
+    assert cu_seqlens.dtype == torch.int32 and cu_seqlens.diff().tolist() == lengths
+
+
+@pytest.mark.parametrize("window_size", [1, 7, 18, 19, 20, None])
+def test_cache_flops_and_bytes_count_what_the_last_queries_see(window_size):
+    point = WindowAttnWithKVCache(S=20, window_size=window_size, B=2, Tq=3, Hq=6, Hkv=3, D=8)
+    seen = [(i, j) for i in (17, 18, 19) for j in range(20) if i - (window_size or 20) < j <= i]
+    assert point.flops("fwd") == 2 * 6 * len(seen) * (2 * 8 + 2 * 8)
+    slots = len({j for _, j in seen})
+    assert point.needed_bytes(torch.float32) == 2 * 4 * (2 * slots * 3 * 8 + 2 * 3 * 6 * 8)
 
 
 @pytest.mark.parametrize(
@@ -95,6 +118,12 @@ def test_variants_take_turns():
     assert len(timing.interleaved(runs, CPU, rounds=9, seconds=0)["a"]) == timing.MIN_ROUNDS
 
 
+def test_caches_are_overwritten_before_a_call():
+    flush, seen = torch.ones(8, dtype=torch.uint8), []
+    timing._wall_time(lambda: seen.append(flush.sum().item()), flush)
+    assert seen == [0]
+
+
 def test_peak_memory_sees_what_a_call_allocates():
     size = 2**26
     peak = timing.peak_memory(lambda: torch.ones(size // 4).sum().item(), CPU)
@@ -106,6 +135,7 @@ def test_peak_memory_sees_what_a_call_allocates():
 def arguments(out, *more):
     sizes = ["--device", "cpu", "--seq-len", "96", "--head-dim", "16", "--fast-weight-dims", "16"]
     sizes += ["--window-sizes", "32", "full", "--chunk-sizes", "40", "--repeats", "3"]
+    sizes += ["--cache-sizes", "64", "96", "--cache-window", "40", "--queries", "2"]
     return [*sizes, "--seconds", "1", "--out", str(out), *more]
 
 
@@ -128,7 +158,7 @@ def test_run_writes_a_complete_row_for_every_variant(
     assert run.main(arguments(tmp_path)) == 0
     (path,) = tmp_path.glob("*.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(rows) == 2 * 2 * 5 + 2 * 3  # modes x points x variants of each operation
+    assert len(rows) == 2 * 2 * 5 + 2 * 3 + 2 * 3  # modes x points x variants of each operation
     fields = {field.name for field in dataclasses.fields(report.Row)}
     fields |= {"commit", "date", "versions", "device"}
     assert all(row.keys() == fields for row in rows)
@@ -148,7 +178,77 @@ def test_run_writes_a_complete_row_for_every_variant(
         assert row["share_of_matrix_rate"] == pytest.approx(rate / row["matrix_tflops"])
         if row["variant"] == row["baseline"]:
             assert row["ratio_to_baseline"] == 1
+        if row["op"] == "window_attn_with_kvcache":
+            point = WindowAttnWithKVCache(**row["shape"])
+            assert (row["mode"], row["swept"]) == ("fwd", "S")
+            assert (point.S in (64, 96), point.window_size, point.Tq) == (True, 40, 2)
+            needed = point.needed_bytes(torch.float32)
+            assert row["needed_gb_per_s"] == pytest.approx(needed / row["p50_ms"] / 1e6)
+        else:
+            assert row["needed_gb_per_s"] is None
     assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".png"}
+
+
+# What the peers that need a GPU or a package do, as they document it.
+def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size):
+    assert cu_seq_q is cu_seq_k and max_q == max_k == cu_seq_q.diff().max()
+    left, right = window_size
+    assert right == 0 and left < max_k - 1  # a window that sees everything is not one
+    qkv = (x[None] for x in (q, k, v))
+    return reference.window_attn(*qkv, None if left < 0 else left + 1, cu_seqlens=cu_seq_q)[0]
+
+
+def parallel_attn(q, k, v, *, window_size, cu_seqlens):
+    assert cu_seqlens is None or cu_seqlens.dtype == torch.int64
+    return reference.window_attn(q, k, v, window_size, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        WindowAttn(T=150, window_size=20, B=2, Hq=4, Hkv=2, D=16, Dv=16),
+        WindowAttn(T=150, window_size=None, D=16, Dv=16),
+        WindowAttn(T=150, window_size=20, D=16, Dv=16, sequences=4),
+        WindowAttn(T=150, window_size=120, D=16, Dv=16, sequences=4),
+    ],
+    ids=["rows", "full", "packed", "packed-beyond-the-longest"],
+)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_peers_of_window_attn_compute_it(monkeypatch, point):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(peers, "_find", lambda module, name: globals()[name])
+    inputs = point.inputs(torch.float32, CPU)
+    expected = point.reference(**inputs)
+    for variant in [*peers._PEERS[point.op, "cpu"], *peers._PEERS[point.op, "cuda"]]:
+        call = measure.runner(variant.build(point, "fwd"), inputs, None, "fwd")
+        for o in (call()["o"], call()["o"]):  # the second call finds its mask or borders made
+            torch.testing.assert_close(o, expected, rtol=0, atol=1e-5, msg=variant.name)
+
+
+@pytest.mark.parametrize("window_size", [1, 20, None])
+@pytest.mark.parametrize("Tq", [1, 3])
+def test_peers_of_a_cache_compute_it(window_size, Tq):
+    point = WindowAttnWithKVCache(S=50, window_size=window_size, B=2, Tq=Tq, D=16)
+    inputs = point.inputs(torch.float32, CPU)
+    for variant in peers._PEERS[point.op, "cpu"]:
+        o = variant.build(point, "fwd")(**inputs)
+        torch.testing.assert_close(o, point.reference(**inputs), rtol=0, atol=1e-5)
+
+
+def test_sdpa_over_the_window_of_one_query_has_no_mask(monkeypatch):
+    """A mask would keep PyTorch's faster kernels from it."""
+    masks = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(q, k, v, attn_mask, enable_gqa):
+        masks.append((k.shape[2], attn_mask is None))
+        return sdpa(q, k, v, attn_mask=attn_mask, enable_gqa=enable_gqa)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    point = WindowAttnWithKVCache(S=50, window_size=20, D=16)
+    for variant in peers.CACHE_SDPA:
+        variant.build(point, "fwd")(**point.inputs(torch.float32, CPU))
+    assert masks == [(20, True), (50, False)]
 
 
 @pytest.mark.parametrize("flags", [[], ["--momentum", "--prenorm"]], ids=["plain", "prenorm"])
@@ -403,6 +503,9 @@ def test_gpu_check_asks_for_what_the_benchmarks_take(tmp_path, monkeypatch):
         assert (options[name].seq_len, options[name].chunk_size) == (32768, 2048)
         assert (options[name].dtype, options[name].fast_weight_heads) == ("bfloat16", 4)
         assert options[name].backend == ["triton", "eager"]
+    assert options["window_attn-packed"].sequences > 1
+    cache = options["window_attn_with_kvcache"]
+    assert cache.op == ["window_attn_with_kvcache"] and cache.heads > cache.kv_heads
     total = sum(x.seconds for x in stages) + gpu_check.stages(tmp_path)[0].seconds
     assert total <= 9.5 * 60
 
@@ -433,11 +536,39 @@ def test_nothing_is_timed_when_the_gate_fails(tmp_path, monkeypatch, capsys, fau
     assert all(not path.read_text() for path in tmp_path.glob("*.jsonl"))
 
 
+@pytest.mark.parametrize("op", ["window_attn", "window_attn_with_kvcache"])
+def test_gate_sees_packing_and_caches(tmp_path, monkeypatch, capsys, op):
+    """A row of sequences that see each other, and a query that sees one slot too many."""
+    plain, cached = WindowAttn.run, WindowAttnWithKVCache.run
+    monkeypatch.setattr(
+        WindowAttn, "run", lambda self, backend, q, k, v, cu_seqlens: plain(self, backend, q, k, v)
+    )
+    monkeypatch.setattr(
+        WindowAttnWithKVCache,
+        "run",
+        lambda self, *x, **inputs: cached(
+            dataclasses.replace(self, window_size=self.window_size + 1), *x, **inputs
+        ),
+    )
+    monkeypatch.setattr(timing, "interleaved", lambda *_: pytest.fail("something was timed"))
+    assert run.main(arguments(tmp_path, "--op", op, "--sequences", "4", "--no-peers")) == 1
+    assert capsys.readouterr().out.count("FAILED: o") == 3  # two points and the edge
+
+
 def test_gate_points_fit_the_reference_and_keep_the_heads_grouped():
     point = WindowAttn(T=2**15, window_size=None, Hq=32, Hkv=8).gate()
     assert point.Hq // point.Hkv == 4 and point.T < 2**12
     small = WindowAttn(T=100, window_size=7)
     assert small.gate() is small
+    cache = WindowAttnWithKVCache(S=2**20, window_size=300, Hq=32, Hkv=8).gate()
+    assert cache.Hq // cache.Hkv == 4 and 300 < cache.S < 2**10
+
+
+def test_the_gate_of_packed_sequences_is_the_same_picture_at_a_smaller_scale():
+    point = WindowAttn(T=2**15, window_size=2**12, sequences=16)
+    gate_point = point.gate()
+    outlasting = [sum(x > p.window_size for x in p.lengths) for p in (point, gate_point)]
+    assert gate_point.T < 2**12 and outlasting[0] == outlasting[1] > 1
 
 
 def test_interrupting_keeps_finished_rows(tmp_path, monkeypatch, capsys):
@@ -463,6 +594,9 @@ def test_interrupting_keeps_finished_rows(tmp_path, monkeypatch, capsys):
         (["--window-sizes", "97"], "beyond --seq-len 96"),
         (["--heads", "4", "--kv-heads", "3"], "does not divide"),
         (["--op", "conv"], "invalid choice"),
+        (["--queries", "65"], "more than --cache-sizes 64"),
+        (["--op", "window_attn_with_kvcache", "--mode", "fwd_bwd"], "no backward"),
+        (["--op", "window_attn_with_kvcache", "--memory"], "no sweep over T"),
     ],
     ids=lambda x: x[1] if isinstance(x, list) else "",
 )
@@ -479,8 +613,28 @@ def test_memory_sweep_is_over_lengths(tmp_path, capsys):
     assert run.main(arguments(tmp_path, *more)) == 0
     (path,) = tmp_path.glob("*.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {row["op"] for row in rows} == {"window_attn"}
     assert [row["shape"]["T"] for row in rows] == [6, 12, 24, 48, 96]
     assert {row["swept"] for row in rows} == {"T"}
+
+
+@pytest.mark.parametrize(
+    "point, names",
+    [
+        (WindowAttn(T=90, window_size=20, D=16, Dv=16, sequences=3), ["o", "dq", "dk", "dv"]),
+        (WindowAttnWithKVCache(S=90, window_size=20, Tq=2, D=16), ["o"]),
+    ],
+    ids=["packed", "cache"],
+)
+def test_gate_compares_gradients_where_there_are_any(point, names):
+    inputs = point.inputs(torch.float32, CPU)
+    comparisons = gate.check(point, ["eager"], inputs)["eager"]
+    assert list(comparisons) == names
+    assert all(comparison.ok for comparison in comparisons.values())
+    exact = in_float64(inputs)
+    assert [x.requires_grad for x in exact.values()] == [x.requires_grad for x in inputs.values()]
+    floats = [name for name, x in inputs.items() if x.is_floating_point()]
+    assert [name for name, x in exact.items() if x.dtype == torch.float64] == floats
 
 
 def test_gate_compares_the_output_and_every_gradient():
