@@ -698,20 +698,36 @@ def test_gpu_check_stops_a_stage_at_its_budget_and_keeps_its_output(tmp_path, ca
     assert "begun" in (tmp_path / "slow.log").read_text()
 
 
-@pytest.mark.parametrize("passing", [True, False])
-def test_gpu_check_benchmarks_only_what_passes(tmp_path, monkeypatch, capsys, passing):
+def gpu_check_of(code, seconds, tmp_path, monkeypatch):
+    """The exit status and the summary of the check of a test file with this code."""
     file = tmp_path / "test_it.py"
-    file.write_text(f"def test_it(): assert {passing}")
+    file.write_text(code)
     tests = ("pytest", str(file), "--rootdir", str(tmp_path))
     write = f"open({str(tmp_path / 'device.jsonl')!r}, 'a').write('{{}}\\n')"
     stages = [
-        gpu_check.Stage("tests", (*tests, "--junitxml", str(tmp_path / "tests.xml")), 60),
+        gpu_check.Stage("tests", (*tests, "--junitxml", str(tmp_path / "tests.xml")), seconds),
         gpu_check.Stage("benchmark", ("timeit", "-n1", "-r1", write), 60),
     ]
     monkeypatch.setattr(gpu_check, "stages", lambda out: (stages[0], stages[1:]))
-    assert gpu_check.check(tmp_path, {"device": "none"}) == int(not passing)
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    status = gpu_check.check(tmp_path, {"device": "none"})
+    return status, json.loads((tmp_path / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("passing", [True, False])
+def test_gpu_check_benchmarks_only_what_passes(tmp_path, monkeypatch, capsys, passing):
+    code = f"def test_it(): assert {passing}"
+    status, summary = gpu_check_of(code, 60, tmp_path, monkeypatch)
+    assert status == int(not passing)
     assert summary["ok"] is passing
     assert summary["stages"]["tests"]["passed"] == int(passing)
     assert summary["stages"].get("benchmark", {}).get("rows", 0) == int(passing)
     assert ("FAILED" in capsys.readouterr().out) is not passing
+
+
+def test_gpu_check_benchmarks_after_tests_that_ran_out_of_time(tmp_path, monkeypatch, capsys):
+    """And does not pass, as not all of them have."""
+    code = "import time\ndef test_it(): pass\ndef test_slow(): time.sleep(60)"
+    status, summary = gpu_check_of(code, 6, tmp_path, monkeypatch)
+    assert status == 1 and summary["ok"] is False
+    assert summary["stages"]["tests"]["stopped"] and summary["stages"]["tests"]["passed"] == 1
+    assert summary["stages"]["benchmark"]["rows"] == 1
