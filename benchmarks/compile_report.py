@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -66,12 +67,28 @@ TENSOR_MEMORY_COLUMNS = 512
 # Instruction names: Hopper's asynchronous products, those of Ampere, those of Blackwell.
 _MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA)\b")
 _LOCAL_ACCESS = re.compile(r"\b(LDL|STL)((?:\.\w+)*)")
+# A line of machine code: address, predicate if any, instruction, operands.
+_INSTRUCTION = re.compile(
+    r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE
+)
 _POINTER_TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.int32: "*i32",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixLoop:
+    """An innermost loop with matrix instructions: what a mask takes in it, for each thread.
+
+    A mask compares integers and selects floats, once per element that a thread owns. Loop control takes
+    a compare or two and no select.
+    """
+
+    compares: int
+    selects: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +105,7 @@ class CompileRow:
     shared_bytes: int
     shared_limit: int
     matrix_instructions: dict[str, int]
+    matrix_loops: list[MatrixLoop]  # in the order of their addresses
     programs_per_multiprocessor: int
     seconds: float
 
@@ -126,7 +144,8 @@ def compile_case(case) -> CompileRow:
         target=GPUTarget("cuda", case.arch, 32),
         options={"num_warps": case.config.num_warps, "num_stages": case.config.num_stages},
     )
-    registers, spilled, instructions = _read_binary(compiled.asm["cubin"])
+    output = _disassemble(compiled.asm["cubin"])
+    registers = int(re.search(r"REG:(\d+)", output)[1])
     shared = compiled.metadata.shared
     return CompileRow(
         kernel=case.name,
@@ -135,10 +154,11 @@ def compile_case(case) -> CompileRow:
         shape=case.shape,
         config=dataclasses.asdict(case.config),
         registers=registers,
-        spilled_bytes=spilled,
+        spilled_bytes=_spilled_bytes(output),
         shared_bytes=shared,
         shared_limit=ARCHITECTURES[case.arch].shared_per_block,
-        matrix_instructions=instructions,
+        matrix_instructions=dict(Counter(_MATRIX_INSTRUCTION.findall(output))),
+        matrix_loops=_matrix_loops(output),
         programs_per_multiprocessor=_programs_per_multiprocessor(
             ARCHITECTURES[case.arch],
             registers,
@@ -167,26 +187,43 @@ def _signature(case) -> tuple[dict[str, str], dict]:
     return signature, attributes
 
 
-def _read_binary(cubin: bytes) -> tuple[int, int, dict[str, int]]:
-    """Registers per thread, spilled bytes, and the count of each matrix instruction."""
+def _disassemble(cubin: bytes) -> str:
+    """The machine code, and what resources it takes."""
     import triton.backends.nvidia
 
     tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        output = subprocess.run(
-            [tool, "-sass", "-res-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-    registers = int(re.search(r"REG:(\d+)", output)[1])
+        command = [tool, "-sass", "-res-usage", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _spilled_bytes(output: str) -> int:
+    """The widths of all loads from and stores to local memory."""
     spilled = 0
     for _, modifiers in _LOCAL_ACCESS.findall(output):
         parts = modifiers.split(".")
         spilled += 16 if "128" in parts else 8 if "64" in parts else 4
-    instructions: dict[str, int] = {}
-    for name in _MATRIX_INSTRUCTION.findall(output):
-        instructions[name] = instructions.get(name, 0) + 1
-    return registers, spilled, instructions
+    return spilled
+
+
+def _matrix_loops(output: str) -> list[MatrixLoop]:
+    """A branch to an earlier address closes a loop."""
+    code = [(int(address, 16), *rest) for address, *rest in _INSTRUCTION.findall(output)]
+    bodies = []
+    for end, instruction, operands in code:
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        if instruction.startswith("BRA") and target and int(target[1], 16) < end:
+            body = range(int(target[1], 16), end)
+            if any(at in body and _MATRIX_INSTRUCTION.match(name) for at, name, _ in code):
+                bodies.append(body)
+    innermost = [x for x in bodies if not any(y != x and y.start in x for y in bodies)]
+    loops = []
+    for body in innermost:
+        counts = Counter(name.split(".")[0] for at, name, _ in code if at in body)
+        loops.append(MatrixLoop(compares=counts["ISETP"], selects=counts["FSEL"]))
+    return loops
 
 
 def _programs_per_multiprocessor(

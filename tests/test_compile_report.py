@@ -44,7 +44,13 @@ def describe(row):
 def test_every_configuration_is_compiled(rows):
     from lact_kernels.triton.configs import _TABLE, _TTT_TABLE
 
-    attention = {(*key, f"D{size}") for key, row in _TABLE.items() for size in row}
+    attention = {
+        (*key, f"D{size}{packed}")
+        for key, row in _TABLE.items()
+        for size in row
+        for packed in ("", " packed")
+        if not (packed and "kvcache" in key[0])
+    }
     widths = {"bfloat16": 16, "float16": 16, "float32": 32}
     compiled = {(r["kernel"], r["arch"], widths[r["dtype"]], r["shape"]) for r in rows}
     assert {x for x in compiled if x[0].startswith("window_attn")} == attention
@@ -68,8 +74,28 @@ def test_shared_memory_is_within_limits(rows):
 def test_sixteen_bit_products_use_matrix_instructions(rows):
     for row in rows:
         if row["dtype"] != "float32" and row["kernel"] not in WITHOUT_PRODUCTS:
-            expected = MATRIX_INSTRUCTION[row["arch"]]
+            # Tiles of 16 rows are too small for the larger instructions.
+            narrow = row["kernel"] == "window_attn_with_kvcache"
+            expected = "HMMA" if narrow else MATRIX_INSTRUCTION[row["arch"]]
             assert list(row["matrix_instructions"]) == [expected], describe(row)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_interior_tiles_carry_no_mask(rows, arch):
+    """Of the two loops the one over the edges masks each element, the one over the interior none.
+
+    On sm_100 products are in other loops than what is done with their results, so none tells.
+    """
+    names = ("window_attn_fwd", "window_attn_bwd_dq", "window_attn_bwd_dkv")
+    rows = [r for r in rows if r["kernel"] in names and r["arch"] == arch]
+    rows = [r for r in rows if r["dtype"] == "bfloat16"]
+    assert {r["kernel"] for r in rows} == set(names)
+    for row in rows:
+        edges, interior = row["matrix_loops"]
+        tile = row["config"]["block_m"] * row["config"]["block_n"]
+        elements = tile // (32 * row["config"]["num_warps"])  # of each thread
+        assert edges["compares"] >= elements and edges["selects"] >= elements, describe(row)
+        assert interior["compares"] <= 8 and interior["selects"] == 0, describe(row)
 
 
 def test_interpreter_is_refused_with_a_reason():

@@ -216,8 +216,11 @@ def _window_attn_bwd_dq_kernel(
         stride_kt, stride_vt, Tk, window_size, softmax_scale,
         HEAD_DIM_QK, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, MASKED=False,
     )  # fmt: skip
-    dq_pointers = dq_ptr + rows_m * stride_dqt + cols_qk[None, :]
-    store_rows(dq_pointers, dq * softmax_scale, queries, Tq, cols_qk, HEAD_DIM_QK)
+    # Rows are counted from the tile's first query here: nothing computed above stays in registers.
+    rows = tl.arange(0, BLOCK_M)
+    dq_offsets = rows[:, None] * stride_dqt + cols_qk[None, :]
+    dq_pointers = dq_ptr + tl.cast(first_query, tl.int64) * stride_dqt + dq_offsets
+    store_rows(dq_pointers, dq * softmax_scale, rows, Tq - first_query, cols_qk, HEAD_DIM_QK)
 
 
 @triton.jit

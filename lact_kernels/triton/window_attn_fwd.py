@@ -189,9 +189,13 @@ def _window_attn_fwd_kernel(
     )  # fmt: skip
 
     o, lse = softmax_end(acc, row_max, row_sum, softmax_scale)
-    o_pointers = o_ptr + rows_m * stride_ot + cols_v[None, :]
-    store_rows(o_pointers, o, queries, Tq, cols_v, HEAD_DIM_V)
-    tl.store(lse_ptr + queries, lse, mask=queries < Tq)
+    # Rows are counted from the tile's first query here: nothing computed above stays in registers.
+    first_row = tl.cast(first_query, tl.int64)
+    rows = tl.arange(0, BLOCK_M)
+    num_rows = Tq - first_query
+    o_pointers = o_ptr + first_row * stride_ot + (rows[:, None] * stride_ot + cols_v[None, :])
+    store_rows(o_pointers, o, rows, num_rows, cols_v, HEAD_DIM_V)
+    tl.store(lse_ptr + first_row + rows, lse, mask=rows < num_rows)
 
 
 def window_attn_fwd(

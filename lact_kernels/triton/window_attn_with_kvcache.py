@@ -145,7 +145,8 @@ def _window_attn_with_kvcache_kernel(
     split_row = tl.cast(split, tl.int64) * stride_split
     lse_rows = split_row + (b * Hq + heads) * Tq + queries
     o_rows = split_row + (b * Tq + queries) * Hq + heads
-    inside = rows < num_rows
+    # Compared within the tile: nothing computed above stays in registers.
+    inside = tl.arange(0, BLOCK_M) < num_rows - tile * BLOCK_M
     tl.store(lse_ptr + lse_rows, lse, mask=inside)
     o_pointers = o_ptr + o_rows[:, None] * HEAD_DIM_V + cols_v[None, :]
     inside = inside[:, None] & (cols_v < HEAD_DIM_V)[None, :]
