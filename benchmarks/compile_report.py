@@ -7,9 +7,9 @@ python -m benchmarks.compile_report [--arch 80 90 100] [--pass NAME ...] [--json
 Each kernel module offers `compile_cases(arch)`; the modules are listed in KERNEL_MODULES. A case is
 compiled by Triton for its architecture, and the binary is read with the `cuobjdump` that comes in
 Triton's package: registers per thread, spilled bytes (the widths of all loads from and stores to
-local memory), shared memory, matrix instructions, and the programs per multiprocessor that these
-allow. Needs a process in which `TRITON_INTERPRET` is not set, because the interpreter replaces the
-compiler when Triton is imported.
+local memory), shared memory, matrix instructions, what a mask takes in the loops around these, and
+the programs per multiprocessor that registers and memory allow. Needs a process in which
+`TRITON_INTERPRET` is not set, because the interpreter replaces the compiler when Triton is imported.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -69,7 +69,7 @@ _MATRIX_INSTRUCTION = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA)\b")
 _LOCAL_ACCESS = re.compile(r"\b(LDL|STL)((?:\.\w+)*)")
 # A line of machine code: address, predicate if any, instruction, operands.
 _INSTRUCTION = re.compile(
-    r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE
+    r"^\s*/\*([0-9a-f]{4,})\*/\s+(@\S+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE
 )
 _POINTER_TYPES = {
     torch.float16: "*fp16",
@@ -83,8 +83,8 @@ _POINTER_TYPES = {
 class MatrixLoop:
     """An innermost loop with matrix instructions: what a mask takes in it, for each thread.
 
-    A mask compares integers and selects floats, once per element that a thread owns. Loop control takes
-    a compare or two and no select.
+    A mask compares integers and selects floats, once at least per element that a thread owns. Loop
+    control, addresses and waits take some compares, and select integers only.
     """
 
     compares: int
@@ -209,21 +209,42 @@ def _spilled_bytes(output: str) -> int:
 
 
 def _matrix_loops(output: str) -> list[MatrixLoop]:
-    """A branch to an earlier address closes a loop."""
-    code = [(int(address, 16), *rest) for address, *rest in _INSTRUCTION.findall(output)]
-    bodies = []
-    for end, instruction, operands in code:
-        target = re.search(r"0x([0-9a-f]+)", operands)
-        if instruction.startswith("BRA") and target and int(target[1], 16) < end:
-            body = range(int(target[1], 16), end)
-            if any(at in body and _MATRIX_INSTRUCTION.match(name) for at, name, _ in code):
-                bodies.append(body)
-    innermost = [x for x in bodies if not any(y != x and y.start in x for y in bodies)]
-    loops = []
-    for body in innermost:
-        counts = Counter(name.split(".")[0] for at, name, _ in code if at in body)
-        loops.append(MatrixLoop(compares=counts["ISETP"], selects=counts["FSEL"]))
-    return loops
+    """The innermost loops with matrix instructions, in the order in which they end.
+
+    A loop is all that leads to a backward branch without passing its target. Code out of line, where
+    kernels for sm_100 wait, branches back too, but what leads there includes the kernel's entry.
+    """
+    code = _INSTRUCTION.findall(output)
+    index_at = {int(address, 16): index for index, (address, *_) in enumerate(code)}
+    sources = defaultdict(list)  # of each instruction, those that lead to it
+    backward = []
+    for index, (_, predicate, name, operands) in enumerate(code):
+        target = re.search(r"0x([0-9a-f]+)\s*$", operands) if name.startswith("BRA") else None
+        if target:
+            first = index_at[int(target[1], 16)]
+            sources[first].append(index)
+            if first <= index:
+                backward.append((first, index))
+        # A branch with a second operand depends on it.
+        if predicate or "," in operands or not name.startswith(("BRA", "EXIT", "RET")):
+            sources[index + 1].append(index)
+    bodies = defaultdict(set)  # by their first instruction
+    for first, last in backward:
+        body, leading = {first}, [last]
+        while leading:
+            index = leading.pop()
+            if index not in body:
+                body.add(index)
+                leading += sources[index]
+        if 0 not in body:
+            bodies[first] |= body
+    loops = [x for x in bodies.values() if any(_MATRIX_INSTRUCTION.match(code[i][2]) for i in x)]
+    counts = [
+        Counter(code[i][2].split(".")[0] for i in x)
+        for x in loops
+        if not any(other < x for other in loops)
+    ]
+    return [MatrixLoop(compares=x["ISETP"], selects=x["FSEL"]) for x in counts]
 
 
 def _programs_per_multiprocessor(
@@ -245,12 +266,13 @@ def _programs_per_multiprocessor(
 _COLUMNS = (
     f"{'kernel':<31} {'arch':>4} {'dtype':>8} {'shape':>15} {'tile':>11} {'warps':>5}"
     f" {'stages':>6} {'regs':>4} {'spills':>6} {'shared KiB':>13} {'CTA/SM':>6} {'warps/SM':>8}"
-    f" {'s':>5}  matrix instructions"
+    f" {'s':>5}  matrix instructions; compares/selects in their loops"
 )
 
 
 def _line(row: CompileRow) -> str:
     matrix = ", ".join(f"{n} {name}" for name, n in row.matrix_instructions.items()) or "none"
+    loops = ", ".join(f"{loop.compares}/{loop.selects}" for loop in row.matrix_loops)
     shared = f"{row.shared_bytes / KIB:.1f}/{row.shared_limit // KIB}"
     config = row.config
     tile = "x".join(
@@ -261,7 +283,7 @@ def _line(row: CompileRow) -> str:
         f" {config['num_warps']:>5} {config['num_stages']:>6} {row.registers:>4}"
         f" {row.spilled_bytes:>6} {shared:>13}"
         f" {row.programs_per_multiprocessor:>6} {row.warps_per_multiprocessor:>8}"
-        f" {row.seconds:>5.1f}  {matrix}"
+        f" {row.seconds:>5.1f}  {matrix}{loops and '; ' + loops}"
     )
 
 
