@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lact_kernels.ops import checks
 from lact_kernels.ops.window_attn import check_attention, run_window_attn, triton_obstacle
-from lact_kernels.ops.window_attn_with_kvcache import window_attn_with_kvcache
+from lact_kernels.ops.window_attn_with_kvcache import run_window_attn_with_kvcache
 
 __all__ = [
     "flash_attn_func",
@@ -270,22 +270,16 @@ def flash_attn_with_kvcache(
     backend = checks.choose_backend(backend, q, triton_obstacle(q, v_cache))
     _check_new_tokens(k, v, k_cache, v_cache)
     _check_lengths(cache_seqlens, k, k_cache)
-    inputs = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
-    checks.check_no_gradient("flash_attn_with_kvcache", "flash_attn_func", **inputs)
+    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
+    checks.check_no_gradient("flash_attn_with_kvcache", "flash_attn_func", **tensors)
     if k is not None:
         _write(k_cache, k, cache_seqlens)
         _write(v_cache, v, cache_seqlens)
         cache_seqlens = cache_seqlens + k.shape[1]
-    return window_attn_with_kvcache(
-        q,
-        k_cache,
-        v_cache,
-        window,
-        cache_seqlens=cache_seqlens,
-        softmax_scale=softmax_scale,
-        return_lse=return_softmax_lse,
-        backend=backend,
+    o, lse = run_window_attn_with_kvcache(
+        q, k_cache, v_cache, window, cache_seqlens, softmax_scale, backend
     )
+    return (o, lse) if return_softmax_lse else o
 
 
 def _window(causal: bool, window_size: tuple[int, int], single_query: bool) -> int | None:
@@ -334,23 +328,12 @@ def _check_lengths(cache_seqlens: int | Tensor | None, k: Tensor | None, k_cache
     """Each row's tokens and those of k have slots, as far as that is known without waiting."""
     B, S = k_cache.shape[:2]
     n = 0 if k is None else k.shape[1]
-    lengths = [0]  # of values that are not read this much is known
-    if isinstance(cache_seqlens, Tensor):
-        device = k_cache.device
-        checks.check_tensor("cache_seqlens", cache_seqlens, (B,), "[B]", torch.int32, device)
-        if cache_seqlens.is_cpu and not torch.compiler.is_compiling():
-            lengths += cache_seqlens.tolist()
-    elif checks.is_int(cache_seqlens):
-        lengths.append(cache_seqlens)
-    elif cache_seqlens is not None:
-        raise TypeError(
-            f"cache_seqlens must be an int32 tensor [B] or an int, got {cache_seqlens!r}"
-        )
+    lengths = []
+    if cache_seqlens is not None:
+        lengths = checks.known_lengths("cache_seqlens", cache_seqlens, B, k_cache.device)
     elif k is not None:
         raise ValueError("cache_seqlens must say where k and v go, got None")
-    for length in lengths:
-        if length < 0:
-            raise ValueError(f"cache_seqlens must not be negative, got {length}")
+    for length in [0, *lengths]:  # of values that are not known, 0 is the least
         if length + n > S:
             raise ValueError(
                 f"cache_seqlens is {length} and k has {n} tokens, more than the {S} slots of k_cache"

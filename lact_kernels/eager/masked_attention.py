@@ -59,6 +59,13 @@ def backward_written_out(
     return ds @ k, ds.mT @ q, p.mT @ do
 
 
+def band(rows: int, window_size: int, like: Tensor) -> Tensor:
+    """The additive mask `[R, R + W - 1]`: 0 where r <= s < r + W, -inf elsewhere."""
+    ones = like.new_ones(rows, rows + window_size - 1, dtype=torch.bool)
+    visible = ones.triu().tril(window_size - 1)
+    return like.new_zeros(visible.shape).masked_fill_(~visible, -math.inf)
+
+
 def pad_channels(x: Tensor, channels: int) -> Tensor:
     """The same channels, zeros behind them, and a last stride of 1, in place where that is given."""
     x = F.pad(x, (0, channels - x.shape[-1])) if x.shape[-1] < channels else x

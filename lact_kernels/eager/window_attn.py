@@ -153,7 +153,7 @@ def _views(
     most_keys = max(stop - start for _, _, start, stop in spans)
     window_size = max(1, min(window_size, most_keys))
     rows = min(MAX_ROWS, max(MIN_ROWS, _power_of_two(window_size // 2)), max(1, most_queries))
-    band = _band(rows, window_size, q)
+    band = masked_attention.band(rows, window_size, q)
     queries = tuple(x.unflatten(2, (Hkv, Hq // Hkv)) for x in queries)
     for first_query, last_query, first_key, last_key in spans:
         for blocks in _cut(last_query - first_query, last_key - first_key, window_size, band):
@@ -177,13 +177,6 @@ def _cut(Tq: int, Tk: int, window_size: int, band: Tensor) -> Iterator[_Blocks]:
             query, position - (window_size - 1) + cut_off, length, mask.shape[1], count, mask
         )
         query += count * length
-
-
-def _band(rows: int, window_size: int, like: Tensor) -> Tensor:
-    """The additive mask `[R, R + W - 1]`: 0 where r <= s < r + W, -inf elsewhere."""
-    ones = like.new_ones(rows, rows + window_size - 1, dtype=torch.bool)
-    visible = ones.triu().tril(window_size - 1)
-    return like.new_zeros(visible.shape).masked_fill_(~visible, -math.inf)
 
 
 def _power_of_two(x: int) -> int:

@@ -39,7 +39,8 @@ def window_attn_with_kvcache(
         keys, values = (
             _last_tokens(x[row], length, span).transpose(1, 2) for x in (k_cache, v_cache)
         )
-        mask = _mask(n, span, window_size, q).repeat(Hq // Hkv, 1)  # [G * n, span]
+        mask = masked_attention.band(n, min(window_size, length), q)[:, -span:]
+        mask = mask.repeat(Hq // Hkv, 1)  # [G * n, span]
         out, out_lse = masked_attention.forward(
             *_equally_wide(queries.flatten(2, 3), keys, values), mask, softmax_scale
         )
@@ -56,14 +57,6 @@ def _last_tokens(cache: Tensor, length: int, span: int) -> Tensor:
     if first < last:
         return cache[:, first:last]
     return torch.cat([cache[:, first:], cache[:, :last]], dim=1)
-
-
-def _mask(n: int, span: int, window_size: int, like: Tensor) -> Tensor:
-    """The additive mask `[n, span]` of the last n of `span` tokens: 0 where they see, -inf elsewhere."""
-    diagonal = span - n  # the key of the first query
-    visible = like.new_ones(n, span, dtype=torch.bool).tril(diagonal)
-    visible = visible.triu(diagonal - window_size + 1)
-    return like.new_zeros(n, span).masked_fill_(~visible, -math.inf)
 
 
 def _equally_wide(*tensors: Tensor) -> list[Tensor]:

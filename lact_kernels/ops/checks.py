@@ -78,6 +78,26 @@ def check_finite_number(name: str, value: float) -> None:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
+def known_values(lengths: Tensor) -> list[int]:
+    """The values of a tensor as far as they can be known without waiting for a device: all or none."""
+    return lengths.tolist() if lengths.is_cpu and not torch.compiler.is_compiling() else []
+
+
+def known_lengths(name: str, lengths: Tensor | int, B: int, device: torch.device) -> list[int]:
+    """`known_values` of an int32 `[B]`, or an int for all rows; they are not negative."""
+    if is_int(lengths):
+        values = [lengths]
+    elif isinstance(lengths, Tensor):
+        check_tensor(name, lengths, (B,), "[B]", torch.int32, device)
+        values = known_values(lengths)
+    else:
+        raise TypeError(f"{name} must be an int32 tensor [B] or an int, got {lengths!r}")
+    for length in values:
+        if length < 0:
+            raise ValueError(f"{name} must not be negative, got {length}")
+    return values
+
+
 def check_no_gradient(function: str, instead: str, **tensors: Tensor | None) -> None:
     """No tensor needs a gradient, which `function` has none for and `instead` has."""
     for name, x in tensors.items():

@@ -152,7 +152,6 @@ class RingKVCache:
         if lengths is None:
             return
         checks.check_tensor("lengths", lengths, (B,), "[B]", torch.int32, self.k.device)
-        if lengths.is_cpu and not torch.compiler.is_compiling():
-            for length in lengths.tolist():
-                if not 0 <= length <= t:
-                    raise ValueError(f"lengths must be between 0 and t = {t}, got {length}")
+        for length in checks.known_values(lengths):
+            if not 0 <= length <= t:
+                raise ValueError(f"lengths must be between 0 and t = {t}, got {length}")

@@ -87,7 +87,7 @@ def run_window_attn(
     A query before the first key of its sequence sees nothing: its output is 0, its lse -inf.
     `cu_seqlens_q` and `cu_seqlens_k` are the borders of queries and keys, given together or not at all.
     """
-    scale = default_scale(q) if softmax_scale is None else float(softmax_scale)
+    scale = score_scale(q, softmax_scale)
     backend = checks.choose_backend(backend, q, triton_obstacle(q, v))
     return window_attn_fwd(q, k, v, window_size, scale, cu_seqlens_q, cu_seqlens_k, backend)
 
@@ -114,8 +114,8 @@ def check_attention(q, k, v, window_size, softmax_scale, names=("k", "v")) -> No
         checks.check_finite_number("softmax_scale", softmax_scale)
 
 
-def default_scale(q: Tensor) -> float:
-    return q.shape[-1] ** -0.5
+def score_scale(q: Tensor, softmax_scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
 
 
 def triton_obstacle(q: Tensor, v: Tensor) -> str | None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lact_kernels.autograd.window_attn_with_kvcache import window_attn_with_kvcache as op
 from lact_kernels.ops import checks
-from lact_kernels.ops.window_attn import check_attention, default_scale, triton_obstacle
+from lact_kernels.ops.window_attn import check_attention, score_scale, triton_obstacle
 
 
 def window_attn_with_kvcache(
@@ -57,33 +57,32 @@ def window_attn_with_kvcache(
     """
     check_attention(q, k_cache, v_cache, window_size, softmax_scale, ("k_cache", "v_cache"))
     checks.check_flag("return_lse", return_lse)
-    inputs = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
-    checks.check_no_gradient("window_attn_with_kvcache", "window_attn", **inputs)
-    cache_seqlens = _checked_lengths(cache_seqlens, q, k_cache.shape[1], window_size)
-    backend = checks.choose_backend(backend, q, triton_obstacle(q, v_cache))
-    scale = default_scale(q) if softmax_scale is None else float(softmax_scale)
-    o, lse = op(q, k_cache, v_cache, cache_seqlens, window_size, scale, backend)
+    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
+    checks.check_no_gradient("window_attn_with_kvcache", "window_attn", **tensors)
+    if cache_seqlens is not None:
+        _check_lengths(cache_seqlens, q, k_cache.shape[1], window_size)
+    o, lse = run_window_attn_with_kvcache(
+        q, k_cache, v_cache, window_size, cache_seqlens, softmax_scale, backend
+    )
     return (o, lse) if return_lse else o
 
 
-def _checked_lengths(lengths, q: Tensor, S: int, window_size: int | None) -> Tensor | None:
-    """`cache_seqlens` as a tensor, checked as far as that needs no waiting for a device."""
+def run_window_attn_with_kvcache(
+    q, k_cache, v_cache, window_size, cache_seqlens, softmax_scale, backend
+) -> tuple[Tensor, Tensor]:
+    """`window_attn_with_kvcache` of checked arguments."""
+    if checks.is_int(cache_seqlens):
+        cache_seqlens = torch.full((len(q),), cache_seqlens, dtype=torch.int32, device=q.device)
+    backend = checks.choose_backend(backend, q, triton_obstacle(q, v_cache))
+    scale = score_scale(q, softmax_scale)
+    return op(q, k_cache, v_cache, cache_seqlens, window_size, scale, backend)
+
+
+def _check_lengths(lengths: Tensor | int, q: Tensor, S: int, window_size: int | None) -> None:
+    """A row of more tokens than slots still has its window, as far as that is known without waiting."""
     B, Tq = q.shape[:2]
-    if lengths is None:
-        return None
-    if isinstance(lengths, Tensor):
-        checks.check_tensor("cache_seqlens", lengths, (B,), "[B]", torch.int32, q.device)
-        values = lengths.tolist() if lengths.is_cpu and not torch.compiler.is_compiling() else []
-    elif checks.is_int(lengths):
-        values = [lengths]
-        lengths = torch.full((B,), lengths, dtype=torch.int32, device=q.device)
-    else:
-        raise TypeError(f"cache_seqlens must be an int32 tensor [B] or an int, got {lengths!r}")
     ring_slots = None if window_size is None else window_size + Tq - 1
-    for length in values:
-        if length < 0:
-            raise ValueError(f"cache_seqlens must not be negative, got {length}")
+    for length in checks.known_lengths("cache_seqlens", lengths, B, q.device):
         if length > S and (ring_slots is None or S < ring_slots):
             ring = "" if ring_slots is None else f", and than window_size + Tq - 1 = {ring_slots}"
             raise ValueError(f"cache_seqlens is {length}, but the cache has fewer slots{ring}: {S}")
-    return lengths

@@ -27,6 +27,8 @@ the host, and a recorded CUDA graph serves all lengths that add up to T.
 import triton
 import triton.language as tl
 
+from lact_kernels.triton.configs import KernelConfig
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 # The running maximum before any key: finite, so that a row that has seen no key gives no NaN.
 LOWEST = tl.constexpr(-1.0e38)
@@ -37,6 +39,18 @@ FANOUT = tl.constexpr(128)
 def block_dim(head_dim: int) -> int:
     """The padded head dim: a power of two, and at least what a matrix instruction takes."""
     return max(16, triton.next_power_of_2(head_dim))
+
+
+def attention_constexprs(D: int, Dv: int, config: KernelConfig) -> dict[str, int]:
+    """The compile-time sizes of an attention kernel."""
+    return {
+        "HEAD_DIM_QK": D,
+        "HEAD_DIM_V": Dv,
+        "BLOCK_D": block_dim(D),
+        "BLOCK_DV": block_dim(Dv),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+    }
 
 
 def num_tile_slots(T: int, num_sequences: int, block: int) -> int:
@@ -64,6 +78,17 @@ def sequence_of_slot(slot, cu_seqlens_ptr, num_sequences, BLOCK: tl.constexpr):
         low += (tl.sum(begun.to(tl.int32), axis=0) - 1) * step
         high = tl.minimum(low + step, high)
     return low, slot - (tl.load(cu_seqlens_ptr + low) // BLOCK + low)
+
+
+@triton.jit
+def packed_tile(
+    slot, own_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_sequences, BLOCK: tl.constexpr
+):
+    """Tile, and first row and length of its sequence in q and in k; `own_ptr` is what is cut into tiles."""
+    n, tile = sequence_of_slot(slot, own_ptr, num_sequences, BLOCK)
+    q_start, Tq = span_of_sequence(cu_seqlens_q_ptr, n)
+    k_start, Tk = span_of_sequence(cu_seqlens_k_ptr, n)
+    return tile, q_start, Tq, k_start, Tk
 
 
 @triton.jit

@@ -41,16 +41,15 @@ from lact_kernels.triton.launch import (
     readable_in_place,
 )
 from lact_kernels.triton.primitives import (
-    block_dim,
+    attention_constexprs,
     key_tile_bounds,
     load_rows,
     nth_tile,
     num_tile_slots,
+    packed_tile,
     query_tile_bounds,
     query_tile_program,
-    sequence_of_slot,
     softmax_from_lse,
-    span_of_sequence,
     store_rows,
     tile_slots,
     visible,
@@ -161,9 +160,9 @@ def _window_attn_bwd_dq_kernel(
     dq_ptr += b * stride_dqb + h * stride_dqh
     row_offset = (b * Hq + h) * Tq
     if cu_seqlens_q_ptr is not None:
-        n, tile = sequence_of_slot(tile, cu_seqlens_q_ptr, num_sequences, BLOCK_M)
-        q_start, Tq = span_of_sequence(cu_seqlens_q_ptr, n)
-        k_start, Tk = span_of_sequence(cu_seqlens_k_ptr, n)
+        tile, q_start, Tq, k_start, Tk = packed_tile(
+            tile, cu_seqlens_q_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_sequences, BLOCK_M
+        )
         if tile * BLOCK_M >= Tq:
             return
         q_ptr += q_start * stride_qt
@@ -361,9 +360,9 @@ def _window_attn_bwd_dkv_kernel(
     dk_ptr += b * stride_dkb + h_kv * stride_dkh
     dv_ptr += b * stride_dvb + h_kv * stride_dvh
     if cu_seqlens_q_ptr is not None:
-        n, tile = sequence_of_slot(tile, cu_seqlens_k_ptr, num_sequences, BLOCK_N)
-        q_start, Tq = span_of_sequence(cu_seqlens_q_ptr, n)
-        k_start, Tk = span_of_sequence(cu_seqlens_k_ptr, n)
+        tile, q_start, Tq, k_start, Tk = packed_tile(
+            tile, cu_seqlens_k_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_sequences, BLOCK_N
+        )
         if tile * BLOCK_N >= Tk:
             return
         q_ptr += q_start * stride_qt
@@ -519,12 +518,4 @@ def _stats_width(dkv_config: KernelConfig) -> int:
 
 
 def _constexprs(D: int, Dv: int, config: KernelConfig, stats_width: int) -> dict[str, int]:
-    return {
-        "HEAD_DIM_QK": D,
-        "HEAD_DIM_V": Dv,
-        "BLOCK_D": block_dim(D),
-        "BLOCK_DV": block_dim(Dv),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "STATS_WIDTH": stats_width,
-    }
+    return {**attention_constexprs(D, Dv, config), "STATS_WIDTH": stats_width}

@@ -37,16 +37,15 @@ from lact_kernels.triton.launch import (
 from lact_kernels.triton.primitives import (
     LOG2_E,
     LOWEST,
-    block_dim,
+    attention_constexprs,
     key_tile_bounds,
     load_rows,
     nth_tile,
     num_tile_slots,
+    packed_tile,
     query_tile_program,
-    sequence_of_slot,
     softmax_end,
     softmax_step,
-    span_of_sequence,
     store_rows,
     visible,
 )
@@ -144,9 +143,9 @@ def _window_attn_fwd_kernel(
     o_ptr += b * stride_ob + h * stride_oh
     lse_ptr += (b * Hq + h) * Tq
     if cu_seqlens_q_ptr is not None:
-        n, tile = sequence_of_slot(tile, cu_seqlens_q_ptr, num_sequences, BLOCK_M)
-        q_start, Tq = span_of_sequence(cu_seqlens_q_ptr, n)
-        k_start, Tk = span_of_sequence(cu_seqlens_k_ptr, n)
+        tile, q_start, Tq, k_start, Tk = packed_tile(
+            tile, cu_seqlens_q_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_sequences, BLOCK_M
+        )
         if tile * BLOCK_M >= Tq:
             return
         q_ptr += q_start * stride_qt
@@ -232,7 +231,7 @@ def window_attn_fwd(
         _window_attn_fwd_kernel[(slots * B * Hq,)](
             q, k, v, o, lse, *packing, softmax_scale, window_size, Tq, Tk, Hq, Hkv,
             *outer_strides(q, k, v, o),
-            **_constexprs(D, Dv, config), num_warps=config.num_warps, num_stages=config.num_stages,
+            **attention_constexprs(D, Dv, config), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return o, lse
 
@@ -250,17 +249,6 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
             shape=f"D{head_dim}",
             config=config,
             pointers={**pointers, "lse_ptr": torch.float32},
-            constexprs=_constexprs(head_dim, head_dim, config),
+            constexprs=attention_constexprs(head_dim, head_dim, config),
         )
         yield from packing_cases(case)
-
-
-def _constexprs(D: int, Dv: int, config: KernelConfig) -> dict[str, int]:
-    return {
-        "HEAD_DIM_QK": D,
-        "HEAD_DIM_V": Dv,
-        "BLOCK_D": block_dim(D),
-        "BLOCK_DV": block_dim(Dv),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-    }

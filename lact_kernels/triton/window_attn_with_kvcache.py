@@ -37,6 +37,7 @@ from lact_kernels.triton.launch import (
 from lact_kernels.triton.primitives import (
     LOG2_E,
     LOWEST,
+    attention_constexprs,
     block_dim,
     load_rows,
     softmax_end,
@@ -231,7 +232,7 @@ def window_attn_with_kvcache(
             q, k, v, parts, part_lse, None if cache_seqlens is None else cache_seqlens.contiguous(),
             softmax_scale, window_size, Tq, S, num_splits, Hq, Hkv,
             *outer_strides(q, k, v), lse.numel(),
-            **_constexprs(D, Dv, config), num_warps=config.num_warps, num_stages=config.num_stages,
+            **attention_constexprs(D, Dv, config), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if num_splits > 1:
             _window_attn_combine_kernel[(lse.numel(),)](
@@ -260,19 +261,8 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
                 shape=f"D{head_dim}",
                 config=config,
                 pointers={**pointers, "lse_ptr": torch.float32, "seqlens_ptr": torch.int32},
-                constexprs=_constexprs(head_dim, head_dim, config),
+                constexprs=attention_constexprs(head_dim, head_dim, config),
             )
-
-
-def _constexprs(D: int, Dv: int, config: KernelConfig) -> dict[str, int]:
-    return {
-        "HEAD_DIM_QK": D,
-        "HEAD_DIM_V": Dv,
-        "BLOCK_D": block_dim(D),
-        "BLOCK_DV": block_dim(Dv),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-    }
 
 
 def _combine_constexprs(Dv: int) -> dict[str, int]:
