@@ -39,7 +39,7 @@ import lact_kernels
 import reference
 from benchmarks import peers, report
 from benchmarks.accuracy import compare, rms_and_max
-from benchmarks.measure import failure
+from benchmarks.measure import status_of
 from benchmarks.registry import WindowAttn, empty_output, in_float64, output_gradient
 from benchmarks.run import DTYPES, positive, settle_device, window_size
 from lact_kernels.ops import checks
@@ -106,8 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"cannot write results to {options.out}: {error}", file=sys.stderr)
         return 2
-    print(f"{environment['device']}, commit {environment['commit']}")
-    print(", ".join(f"{name} {x}" for name, x in environment["versions"].items()), flush=True)
+    report.announce(environment)
 
     status = 0
     try:
@@ -191,12 +190,8 @@ def failures_become_the_status_of(row: AccuracyRow) -> Iterator[None]:
     """Whatever a variant raises is told by its row; it is not the end of the report."""
     try:
         yield
-    except peers.Unavailable as error:
-        row.status = f"unavailable: {error}"
-    except torch.OutOfMemoryError:
-        row.status = "out of memory"
     except Exception as error:
-        row.status = failure(error)
+        row.status = status_of(error)
 
 
 def _errors(

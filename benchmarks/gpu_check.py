@@ -103,8 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"cannot write results to {options.out}: {error}", file=sys.stderr)
         return 1
     environment = report.environment(torch.device("cuda"))
-    print(f"{environment['device']}, commit {environment['commit']}")
-    print(", ".join(f"{name} {x}" for name, x in environment["versions"].items()), flush=True)
+    report.announce(environment)
     try:
         return check(options.out.resolve(), environment)
     except KeyboardInterrupt:

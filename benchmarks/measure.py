@@ -67,12 +67,8 @@ def measure_point(
                 row.difference = _difference(result, ours)
             del result
             row.peak_memory_bytes = timing.peak_memory(run, settings.device)
-        except Unavailable as error:
-            row.status = f"unavailable: {error}"
-        except torch.OutOfMemoryError:
-            row.status = "out of memory"
         except Exception as error:  # a peer that breaks is a row, not the end of the run
-            row.status = failure(error)
+            row.status = status_of(error)
         else:
             if _computes_the_same(point, row.difference, settings.dtype):
                 runs[variant.name] = run
@@ -175,6 +171,15 @@ def _difference(result: dict[str, Tensor], ours: dict[str, Tensor]) -> float:
         error = torch.linalg.vector_norm((result[name] - x).float(), dtype=torch.float32)
         ratios.append((error / norm).item() if norm else error.item())
     return max(ratios, key=lambda ratio: (ratio != ratio, ratio))
+
+
+def status_of(error: Exception) -> str:
+    """The status of the row of a variant that raised this."""
+    if isinstance(error, Unavailable):
+        return f"unavailable: {error}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return failure(error)
 
 
 def failure(error: Exception) -> str:

@@ -78,8 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"cannot write results to {options.out}: {error}", file=sys.stderr)
         return 2
-    print(f"{environment['device']}, {options.dtype}, commit {environment['commit']}")
-    print(", ".join(f"{name} {x}" for name, x in environment["versions"].items()), flush=True)
+    report.announce(environment, options.dtype)
 
     status = 0
     try:

@@ -107,6 +107,12 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
+def announce(environment: dict, *details: str) -> None:
+    """Say what runs where, before anything is measured."""
+    print(", ".join([environment["device"], *details, f"commit {environment['commit']}"]))
+    print(", ".join(f"{name} {x}" for name, x in environment["versions"].items()), flush=True)
+
+
 class JsonLines:
     """Appends rows to `<directory>/<device>.jsonl`, each safely on disk before the next is measured.
 
