@@ -19,15 +19,20 @@ TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def check_floating(name: str, x: Tensor, *layouts: str) -> None:
     """`x` is a floating-point tensor with one of the layouts, and only B and T may be empty."""
     expected = " or ".join(layouts)
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor {expected}, got {type(x).__name__}")
-    if x.dtype not in FLOAT_DTYPES:
-        dtypes = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
-        raise TypeError(f"{name} must have one of the dtypes {dtypes}, got {x.dtype}")
+    check_float_dtype(name, x, expected)
     if x.ndim not in [len(layout.split(",")) for layout in layouts]:
         raise ValueError(f"{name} must have the shape {expected}, got {tuple(x.shape)}")
     if 0 in x.shape[-2:]:
         raise ValueError(f"{name} {expected} has an empty head or channel axis: {tuple(x.shape)}")
+
+
+def check_float_dtype(name: str, x: Tensor, layout: str) -> None:
+    """`x` is a tensor of a floating dtype that the operations know."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor {layout}, got {type(x).__name__}")
+    if x.dtype not in FLOAT_DTYPES:
+        dtypes = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
+        raise TypeError(f"{name} must have one of the dtypes {dtypes}, got {x.dtype}")
 
 
 def check_tensor(
@@ -74,7 +79,7 @@ def check_positive_int(name: str, value: int) -> None:
 def check_finite_number(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(value):
+    if not abs(value) < math.inf:  # nor NaN; torch.compile cannot trace math.isfinite
         raise ValueError(f"{name} must be finite, got {value}")
 
 
@@ -124,13 +129,17 @@ def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, name: str = "cu_seqlens") ->
         raise ValueError(f"{name} needs packed input with B = 1, got q with B = {q.shape[0]}")
 
 
+def check_backend(backend: str) -> None:
+    if backend not in ("auto", "triton", "eager"):
+        raise ValueError(f"backend must be 'auto', 'triton' or 'eager', got {backend!r}")
+
+
 def choose_backend(backend: str, q: Tensor, obstacle: str | None) -> str:
     """The backend that runs: Triton for "auto" where it can, and for "triton", or the obstacle is raised.
 
     `obstacle` is what keeps the operation's own kernels from this call, if anything does.
     """
-    if backend not in ("auto", "triton", "eager"):
-        raise ValueError(f"backend must be 'auto', 'triton' or 'eager', got {backend!r}")
+    check_backend(backend)
     if not triton_runs_on(q):
         obstacle = f"it needs Triton and a CUDA tensor, and q is on {q.device}"
     elif q.dtype not in TRITON_DTYPES:

@@ -116,6 +116,19 @@ class TTTState(NamedTuple):
         pending = (_entry_tokens(piece, n) for piece in self.pending if piece.lengths[n])
         return TTTState(*fields, tuple(pending), *self[5:])
 
+    def select(self, rows: Tensor) -> "TTTState":
+        """The sequences of these numbers, int64 `[N']`, in this order, as copies: for beam search."""
+        numbers = rows.tolist()
+        fields = [tuple(x.index_select(0, rows) for x in triple) for triple in self[:4]]
+        pending = (
+            TTTTokens(
+                *(None if x is None else x.index_select(0, rows) for x in piece.tensors),
+                tuple(piece.lengths[n] for n in numbers),
+            )
+            for piece in self.pending
+        )
+        return TTTState(*fields, tuple(pending), *self[5:])
+
     @staticmethod
     def stack(states: list["TTTState"]) -> "TTTState":
         """The states of several sequences as one, in order. Their options must be the same."""
