@@ -40,6 +40,8 @@ KERNEL_MODULES = (
     "lact_kernels.triton.ttt_update",
     "lact_kernels.triton.ttt_update_bwd",
     "lact_kernels.triton.newton_schulz",
+    "lact_kernels.triton.branch_qkv",
+    "lact_kernels.triton.branch_sum",
 )
 
 

@@ -18,6 +18,10 @@ WITHOUT_PRODUCTS = (
     "ttt_rates_bwd",
     "newton_schulz_inner",
     "newton_schulz_normalize",
+    "branch_qkv_fwd",
+    "branch_qkv_bwd",
+    "branch_sum_fwd",
+    "branch_sum_bwd",
 )
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 

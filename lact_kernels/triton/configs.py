@@ -44,6 +44,16 @@ class TTTConfig:
 
 
 @dataclass(frozen=True)
+class RowConfig:
+    """Of a kernel over rows without matrix products: tiles of `block_m` rows by `block_n` columns."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int = 1
+
+
+@dataclass(frozen=True)
 class CompileCase:
     """One shipped specialisation of one kernel, as a report needs it to compile it without a GPU.
 
@@ -57,7 +67,7 @@ class CompileCase:
     arch: int
     dtype: torch.dtype
     shape: str
-    config: KernelConfig | TTTConfig
+    config: KernelConfig | TTTConfig | RowConfig
     pointers: dict[str, torch.dtype] = field(repr=False)
     constexprs: dict[str, Any] = field(repr=False)
 
@@ -229,6 +239,27 @@ _TTT_TABLE: dict[tuple[str, int, int], TTTConfig] = {
 def ttt_config(name: str, dtype: torch.dtype, capability: tuple[int, int] | None) -> TTTConfig:
     """The row of pass `name` of the fast-weight kernels for this dtype and compute capability."""
     return _TTT_TABLE[name, _architecture(capability), 8 * dtype.itemsize]
+
+
+# Elements of a tile and warps, by pass and width of the input dtype. Rows are read whole, and what they
+# need is the same on every architecture: 16 bytes of each tensor per thread.
+_ROW_TABLE: dict[tuple[str, int], tuple[int, int]] = {
+    ("branch_qkv_fwd", 16): (1024, 4),
+    ("branch_qkv_fwd", 32): (512, 4),
+    ("branch_qkv_bwd", 16): (1024, 4),
+    ("branch_qkv_bwd", 32): (512, 4),
+    ("branch_sum_fwd", 16): (1024, 4),
+    ("branch_sum_fwd", 32): (512, 4),
+    ("branch_sum_bwd", 16): (1024, 4),
+    ("branch_sum_bwd", 32): (512, 4),
+}
+
+
+def row_config(name: str, columns: int, dtype: torch.dtype) -> RowConfig:
+    """The configuration of pass `name` for rows of so many columns in this dtype."""
+    elements, num_warps = _ROW_TABLE[name, 8 * dtype.itemsize]
+    block = 1 << max(columns - 1, 0).bit_length()
+    return RowConfig(max(1, elements // block), block, num_warps)
 
 
 def shipped_configs(name: str, arch: int) -> Iterator[tuple[int, int, KernelConfig]]:

@@ -1,0 +1,191 @@
+"""`branch_qkv` and `branch_sum`: what a LaCT layer does before and after its two operations.
+
+The layer (arXiv 2505.23884, section 3.3; `LaCTSWIGLULayer` in the authors' repository) shares one
+projection between attention and fast weights, and adds what the two give.
+"""
+
+import torch
+from torch import Tensor
+
+from lact_kernels.autograd.branches import branch_qkv_fwd, branch_sum_fwd
+from lact_kernels.ops import checks
+
+MAX_TRITON_FAST_DIM = 2048
+
+
+def branch_qkv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qk_scale: Tensor,
+    qk_offset: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    num_attn_heads: int,
+    num_lact_heads: int,
+    silu: bool,
+    silu_v: bool,
+    rotate_fast: bool,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The inputs of both branches of a LaCT layer, from the queries, keys and values that they share.
+
+    The C channels are Hq attention heads of D channels, and also Hf fast heads of Df. `rope` rotates
+    the channels i and i + D/2 of each attention head against each other:
+
+        y[i]       = x[i] cos[i] - x[i + D/2] sin[i]
+        y[i + D/2] = x[i + D/2] cos[i] + x[i] sin[i]
+
+    The attention takes `rope(q)` and `rope(k)`, the fast weights
+
+        x = q * qk_scale[:, 0] + qk_offset[:, 0]        (k: column 1)
+        x = silu(x)                                     with `silu`
+        x = x / (|x| + 1e-5)                            |x| over each fast head
+        x = rope(x)                                     with `rotate_fast`
+
+    Args:
+        q, k, v: `[B, T, C]`; float16, bfloat16, float32, or float64 (eager backend only), all of one
+            dtype and device. Any strides are read in place, as long as the last one is 1: thirds of
+            one projection are.
+        qk_scale, qk_offset: `[C, 2]`, of any of these dtypes.
+        cos, sin: `[1, T, D/2]`, or `[B, T, D/2]` with positions of its own for each row. float32, or
+            float64 for float64 inputs. They get no gradient, and so must not require one.
+        num_attn_heads: Hq, with D = C / Hq even.
+        num_lact_heads: Hf.
+        silu: apply SiLU to the scaled and shifted q and k of the fast weights.
+        silu_v: apply it to v, too.
+        rotate_fast: rotate q and k of the fast weights, in the heads of the attention.
+        backend: `"triton"` (NVIDIA GPUs; each fast head holds whole attention heads, that is, D
+            divides Df, and Df is at most 2048), `"eager"` (any device), or `"auto"`: Triton where it
+            can run, else eager. An explicit choice raises when it cannot run.
+
+    Returns:
+        `(attn_q, attn_k, fast_q, fast_k, fast_v)`, the first two `[B, T, Hq, D]`, the others
+        `[B, T, Hf, Df]`, in the dtype of q. Without `silu_v` fast_v is v itself, as a view. All is
+        computed in float32 (float64 for float64 inputs) and rounded once, at the end. Gradients flow to
+        q, k, v, qk_scale and qk_offset; the backward keeps these inputs and nothing else. Where a
+        fast head is 0 the gradient of its norm counts as 0. `torch.autocast` changes nothing.
+
+    Raises:
+        TypeError: an argument of the wrong type, or a tensor of the wrong dtype.
+        ValueError: a wrong shape, device or value, or a `cos` or `sin` that requires a gradient. Both
+            name the argument, what came and what was expected, before any kernel starts.
+    """
+    checks.check_float_dtype("q", q, "[B, T, C]")
+    if q.ndim != 3 or q.shape[2] == 0:
+        raise ValueError(f"q must have the shape [B, T, C] with C > 0, got {tuple(q.shape)}")
+    B, T, C = q.shape
+    for name, x in (("k", k), ("v", v)):
+        checks.check_tensor(name, x, (B, T, C), "[B, T, C]", q.dtype, q.device)
+    for name, x in (("qk_scale", qk_scale), ("qk_offset", qk_offset)):
+        checks.check_float_dtype(name, x, "[C, 2]")
+        checks.check_tensor(name, x, (C, 2), "[C, 2]", x.dtype, q.device)
+    for name, heads in (("num_attn_heads", num_attn_heads), ("num_lact_heads", num_lact_heads)):
+        checks.check_positive_int(name, heads)
+        if C % heads:
+            raise ValueError(f"{name} must divide the {C} channels of q, got {heads}")
+    head_dim, fast_dim = C // num_attn_heads, C // num_lact_heads
+    if head_dim % 2:
+        raise ValueError(
+            f"the {C} channels of q in num_attn_heads = {num_attn_heads} heads are {head_dim} each,"
+            " expected an even number"
+        )
+    for name, x in (("cos", cos), ("sin", sin)):
+        _check_angles(name, x, (B, T, head_dim // 2), q)
+    if cos.shape != sin.shape:
+        raise ValueError(
+            f"sin must have the shape of cos {tuple(cos.shape)}, got {tuple(sin.shape)}"
+        )
+    for name, flag in (("silu", silu), ("silu_v", silu_v), ("rotate_fast", rotate_fast)):
+        checks.check_flag(name, flag)
+    obstacle = _wide_heads_obstacle(fast_dim)
+    if fast_dim % head_dim:
+        obstacle = (
+            f"each fast head must hold whole attention heads, and the {head_dim} channels of these"
+            f" do not divide its {fast_dim}"
+        )
+    backend = checks.choose_backend(backend, q, obstacle)
+    *outputs, fast_v = branch_qkv_fwd(
+        q, k, v if silu_v else None, qk_scale, qk_offset, cos, sin,
+        num_attn_heads, num_lact_heads, silu, rotate_fast, backend,
+    )  # fmt: skip
+    return *outputs, fast_v[0] if silu_v else v.unflatten(-1, (num_lact_heads, fast_dim))
+
+
+def branch_sum(
+    attn: Tensor,
+    ttt: Tensor,
+    norm_weight: Tensor,
+    scale: Tensor | None,
+    *,
+    eps: float,
+    backend: str = "auto",
+) -> Tensor:
+    """The sum of both branches of a LaCT layer, in which the one of the fast weights is normed and scaled.
+
+        out = attn + ttt / sqrt(mean(ttt^2) + eps) * norm_weight * scale
+
+    with the mean over the channels of each fast head, and all terms in the same C channels.
+
+    Args:
+        attn: outputs of the attention `[B, T, Hq, D]`; float16, bfloat16, float32, or float64 (eager
+            backend only).
+        ttt: outputs of the fast weights `[B, T, Hf, Df]` with Hf Df = Hq D, in the dtype of attn.
+        norm_weight: `[Df]`, of any of these dtypes.
+        scale: `[B, T, Hf]` in the dtype of attn, or None for 1.
+        eps: added to the mean, not negative.
+        backend: `"triton"` (NVIDIA GPUs, Df up to 2048), `"eager"` (any device), or `"auto"`: Triton
+            where it can run, else eager. An explicit choice raises when it cannot run.
+
+    Returns:
+        `[B, T, C]` in the dtype of attn, computed in float32 (float64 for float64 inputs) and rounded
+        once. Gradients flow to attn, ttt, norm_weight and scale; the backward keeps the last three.
+        `torch.autocast` changes nothing.
+
+    Raises:
+        TypeError: an argument of the wrong type, or a tensor of the wrong dtype.
+        ValueError: a wrong shape, device or value. Both name the argument, what came and what was
+            expected, before any kernel starts.
+    """
+    checks.check_floating("attn", attn, "[B, T, Hq, D]")
+    checks.check_floating("ttt", ttt, "[B, T, Hf, Df]")
+    B, T, Hq, D = attn.shape
+    Hf, Df = ttt.shape[2:]
+    checks.check_float_dtype("norm_weight", norm_weight, "[Df]")
+    _check_device_of_attn(attn, ttt=ttt, norm_weight=norm_weight, scale=scale)
+    checks.check_tensor("ttt", ttt, (B, T, Hf, Df), "[B, T, Hf, Df]", attn.dtype, attn.device)
+    if Hf * Df != Hq * D:
+        raise ValueError(
+            f"ttt must have the {Hq * D} channels of attn, got {Hf} heads of {Df}: {Hf * Df}"
+        )
+    checks.check_tensor("norm_weight", norm_weight, (Df,), "[Df]", norm_weight.dtype, attn.device)
+    if scale is not None:
+        checks.check_tensor("scale", scale, (B, T, Hf), "[B, T, Hf]", attn.dtype, attn.device)
+    checks.check_finite_number("eps", eps)
+    if eps < 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    backend = checks.choose_backend(backend, attn, _wide_heads_obstacle(Df))
+    return branch_sum_fwd(attn, ttt, norm_weight, scale, float(eps), backend)
+
+
+def _check_angles(name: str, x: Tensor, shape: tuple[int, int, int], q: Tensor) -> None:
+    """`x` is cos or sin: of this shape or with one row for the whole batch, and without a gradient."""
+    if isinstance(x, Tensor) and x.ndim == 3 and x.shape[0] == 1:
+        shape = (1, *shape[1:])
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    checks.check_tensor(name, x, shape, "[1 or B, T, D/2]", dtype, q.device)
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name} requires a gradient, and gets none: pass {name}.detach()")
+
+
+def _check_device_of_attn(attn: Tensor, **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if isinstance(x, Tensor) and x.device != attn.device:
+            raise ValueError(f"{name} must be on {attn.device} like attn, got {x.device}")
+
+
+def _wide_heads_obstacle(fast_dim: int) -> str | None:
+    if fast_dim > MAX_TRITON_FAST_DIM:
+        return f"fast heads have up to {MAX_TRITON_FAST_DIM} channels, got {fast_dim}"
+    return None

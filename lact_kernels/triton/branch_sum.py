@@ -1,0 +1,224 @@
+"""`branch_sum`, forward and backward in one kernel each: every element is read once.
+
+For each row x of the fast weights' outputs, one fast head of one token, with the means over its channels:
+
+```
+    r = 1 / sqrt(mean(x^2) + eps)    h = r x         out = attn + h weight scale
+    dh = dout weight scale                           dx = r (dh - h mean(h dh))
+    dweight = sum over rows of dout h scale          dscale = <dout, h weight>
+```
+
+All is float32 and rounded to the dtype of the memory once. The backward computes r again: it follows
+from x, which it reads anyway. The sum over rows is taken in two steps, as in `branch_qkv`.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lact_kernels.triton.branch_qkv import (
+    BACKWARD_PROGRAMS,
+    COMPILED,
+    num_splits,
+    row_offsets,
+    token_strides,
+)
+from lact_kernels.triton.configs import CompileCase, RowConfig, row_config
+from lact_kernels.triton.launch import on_device, outer_strides, readable_in_place
+
+
+@triton.jit
+def head_offsets(rows, T, Hf, stride_b, stride_t, stride_h):
+    """Where the rows of `[B * T * Hf]` begin, int64."""
+    return row_offsets(rows // Hf, T, stride_b, stride_t) + (rows % Hf).to(tl.int64) * stride_h
+
+
+@triton.jit
+def inverse_rms(x, FAST_DIM: tl.constexpr, EPS: tl.constexpr):
+    """`[BLOCK_ROWS]`, correctly rounded."""
+    return tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, axis=1) / FAST_DIM + EPS))
+
+
+@triton.jit
+def load_rows(ptr, rows, columns, inside, T, Hf, stride_b, stride_t, stride_h):
+    offsets = head_offsets(rows, T, Hf, stride_b, stride_t, stride_h)[:, None] + columns[None, :]
+    return tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["num_rows", "T", "Hf"])
+def _branch_sum_fwd_kernel(
+    attn_ptr,
+    ttt_ptr,
+    weight_ptr,  # [Df], contiguous
+    scale_ptr,  # or None
+    out_ptr,  # [B * T * Hf, Df], contiguous
+    num_rows,  # B * T * Hf
+    T,
+    Hf,
+    stride_ab,
+    stride_at,
+    stride_fb,
+    stride_ft,
+    stride_fh,
+    stride_sb,
+    stride_st,
+    stride_sh,
+    FAST_DIM: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    columns = tl.arange(0, BLOCK_COLUMNS)
+    weight = tl.load(weight_ptr + columns, mask=columns < FAST_DIM, other=0.0).to(tl.float32)
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    real = rows < num_rows
+    inside = real[:, None] & (columns < FAST_DIM)[None, :]
+    x = load_rows(ttt_ptr, rows, columns, inside, T, Hf, stride_fb, stride_ft, stride_fh)
+    attn = load_rows(attn_ptr, rows, columns, inside, T, Hf, stride_ab, stride_at, FAST_DIM)
+    factor = inverse_rms(x, FAST_DIM, EPS)
+    if scale_ptr is not None:
+        scale_offsets = head_offsets(rows, T, Hf, stride_sb, stride_st, stride_sh)
+        factor *= tl.load(scale_ptr + scale_offsets, mask=real, other=0.0).to(tl.float32)
+    out = attn + x * factor[:, None] * weight[None, :]  # [BLOCK_ROWS, BLOCK_COLUMNS]
+    out_offsets = rows.to(tl.int64)[:, None] * FAST_DIM + columns[None, :]
+    tl.store(out_ptr + out_offsets, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["num_rows", "T", "Hf"])
+def _branch_sum_bwd_kernel(
+    dout_ptr,
+    ttt_ptr,
+    weight_ptr,  # [Df], contiguous
+    scale_ptr,  # or None
+    dttt_ptr,  # [B * T * Hf, Df], contiguous
+    dweight_ptr,  # [splits, Df], contiguous: the sums over the rows of one program
+    dscale_ptr,  # [B * T * Hf], contiguous, with scale_ptr
+    num_rows,  # B * T * Hf
+    T,
+    Hf,
+    stride_ob,
+    stride_ot,
+    stride_fb,
+    stride_ft,
+    stride_fh,
+    stride_sb,
+    stride_st,
+    stride_sh,
+    FAST_DIM: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    columns = tl.arange(0, BLOCK_COLUMNS)
+    exists = columns < FAST_DIM
+    weight = tl.load(weight_ptr + columns, mask=exists, other=0.0).to(tl.float32)[None, :]
+    dweight = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    for block in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_ROWS), tl.num_programs(0)):
+        rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        real = rows < num_rows
+        inside = real[:, None] & exists[None, :]
+        x = load_rows(ttt_ptr, rows, columns, inside, T, Hf, stride_fb, stride_ft, stride_fh)
+        dout = load_rows(dout_ptr, rows, columns, inside, T, Hf, stride_ob, stride_ot, FAST_DIM)
+        factor = inverse_rms(x, FAST_DIM, EPS)  # [BLOCK_ROWS]
+        h = x * factor[:, None]
+        along = tl.sum(dout * weight * h, axis=1)
+        if scale_ptr is not None:
+            scale_offsets = head_offsets(rows, T, Hf, stride_sb, stride_st, stride_sh)
+            scale = tl.load(scale_ptr + scale_offsets, mask=real, other=0.0).to(tl.float32)
+            tl.store(dscale_ptr + rows, along.to(dscale_ptr.dtype.element_ty), mask=real)
+            dout *= scale[:, None]
+            along *= scale
+        dweight += dout * h
+        dttt = (dout * weight - h * (along / FAST_DIM)[:, None]) * factor[:, None]
+        dttt_offsets = rows.to(tl.int64)[:, None] * FAST_DIM + columns[None, :]
+        tl.store(dttt_ptr + dttt_offsets, dttt.to(dttt_ptr.dtype.element_ty), mask=inside)
+    tl.store(
+        dweight_ptr + tl.program_id(0) * FAST_DIM + columns, tl.sum(dweight, axis=0), mask=exists
+    )
+
+
+def branch_sum_fwd(
+    attn: Tensor,  # [B, T, Hq, D]
+    ttt: Tensor,  # [B, T, Hf, Df]
+    norm_weight: Tensor,  # [Df]
+    scale: Tensor | None,  # [B, T, Hf]
+    eps: float,
+) -> Tensor:
+    """The attention's output plus the normed and scaled one of the fast weights, `[B, T, C]`."""
+    B, T, Hf, Df = ttt.shape
+    out = ttt.new_empty(B, T, Hf * Df)
+    if out.numel() == 0:
+        return out
+    config = row_config("branch_sum_fwd", Df, ttt.dtype)
+    attn, ttt = readable_in_place(attn.flatten(2), ttt)
+    with on_device(ttt):
+        _branch_sum_fwd_kernel[(triton.cdiv(B * T * Hf, config.block_m),)](
+            attn, ttt, norm_weight.contiguous(), scale, out, B * T * Hf, T, Hf,
+            *token_strides(attn), *outer_strides(ttt), *_scale_strides(scale),
+            **constexprs(Df, eps, config), num_warps=config.num_warps,
+        )  # fmt: skip
+    return out
+
+
+def branch_sum_bwd(
+    dout: Tensor,  # [B, T, C]
+    ttt: Tensor,
+    norm_weight: Tensor,
+    scale: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Gradients of ttt, norm_weight and (with scale) scale."""
+    B, T, Hf, Df = ttt.shape
+    dttt = ttt.new_empty(ttt.shape)
+    dscale = None if scale is None else scale.new_empty(scale.shape)
+    config = row_config("branch_sum_bwd", Df, ttt.dtype)
+    splits = num_splits(B * T * Hf, config.block_m, 1, ttt.device, BACKWARD_PROGRAMS)
+    dweight = ttt.new_empty(splits, Df, dtype=torch.float32)
+    if ttt.numel():
+        dout, ttt = readable_in_place(dout, ttt)
+        with on_device(ttt):
+            _branch_sum_bwd_kernel[(splits,)](
+                dout, ttt, norm_weight.contiguous(), scale, dttt, dweight, dscale,
+                B * T * Hf, T, Hf,
+                *token_strides(dout), *outer_strides(ttt), *_scale_strides(scale),
+                **constexprs(Df, eps, config), num_warps=config.num_warps,
+            )  # fmt: skip
+    dweight = dweight.sum(dim=0).to(norm_weight.dtype)
+    return dttt, dweight, [] if scale is None else [dscale]
+
+
+def _scale_strides(scale: Tensor | None) -> list[int]:
+    return [0, 0, 0] if scale is None else outer_strides(scale)
+
+
+def constexprs(fast_dim: int, eps: float, config: RowConfig) -> dict:
+    """The compile-time arguments of both kernels."""
+    return {
+        "FAST_DIM": fast_dim,
+        "EPS": eps,
+        "BLOCK_ROWS": config.block_m,
+        "BLOCK_COLUMNS": config.block_n,
+    }
+
+
+def compile_cases(arch: int) -> Iterator[CompileCase]:
+    """The specialisations of some models' sizes, for benchmarks/compile_report.py."""
+    floats = ("weight_ptr", "dweight_ptr")
+    kernels = {"branch_sum_fwd": _branch_sum_fwd_kernel, "branch_sum_bwd": _branch_sum_bwd_kernel}
+    for name, kernel in kernels.items():
+        names = [x.name for x in kernel.params if x.name.endswith("_ptr")]
+        for dtype, _, fast_dim in COMPILED:
+            config = row_config(name, fast_dim, dtype)
+            yield CompileCase(
+                name=name,
+                kernel=kernel,
+                arch=arch,
+                dtype=dtype,
+                shape=f"Df{fast_dim}",
+                config=config,
+                pointers={x: torch.float32 if x in floats else dtype for x in names},
+                constexprs=constexprs(fast_dim, 1e-5, config),
+            )

@@ -1,0 +1,68 @@
+"""What surrounds the two operations of a LaCT layer, one formula after the other."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NORM_EPS = 1e-5
+
+
+def branch_qkv(
+    q: Tensor,  # [B, T, C]
+    k: Tensor,  # [B, T, C]
+    v: Tensor,  # [B, T, C]
+    qk_scale: Tensor,  # [C, 2]
+    qk_offset: Tensor,  # [C, 2]
+    cos: Tensor,  # [1 or B, T, D / 2]
+    sin: Tensor,  # [1 or B, T, D / 2]
+    *,
+    num_attn_heads: int,
+    num_lact_heads: int,
+    silu: bool,
+    silu_v: bool,
+    rotate_fast: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Rotated q and k of the attention, `[B, T, Hq, D]`; q, k and v of the fast weights, `[B, T, Hf, Df]`.
+
+    Everything is computed in the dtype of `q`.
+    """
+    cos, sin, qk_scale, qk_offset = (x.to(q.dtype) for x in (cos, sin, qk_scale, qk_offset))
+
+    def rope(x: Tensor) -> Tensor:
+        return rotate(x.unflatten(-1, (num_attn_heads, -1)), cos, sin)
+
+    def fast(x: Tensor, column: int) -> Tensor:
+        x = x * qk_scale[:, column] + qk_offset[:, column]
+        x = x.unflatten(-1, (num_lact_heads, -1))
+        if silu:
+            x = F.silu(x)
+        x = x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) + NORM_EPS)
+        if rotate_fast:
+            x = rope(x.flatten(2)).flatten(2).unflatten(-1, (num_lact_heads, -1))
+        return x
+
+    fast_v = v.unflatten(-1, (num_lact_heads, -1))
+    return rope(q), rope(k), fast(q, 0), fast(k, 1), F.silu(fast_v) if silu_v else fast_v
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the channels i and i + D / 2 of each head of `[B, T, H, D]` against each other."""
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+
+
+def branch_sum(
+    attn: Tensor,  # [B, T, Hq, D]
+    ttt: Tensor,  # [B, T, Hf, Df]
+    norm_weight: Tensor,  # [Df]
+    scale: Tensor | None,  # [B, T, Hf]
+    *,
+    eps: float,
+) -> Tensor:
+    """The attention's output plus the normed and scaled one of the fast weights, `[B, T, C]`."""
+    normed = ttt / torch.sqrt(ttt.square().mean(dim=-1, keepdim=True) + eps)
+    normed = normed * norm_weight.to(ttt.dtype)
+    if scale is not None:
+        normed = normed * scale[..., None]
+    return attn.flatten(2) + normed.flatten(2)
