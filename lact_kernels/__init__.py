@@ -6,6 +6,7 @@ Right", arXiv 2505.23884). Both run forward and backward on any device; on NVIDI
 Triton. Importing this package imports no Triton and touches no GPU.
 """
 
+from lact_kernels.layers import LaCTCache, LaCTLayer
 from lact_kernels.ops.block_causal_ttt import TTTState, TTTTokens, block_causal_ttt
 from lact_kernels.ops.ring_kv_cache import RingKVCache
 from lact_kernels.ops.window_attn import window_attn
@@ -13,6 +14,8 @@ from lact_kernels.ops.window_attn_with_kvcache import window_attn_with_kvcache
 
 __version__ = "0.1.0"
 __all__ = [
+    "LaCTCache",
+    "LaCTLayer",
     "RingKVCache",
     "TTTState",
     "TTTTokens",

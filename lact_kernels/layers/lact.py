@@ -1,0 +1,420 @@
+"""`LaCTLayer`: attention in a sliding window and test-time training over one projection."""
+
+import math
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lact_kernels.layers.cache import LaCTCache, LayerCache, LayerOptions
+from lact_kernels.layers.fast_weight import LowRankFastWeight
+from lact_kernels.layers.padding import (
+    Padding,
+    checked_mask,
+    position_in_sequence,
+    sequence_of_token,
+)
+from lact_kernels.layers.rotary import rotary_tables
+from lact_kernels.layers.temporal_reduction import TemporalReduction
+from lact_kernels.ops import checks
+from lact_kernels.ops.block_causal_ttt import block_causal_ttt
+from lact_kernels.ops.branches import branch_qkv, branch_sum
+from lact_kernels.ops.offsets import packed_offsets
+from lact_kernels.ops.window_attn import window_attn
+
+BASE_LR = 0.001  # of every token before training
+NORM_EPS = 1e-5
+
+
+class LaCTLayer(nn.Module):
+    """The hybrid layer of "Test-Time Training Done Right": sees a window exactly, and learns the rest.
+
+    One projection gives queries, keys and values of two branches, whose outputs are added: causal
+    attention in a sliding window (`window_attn`), and a SwiGLU network per head whose weights are
+    trained on keys and values chunk by chunk (`block_causal_ttt`).
+
+        q, k, v = qkv(x);  q, k = rms_norm(q), rms_norm(k)                                (attn_qk_norm)
+        attention = window_attn(rope(q), rope(k), v)
+        fast q, k = rope(l2_norm(silu(q * scale + offset))), likewise k;  fast v = silu(v)
+        rates     = softplus(lr_proj(x) + softplus^-1(0.001));  momentum = sigmoid(momentum_proj(x))
+        ttt       = rms_norm(block_causal_ttt(fast q, k, v, w0, w1, w2, rates, momentum))
+        y         = o_proj(attention + ttt * silu(ttt_scale_proj(x)))
+
+    Parameters have the names and shapes of the LaCT authors' `LaCTSWIGLULayer`: its checkpoints load
+    with `strict=True`, and it loads ours.
+
+    Args:
+        hidden_size: channels C of a token.
+        num_attn_heads: heads of the attention. They divide C into an even number of channels each.
+        num_lact_heads: heads of the fast weights. They divide C.
+        inter_multi: hidden width of the fast network, relative to its head's `C / num_lact_heads`.
+        window_size: tokens that a query sees, itself included; None is full causal attention.
+        lact_chunk_size: tokens from one update of the fast weights to the next. A sequence that is not
+            longer never updates them.
+        qkv_bias: whether the projection has a bias.
+        attn_qk_norm: RMS norms of queries and keys, over all C channels.
+        qkv_silu: SiLU of fast queries, keys and values.
+        no_v_silu: not of the values.
+        lr_dim: learning rates of each token, head and fast weight; 1 is supported.
+        use_muon: orthogonalise each update by five Newton-Schulz iterations.
+        lr_parameterization: "mamba" (the softplus above) is supported.
+        learnable_ttt_scale: the factor `silu(ttt_scale_proj(x))`, one for each head.
+        ttt_prenorm: accumulate updates in weights that are not normalised.
+        ttt_nope: no position embedding of fast queries and keys.
+        rope_theta: base of the position embedding.
+        layer_idx: number of this layer in its model, under which a `LaCTCache` keeps its state.
+        max_position_embeddings: has no effect; angles are computed for any position.
+        w0_w2_low_rank: rank of the initial w0 and w2, if at least 1: see `LowRankFastWeight`.
+        use_momentum: keep a share of the last update, chosen by each token.
+        ttt_loss_type: "dot_product" is supported.
+        fw_init_gain: factor on the initial standard deviations of low-rank fast weights.
+        use_fused_kernel: has no effect; fused kernels run where they can. The authors' fused kernel with
+            Muon orthogonalises the updates of w0 and w2 stacked, another function than theirs without
+            it, which is the one computed here: this pair of options warns.
+        fp32_states: has no effect; fast weights and their updates are float32 always.
+        temporal_reduction: frames r that a depthwise convolution makes one token of before everything
+            else. All r frames get its output, so that they see up to r - 1 frames ahead.
+        backend: `"auto"`, `"triton"` or `"eager"`, for all operations.
+        device, dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value, which the message names.
+        NotImplementedError: an `lr_dim`, `lr_parameterization` or `ttt_loss_type` that is not supported.
+
+    Source: arXiv 2505.23884, section 3; names as in github.com/a1600012888/LaCT at 1f84d47.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_attn_heads: int,
+        num_lact_heads: int,
+        inter_multi: float = 1.0,
+        window_size: int | None = 2048,
+        lact_chunk_size: int = 2048,
+        qkv_bias: bool = False,
+        attn_qk_norm: bool = True,
+        qkv_silu: bool = True,
+        no_v_silu: bool = False,
+        lr_dim: int = 1,
+        use_muon: bool = False,
+        lr_parameterization: str = "mamba",
+        learnable_ttt_scale: bool = False,
+        ttt_prenorm: bool = False,
+        ttt_nope: bool = False,
+        rope_theta: float = 500000.0,
+        layer_idx: int | None = None,
+        max_position_embeddings: int | None = 2048,
+        w0_w2_low_rank: int = -1,
+        use_momentum: bool = False,
+        ttt_loss_type: str = "dot_product",
+        fw_init_gain: float = 0.5,
+        use_fused_kernel: bool = False,
+        fp32_states: bool = False,
+        temporal_reduction: int = 1,
+        *,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        _check_sizes(hidden_size, num_attn_heads, num_lact_heads, inter_multi, w0_w2_low_rank)
+        _check_supported(lr_dim, lr_parameterization, ttt_loss_type)
+        for name, size in (
+            ("lact_chunk_size", lact_chunk_size),
+            ("temporal_reduction", temporal_reduction),
+            ("window_size", 1 if window_size is None else window_size),
+        ):
+            checks.check_positive_int(name, size)
+        for name, flag in (
+            ("qkv_bias", qkv_bias),
+            ("attn_qk_norm", attn_qk_norm),
+            ("qkv_silu", qkv_silu),
+            ("no_v_silu", no_v_silu),
+            ("use_muon", use_muon),
+            ("learnable_ttt_scale", learnable_ttt_scale),
+            ("ttt_prenorm", ttt_prenorm),
+            ("ttt_nope", ttt_nope),
+            ("use_momentum", use_momentum),
+        ):
+            checks.check_flag(name, flag)
+        checks.check_backend(backend)
+        if use_fused_kernel and use_muon:
+            warnings.warn(
+                "use_fused_kernel and use_muon: the authors' fused kernel orthogonalises the updates of w0"
+                " and w2 stacked into one matrix, while each is orthogonalised on its own here, as without"
+                " it; weights trained with it give other outputs",
+                stacklevel=2,
+            )
+        C, factory = hidden_size, {"device": device, "dtype": dtype}
+        self.hidden_size = hidden_size
+        self.num_attn_heads = num_attn_heads
+        self.num_lact_heads = num_lact_heads
+        self.head_dim = C // num_attn_heads
+        self.fw_head_dim = C // num_lact_heads
+        self.window_size = window_size
+        self.lact_chunk_size = lact_chunk_size
+        self.qkv_silu = qkv_silu
+        self.no_v_silu = no_v_silu
+        self.use_muon = use_muon
+        self.ttt_prenorm = ttt_prenorm
+        self.ttt_nope = ttt_nope
+        self.rope_theta = rope_theta
+        self.layer_idx = layer_idx
+        self.temporal_reduction = temporal_reduction
+        self.backend = backend
+
+        # In the order of the authors' layer, by which the state of an optimizer finds its parameters.
+        H, D, Dh = num_lact_heads, self.fw_head_dim, int(inter_multi * self.fw_head_dim)
+        self.qkv = nn.Linear(C, 3 * C, bias=qkv_bias, **factory)
+        self.q_norm = self.k_norm = None
+        if attn_qk_norm:
+            self.q_norm, self.k_norm = (nn.RMSNorm(C, NORM_EPS, **factory) for _ in range(2))
+        self.o_proj = nn.Linear(C, C, bias=False, **factory)
+        if w0_w2_low_rank > 0:
+            self.w0, self.w2 = (
+                LowRankFastWeight(H, Dh, D, w0_w2_low_rank, fw_init_gain, **factory)
+                for _ in range(2)
+            )
+        else:
+            self.w0, self.w2 = (nn.Parameter(torch.empty(H, Dh, D, **factory)) for _ in range(2))
+        self.w1 = nn.Parameter(torch.empty(H, D, Dh, **factory))
+        self.lr_proj = nn.Linear(C, 3 * H, **factory)
+        self.qk_scale = nn.Parameter(torch.ones(C, 2, **factory))  # of queries, of keys
+        self.qk_offset = nn.Parameter(torch.zeros(C, 2, **factory))
+        self.ttt_scale_proj = nn.Linear(C, H, **factory) if learnable_ttt_scale else None
+        self.ttt_norm = nn.RMSNorm(D, NORM_EPS, **factory)
+        self.momentum_proj = None
+        if use_momentum:
+            self.momentum_proj = nn.Sequential(nn.Linear(C, H, **factory), nn.Sigmoid())
+        self.temporal_conv = None
+        if temporal_reduction > 1:
+            self.temporal_conv = TemporalReduction(C, temporal_reduction, **factory)
+        self.reset_fast_weights()
+
+    def reset_fast_weights(self) -> None:
+        """Draw the initial fast weights anew, and undo the scale and shift of their queries and keys."""
+        for w in (self.w0, self.w1, self.w2):
+            if isinstance(w, LowRankFastWeight):
+                w.reset_parameters()
+            else:
+                nn.init.normal_(w, std=w.shape[2] ** -0.5)
+        nn.init.ones_(self.qk_scale)
+        nn.init.zeros_(self.qk_offset)
+
+    @property
+    def _options(self) -> LayerOptions:
+        return LayerOptions(
+            self.num_attn_heads,
+            self.head_dim,
+            self.window_size,
+            self.lact_chunk_size,
+            self.temporal_reduction,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.hidden_size}, num_attn_heads={self.num_attn_heads},"
+            f" num_lact_heads={self.num_lact_heads}, window_size={self.window_size},"
+            f" lact_chunk_size={self.lact_chunk_size}"
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: LaCTCache | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """Mix the tokens of each sequence.
+
+        Args:
+            hidden_states: `[B, T, C]`.
+            attention_mask: `[B, T]`, bool or integers, 0 where there is no token: on the left, on the
+                right or in between. Neither branch sees such a place, positions do not count it, and
+                its output is 0. It is read on the host.
+            cache: go on behind the tokens of earlier calls with this cache, and keep in it what later
+                calls need. With `temporal_reduction`, only the last call of a row may have a number of
+                frames that the reduction does not divide.
+            cu_seqlens: int32 `[N+1]`, the borders of N sequences laid end to end in one row (`B = 1`),
+                none of which sees another; with a cache they are its rows. It is read on the host.
+
+        Returns:
+            `[B, T, C]`. Gradients flow to `hidden_states` and all parameters, not into earlier calls.
+
+        Raises:
+            TypeError: an argument of the wrong type or dtype.
+            ValueError: a wrong shape, device or value, or a cache that does not fit.
+            RuntimeError: a cache that an earlier call left half-way.
+        """
+        shape, C = "[B, T, C]", self.hidden_size
+        checks.check_float_dtype("hidden_states", hidden_states, shape)
+        if hidden_states.ndim != 3 or hidden_states.shape[2] != C:
+            raise ValueError(
+                f"hidden_states must have the shape {shape} with C = {C}, got"
+                f" {tuple(hidden_states.shape)}"
+            )
+        if cache is not None and not isinstance(cache, LaCTCache):
+            raise TypeError(f"cache must be a LaCTCache, got {type(cache).__name__}")
+        if attention_mask is None:
+            if cu_seqlens is not None:
+                checks.check_cu_seqlens(cu_seqlens, hidden_states)
+            return self._read(hidden_states, cu_seqlens, cache)
+        if cu_seqlens is not None:
+            raise ValueError("attention_mask and cu_seqlens exclude each other, got both")
+        padding = Padding.of(checked_mask(attention_mask, hidden_states))
+        if padding is None:
+            return self._read(hidden_states, None, cache)
+        T, tokens = hidden_states.shape[1], padding.remove(hidden_states)
+        return padding.restore(self._read(tokens, padding.cu_seqlens, cache, T))
+
+    def _read(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None,
+        cache: LaCTCache | None,
+        places: int | None = None,
+    ) -> Tensor:
+        """Find what the cache has of this layer, and read on.
+
+        `places` is the length of the rows with their padding, if they had any.
+        """
+        if cache is None:
+            return self._mix(x, cu_seqlens, None, ())
+        lengths = (x.shape[1],) * x.shape[0]
+        if cu_seqlens is not None:
+            offsets = packed_offsets(cu_seqlens, x.shape[1])
+            lengths = tuple(stop - start for start, stop in zip(offsets, offsets[1:]))
+            if len(set(lengths)) == 1:  # a batch
+                rows = x.unflatten(1, (len(lengths), lengths[0]))[0]
+                o = self._read(rows, None, cache, places)
+                return o.flatten(0, 1)[None]
+        past = cache.layer(self.layer_idx, self._options, lengths, x)
+        with past.advance(lengths, max(lengths) if places is None else places):
+            return self._mix(x, cu_seqlens, past, lengths)
+
+    def _mix(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None,
+        past: LayerCache | None,
+        lengths: tuple[int, ...],
+    ) -> Tensor:
+        """The layer, on a batch or packed sequences without padding, `[B, T, C]`."""
+        T, borders = x.shape[1], cu_seqlens
+        if self.temporal_conv is not None:
+            x, cu_seqlens = self.temporal_conv(x, cu_seqlens)
+            lengths = tuple(-(-length // self.temporal_reduction) for length in lengths)
+
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        if self.q_norm is not None:
+            dtype = self.q_norm.weight.dtype  # wider than that of q under autocast
+            q, k = self.q_norm(q.to(dtype)).to(v.dtype), self.k_norm(k.to(dtype)).to(v.dtype)
+        wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+        positions = _positions(x, cu_seqlens, past)
+        q, k, fast_q, fast_k, fast_v = branch_qkv(
+            q,
+            k,
+            v,
+            self.qk_scale,
+            self.qk_offset,
+            *rotary_tables(positions, self.head_dim, self.rope_theta, wide),
+            num_attn_heads=self.num_attn_heads,
+            num_lact_heads=self.num_lact_heads,
+            silu=self.qkv_silu,
+            silu_v=self.qkv_silu and not self.no_v_silu,
+            rotate_fast=not self.ttt_nope,
+            backend=self.backend,
+        )
+        v = v.unflatten(-1, (self.num_attn_heads, self.head_dim))
+        if past is None:
+            attn = window_attn(
+                q, k, v, self.window_size, cu_seqlens=cu_seqlens, backend=self.backend
+            )
+        else:
+            attn = past.window_attn(q, k, v, cu_seqlens, lengths, self.backend)
+        ttt = self._train_fast_weights(x, fast_q, fast_k, fast_v, cu_seqlens, past, wide)
+        scale = None
+        if self.ttt_scale_proj is not None:
+            scale = F.silu(self.ttt_scale_proj(x)).to(v.dtype)
+        o = branch_sum(
+            attn, ttt, self.ttt_norm.weight, scale, eps=self.ttt_norm.eps, backend=self.backend
+        )
+        o = self.o_proj(o)
+        return o if self.temporal_conv is None else self.temporal_conv.expand(o, T, borders)
+
+    def _train_fast_weights(self, x, q, k, v, cu_seqlens, past, wide: torch.dtype) -> Tensor:
+        """The outputs of the fast weights `[B, T, H, D]`, which go on where `past` left them."""
+        w0, w1, w2 = (
+            w(wide) if isinstance(w, LowRankFastWeight) else w.to(wide)
+            for w in (self.w0, self.w1, self.w2)
+        )
+        rates = self.lr_proj(x).to(wide) + math.log(math.expm1(BASE_LR))
+        rates = F.softplus(rates).unflatten(-1, (self.num_lact_heads, 3))
+        momentum = None
+        if self.momentum_proj is not None:
+            momentum = self.momentum_proj[0](x).to(wide).sigmoid()
+        o = block_causal_ttt(
+            q,
+            k,
+            v,
+            w0,
+            w1,
+            w2,
+            *rates.unbind(-1),
+            chunk_size=self.lact_chunk_size,
+            momentum=momentum,
+            muon=self.use_muon,
+            prenorm=self.ttt_prenorm,
+            cu_seqlens=cu_seqlens,
+            initial_state=None if past is None else past.ttt,
+            return_state=past is not None,
+            backend=self.backend,
+        )
+        if past is not None:
+            o, state = o
+            past.ttt = state.map(Tensor.detach)
+        return o
+
+
+def _positions(x: Tensor, cu_seqlens: Tensor | None, past: LayerCache | None) -> Tensor:
+    """The position of each token in its sequence, `[1, T]` or `[B, T]`."""
+    T = x.shape[1]
+    before = None if past is None or past.kv is None else past.kv.seqlens
+    if cu_seqlens is None:
+        positions = torch.arange(T, device=x.device)
+        return positions[None] if before is None else positions + before[:, None]
+    positions = position_in_sequence(cu_seqlens, T)
+    if before is not None:
+        positions = positions + before[sequence_of_token(cu_seqlens, T)]
+    return positions[None]
+
+
+def _check_sizes(hidden_size, num_attn_heads, num_lact_heads, inter_multi, w0_w2_low_rank) -> None:
+    sizes = {
+        "hidden_size": hidden_size,
+        "num_attn_heads": num_attn_heads,
+        "num_lact_heads": num_lact_heads,
+    }
+    for name, size in sizes.items():
+        checks.check_positive_int(name, size)
+        if hidden_size % size:
+            raise ValueError(f"{name} must divide hidden_size = {hidden_size}, got {size}")
+    if hidden_size // num_attn_heads % 2:
+        raise ValueError(
+            f"hidden_size = {hidden_size} and num_attn_heads = {num_attn_heads} give heads of"
+            f" {hidden_size // num_attn_heads} channels, and position embeddings need an even number"
+        )
+    checks.check_finite_number("inter_multi", inter_multi)
+    if int(inter_multi * (hidden_size // num_lact_heads)) < 1:
+        raise ValueError(f"inter_multi must leave at least one hidden channel, got {inter_multi}")
+    checks.check_int("w0_w2_low_rank", w0_w2_low_rank)
+
+
+def _check_supported(lr_dim, lr_parameterization, ttt_loss_type) -> None:
+    supported = {"lr_dim": 1, "lr_parameterization": "mamba", "ttt_loss_type": "dot_product"}
+    values = (lr_dim, lr_parameterization, ttt_loss_type)
+    for (name, expected), value in zip(supported.items(), values):
+        if value != expected:
+            raise NotImplementedError(f"{name} must be {expected!r}, got {value!r}")

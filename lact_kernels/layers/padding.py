@@ -1,0 +1,81 @@
+"""Between padded batches, of which a mask says what exists, and packed sequences."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Padding(NamedTuple):
+    """Where the tokens of a padded batch `[B, T]` are.
+
+    Attributes:
+        shape: B and T.
+        indices: int64 `[total]`, the places of the tokens in the flattened batch, in order.
+        cu_seqlens: int32 `[B+1]`, the borders of the rows once they are packed.
+    """
+
+    shape: tuple[int, int]
+    indices: Tensor
+    cu_seqlens: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor) -> "Padding | None":
+        """Of a mask `[B, T]` that is not 0 where there is a token; None if no place is empty.
+
+        It waits for the device of the mask: the number of tokens is a shape.
+        """
+        exists = mask.flatten() != 0
+        indices = exists.nonzero()[:, 0]
+        if len(indices) == len(exists):
+            return None
+        lengths = exists.view_as(mask).sum(dim=1, dtype=torch.int32)
+        return cls(tuple(mask.shape), indices, borders(lengths))
+
+    def remove(self, x: Tensor) -> Tensor:
+        """`[B, T, ...]` as packed `[1, total, ...]`."""
+        return x.flatten(0, 1).index_select(0, self.indices)[None]
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Packed `[1, total, ...]` as `[B, T, ...]`, 0 where there is no token."""
+        B, T = self.shape
+        padded = x.new_zeros(B * T, *x.shape[2:]).index_copy(0, self.indices, x[0])
+        return padded.unflatten(0, (B, T))
+
+
+def borders(lengths: Tensor) -> Tensor:
+    """The int32 `cu_seqlens [N+1]` of sequences of these lengths `[N]`."""
+    return F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def sequence_of_token(cu_seqlens: Tensor, T: int) -> Tensor:
+    """The number of the sequence that each of T packed tokens is in, int64 `[T]`."""
+    tokens = torch.arange(T, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    return torch.bucketize(tokens, cu_seqlens[1:], right=True)
+
+
+def position_in_sequence(cu_seqlens: Tensor, T: int) -> Tensor:
+    """The position of each of T packed tokens in its sequence, int64 `[T]`."""
+    starts = cu_seqlens[sequence_of_token(cu_seqlens, T)]
+    return torch.arange(T, device=cu_seqlens.device) - starts
+
+
+def checked_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """A padding mask `[B, T]` of `x [B, T, C]`, if it is one."""
+    shape = tuple(x.shape[:2])
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask must be a tensor [B, T], got {type(mask).__name__}")
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(
+            f"attention_mask must be bool or integers, 0 where there is no token, got {mask.dtype}"
+        )
+    if mask.device != x.device:
+        raise ValueError(
+            f"attention_mask must be on {x.device} like hidden_states, got {mask.device}"
+        )
+    if tuple(mask.shape) != shape:
+        raise ValueError(
+            f"attention_mask must have the shape [B, T] = {shape}, got {tuple(mask.shape)}"
+        )
+    return mask
