@@ -6,7 +6,11 @@ from lact_kernels.compat.flash_attn import (
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
 )
-from lact_kernels.compat.lact import block_causal_lact_swiglu, prenorm_block_causal_lact_swiglu
+from lact_kernels.compat.lact import (
+    block_causal_lact_swiglu,
+    prenorm_block_causal_lact_swiglu,
+    swap_lact_layers,
+)
 
 __all__ = [
     "block_causal_lact_swiglu",
@@ -15,4 +19,5 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
     "prenorm_block_causal_lact_swiglu",
+    "swap_lact_layers",
 ]

@@ -1,12 +1,22 @@
-"""The two causal functions of the LaCT authors' `lact_llm/lact_model/ttt_operation.py`."""
+"""What the LaCT authors' `lact_llm/lact_model` offers: two causal functions, and the layer of a model.
+
+`block_causal_lact_swiglu` and `prenorm_block_causal_lact_swiglu` are called as theirs are;
+`swap_lact_layers` puts ours in the place of the layers of a model that exists.
+"""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lact_kernels.layers import LaCTCache, LaCTLayer
 from lact_kernels.ops import checks
 from lact_kernels.ops.block_causal_ttt import block_causal_ttt
 
-__all__ = ["block_causal_lact_swiglu", "prenorm_block_causal_lact_swiglu"]
+__all__ = [
+    "LaCTSWIGLULayer",
+    "block_causal_lact_swiglu",
+    "prenorm_block_causal_lact_swiglu",
+    "swap_lact_layers",
+]
 
 
 def block_causal_lact_swiglu(
@@ -176,3 +186,166 @@ def _check_inputs(weights, tokens, lrs, momentum) -> None:
 def _check_shape(name: str, x: Tensor, layout: str, shape: tuple[int, ...]) -> None:
     if tuple(x.shape) != shape:
         raise ValueError(f"{name} must have the shape {layout} = {shape}, got {tuple(x.shape)}")
+
+
+class LaCTSWIGLULayer(LaCTLayer):
+    """`lact_kernels.LaCTLayer`, called as the LaCT authors' layer of this name is."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: LaCTCache | None = None,
+        output_attentions: bool = False,
+        use_cache: bool = False,
+        **kwargs,
+    ) -> tuple[Tensor, None, LaCTCache | None]:
+        """`(outputs, None, past_key_values)`.
+
+        Args:
+            hidden_states: `[B, T, C]`.
+            attention_mask: `[B, T]`, or with the tokens of earlier calls before them; 0 where there is
+                no token. It reaches both branches; theirs sees padding in the fast weights.
+            past_key_values: a `LaCTCache`, or None. Theirs cannot carry fast weights.
+            output_attentions: False.
+            use_cache: has no effect; what is given is used.
+            kwargs: `cu_seqlens` as in `LaCTLayer`; others have no effect.
+
+        Raises:
+            NotImplementedError: `output_attentions`.
+            TypeError: a cache of another kind, or an argument of the wrong type or dtype.
+            ValueError: a wrong shape, device or value.
+        """
+        if output_attentions:
+            raise NotImplementedError("output_attentions is not supported: no probabilities exist")
+        if past_key_values is not None and not isinstance(past_key_values, LaCTCache):
+            raise TypeError(
+                "past_key_values must be a lact_kernels.LaCTCache or None, got"
+                f" {type(past_key_values).__name__}: call the model with use_cache=False"
+            )
+        if attention_mask is not None and attention_mask.ndim == 2:
+            T = hidden_states.shape[1]
+            attention_mask = attention_mask[:, max(attention_mask.shape[1] - T, 0) :]
+        cu_seqlens = kwargs.get("cu_seqlens")
+        o = super().forward(hidden_states, attention_mask, past_key_values, cu_seqlens)
+        return o, None, past_key_values
+
+
+# What a layer of the authors has beside the options that add to its parameters.
+_PARAMETERS = {
+    "qkv.weight",
+    "o_proj.weight",
+    "w1",
+    "lr_proj.weight",
+    "lr_proj.bias",
+    "qk_scale",
+    "qk_offset",
+    "ttt_norm.weight",
+}
+# Its other attributes, and the arguments of `LaCTLayer` that they were made of.
+_ATTRIBUTES = {"num_heads": "num_attn_heads", "num_fw_heads": "num_lact_heads"} | {
+    name: name
+    for name in (
+        "hidden_size",
+        "inter_multi",
+        "window_size",
+        "lact_chunk_size",
+        "attn_qk_norm",
+        "qkv_silu",
+        "no_v_silu",
+        "use_muon",
+        "lr_parameterization",
+        "learnable_ttt_scale",
+        "ttt_prenorm",
+        "ttt_nope",
+        "rope_theta",
+        "layer_idx",
+        "max_position_embeddings",
+        "w0_w2_low_rank",
+        "use_momentum",
+        "ttt_loss_type",
+        "fw_init_gain",
+        "use_fused_kernel",
+        "fp32_states",
+    )
+}
+
+
+def swap_lact_layers(model: nn.Module, *, backend: str = "auto") -> dict[str, nn.Module]:
+    """Put our layer in the place of every layer of the LaCT authors in a model.
+
+    A layer is known by the names of its parameters, wherever it stands; the authors' package is not
+    needed. The new layers are called as the old ones were, have the very same parameters (nothing is
+    copied, optimizers and tied weights go on) and the same state dict; hooks stay with the old ones. All
+    layers are examined before the first is replaced. A second call finds nothing to do.
+
+        swap_lact_layers(model)
+
+    What changes: Muon iterates in float16 or better instead of bfloat16; fast weights are float32
+    whatever `fp32_states` says; padding and packed sequences (`cu_seqlens`) reach the fast weights.
+
+    Args:
+        model: any module that contains such layers.
+        backend: `"auto"`, `"triton"` or `"eager"`, for the new layers.
+
+    Returns:
+        The layers that were replaced, by their names in the model, in its order.
+
+    Raises:
+        NotImplementedError: a layer with another `ttt_loss_type`, `lr_parameterization` or number of
+            learning rates than `LaCTLayer` has.
+        TypeError: `model` is no module.
+        ValueError: `model` is itself such a layer, which has no place to put another one in, or a layer
+            has parameters that `LaCTLayer` does not know.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    checks.check_backend(backend)
+    if _is_lact_layer(model):
+        raise ValueError("model is a LaCT layer itself: give the module that contains it")
+    found = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if _is_lact_layer(module)
+    }
+    layers = {id(old): _swapped(name, old, backend) for name, old in found.items()}
+    for name, old in found.items():
+        model.set_submodule(name, layers[id(old)])
+    return found
+
+
+def _is_lact_layer(module: nn.Module) -> bool:
+    if isinstance(module, LaCTLayer):
+        return False
+    names = {name for name, _ in module.named_parameters()}
+    return _PARAMETERS <= names and bool(names & {"w0", "w0.w_left"})
+
+
+def _swapped(name: str, old: nn.Module, backend: str) -> LaCTSWIGLULayer:
+    """Our layer with the options and the parameters of an old one."""
+    missing = [attribute for attribute in _ATTRIBUTES if not hasattr(old, attribute)]
+    if missing:
+        raise ValueError(
+            f"{name} has the parameters of a LaCT layer, but not its attributes {missing}"
+        )
+    options = {option: getattr(old, attribute) for attribute, option in _ATTRIBUTES.items()}
+    options["lr_dim"] = old.lr_proj.out_features / (3 * old.num_fw_heads)
+    options["qkv_bias"] = old.qkv.bias is not None
+    try:
+        new = LaCTSWIGLULayer(**options, backend=backend, device="meta")
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
+    parameters = dict(old.named_parameters())
+    shapes = {n: tuple(p.shape) for n, p in parameters.items()}
+    if shapes != {n: tuple(p.shape) for n, p in new.named_parameters()}:
+        raise ValueError(
+            f"{name} must have the parameters of LaCTLayer with the same options,"
+            f" {[n for n, _ in new.named_parameters()]}, got {list(shapes)}"
+        )
+    for path, parameter in parameters.items():
+        parent, _, leaf = path.rpartition(".")
+        new.get_submodule(parent).register_parameter(leaf, parameter)
+    for norm in ("q_norm", "k_norm", "ttt_norm"):
+        if getattr(new, norm) is not None:
+            getattr(new, norm).eps = getattr(old, norm).eps
+    return new.train(old.training)
