@@ -11,6 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lact_kernels/__init__.py")
 )
 
 ASR = ["torchaudio>=2.8", "soundfile>=0.12"]
+TRANSFORMERS = ["transformers>=4.57"]
 BENCH = ["matplotlib>=3.8", "numpy<2.4", "pytest>=8", "pytest-benchmark>=5"]
 # The Triton interpreter of the tests needs numpy, and fails with 2.4.
 TEST = [
@@ -34,7 +35,12 @@ setup(
     package_data={"lact_kernels": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.8", 'triton>=3.4; platform_system == "Linux"'],
-    extras_require={"asr": ASR, "bench": BENCH, "test": ASR + BENCH + TEST},
+    extras_require={
+        "asr": ASR,
+        "bench": BENCH,
+        "transformers": TRANSFORMERS,
+        "test": ASR + BENCH + TRANSFORMERS + TEST,
+    },
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

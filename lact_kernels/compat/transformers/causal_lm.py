@@ -1,0 +1,397 @@
+"""LaCT language models: the configuration and the weights of the paper's, with a cache that generates."""
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+)
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import can_return_tuple
+
+from lact_kernels.layers import LaCTCache, LaCTLayer
+from lact_kernels.layers.padding import Padding, checked_mask
+
+# Later versions of transformers call `past_key_values` the `cache`.
+_FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
+CACHE_FIELD = "cache" if "cache" in _FIELDS else "past_key_values"
+
+# Arguments of `LaCTLayer` that a configuration has under the same name.
+LAYER_OPTIONS = (
+    "hidden_size",
+    "num_attn_heads",
+    "num_lact_heads",
+    "inter_multi",
+    "window_size",
+    "lact_chunk_size",
+    "qkv_bias",
+    "attn_qk_norm",
+    "qkv_silu",
+    "no_v_silu",
+    "lr_dim",
+    "use_muon",
+    "lr_parameterization",
+    "learnable_ttt_scale",
+    "ttt_prenorm",
+    "ttt_nope",
+    "rope_theta",
+    "max_position_embeddings",
+    "w0_w2_low_rank",
+    "use_momentum",
+    "ttt_loss_type",
+    "fw_init_gain",
+    "use_fused_kernel",
+    "fp32_states",
+)
+
+
+class LaCTSWIGLUConfig(PretrainedConfig):
+    """The configuration of a LaCT language model, with the LaCT authors' fields and defaults.
+
+    Args:
+        hidden_size: channels of a token.
+        num_hidden_layers: blocks.
+        num_attn_heads, num_lact_heads, inter_multi, qkv_bias, attn_qk_norm, lact_chunk_size, use_muon,
+            lr_dim, qkv_silu, no_v_silu, lr_parameterization, learnable_ttt_scale, use_momentum,
+            ttt_loss_type, ttt_prenorm, ttt_nope, w0_w2_low_rank, window_size, rope_theta,
+            max_position_embeddings, fw_init_gain, use_fused_kernel, fp32_states: as in `LaCTLayer`.
+        hidden_ratio: width of the MLP: two thirds of `hidden_ratio * hidden_size`, rounded up to 256.
+        intermediate_size: the width itself, instead.
+        hidden_act: "swish", the MLP's activation.
+        initializer_range: standard deviation of initial weights.
+        norm_eps: of the RMS norms between the layers.
+        use_cache: whether the model returns a `LaCTCache` when it is not trained.
+        vocab_size: tokens of the vocabulary.
+        pad_token_id, bos_token_id, eos_token_id, tie_word_embeddings, kwargs: as in transformers.
+        elementwise_affine, fuse_norm, last_layer_fuse_norm, fuse_swiglu, fuse_cross_entropy: have no
+            effect.
+
+    Source: `LaCTSWIGLUConfig` in github.com/a1600012888/LaCT at 1f84d47.
+    """
+
+    model_type = "lact_swiglu"
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
+
+    def __init__(
+        self,
+        hidden_size: int = 2048,
+        num_hidden_layers: int = 24,
+        num_attn_heads: int = 32,
+        num_lact_heads: int = 4,
+        inter_multi: float = 1,
+        qkv_bias: bool = False,
+        attn_qk_norm: bool = False,
+        lact_chunk_size: int = 2048,
+        use_muon: bool = False,
+        lr_dim: int = 1,
+        qkv_silu: bool = True,
+        no_v_silu: bool = False,
+        lr_parameterization: str = "mamba",
+        learnable_ttt_scale: bool = True,
+        use_momentum: bool = True,
+        ttt_loss_type: str = "dot_product",
+        ttt_prenorm: bool = False,
+        ttt_nope: bool = False,
+        w0_w2_low_rank: int = -1,
+        window_size: int | None = 2048,
+        rope_theta: float = 10000.0,
+        max_position_embeddings: int | None = 2048,
+        hidden_ratio: float | None = 4,
+        intermediate_size: int | None = None,
+        hidden_act: str = "swish",
+        initializer_range: float = 0.006,
+        elementwise_affine: bool = True,
+        norm_eps: float = 1e-6,
+        use_cache: bool = True,
+        pad_token_id: int | None = None,
+        bos_token_id: int | None = 1,
+        eos_token_id: int | None = 2,
+        tie_word_embeddings: bool = False,
+        fuse_norm: bool = True,
+        last_layer_fuse_norm: bool = True,
+        fuse_swiglu: bool = True,
+        fuse_cross_entropy: bool = True,
+        vocab_size: int = 32000,
+        fw_init_gain: float = 0.5,
+        use_fused_kernel: bool = False,
+        fp32_states: bool = False,
+        **kwargs,
+    ):
+        for name, value in list(locals().items()):
+            if name not in ("self", "kwargs", "__class__"):
+                setattr(self, name, value)
+        super().__init__(
+            pad_token_id=pad_token_id,
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
+        )
+
+
+class LaCTMLP(nn.Module):
+    """SwiGLU: `down(act(gate(x)) * up(x))`."""
+
+    def __init__(self, config: LaCTSWIGLUConfig):
+        super().__init__()
+        C, width = config.hidden_size, config.intermediate_size
+        if width is None:
+            ratio = 4 if config.hidden_ratio is None else config.hidden_ratio
+            width = 256 * -(-int(C * ratio * 2 / 3) // 256)
+        self.gate_proj = nn.Linear(C, width, bias=False)
+        self.up_proj = nn.Linear(C, width, bias=False)
+        self.down_proj = nn.Linear(width, C, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LaCTBlock(GradientCheckpointingLayer):
+    """A LaCT layer and an MLP, each behind a norm and beside a residual."""
+
+    def __init__(self, config: LaCTSWIGLUConfig, layer_idx: int):
+        super().__init__()
+        options = {name: getattr(config, name) for name in LAYER_OPTIONS}
+        self.attn_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.attn = LaCTLayer(**options, layer_idx=layer_idx)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = LaCTMLP(config)
+
+    def forward(
+        self, x: Tensor, cache: LaCTCache | None = None, cu_seqlens: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), cache=cache, cu_seqlens=cu_seqlens)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class LaCTPreTrainedModel(PreTrainedModel):
+    config_class = LaCTSWIGLUConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LaCTBlock"]
+    _is_stateful = True  # no token can be taken back
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # the model makes its own
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+            if module.padding_idx is not None:
+                nn.init.zeros_(module.weight[module.padding_idx])
+        elif isinstance(module, nn.RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, LaCTLayer):
+            module.reset_fast_weights()
+
+
+class LaCTModel(LaCTPreTrainedModel):
+    """Embeddings, blocks and a final norm."""
+
+    def __init__(self, config: LaCTSWIGLUConfig):
+        if config.hidden_act not in ("swish", "silu"):
+            raise NotImplementedError(f"hidden_act must be 'swish', got {config.hidden_act!r}")
+        super().__init__(config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(LaCTBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embeddings = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: LaCTCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        past_key_values: LaCTCache | None = None,
+        cu_seqlens: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Read tokens, or their embeddings.
+
+        Args:
+            input_ids: `[B, T]`, or
+            inputs_embeds: `[B, T, C]`.
+            attention_mask: `[B, T]`, or with the tokens of earlier calls before them as `generate` has it;
+                0 where there is no token. Padding is not computed, and its outputs are 0.
+            position_ids: `[1, T]`, without a mask or a cache: a position that does not ascend begins another
+                of several packed sequences. Beyond this it has no effect: positions are counted.
+            cache: a `LaCTCache` to go on with; one is made with `use_cache`. Also `past_key_values`.
+            use_cache: whether to return the cache; by default as the configuration says, and not in
+                training.
+            output_hidden_states: return the inputs of all blocks, and the output.
+            cu_seqlens: int32 `[N+1]`, the borders of packed sequences, `B = 1`. Also `cu_seq_lens_q`.
+
+        Raises:
+            TypeError, ValueError: an argument of a wrong type, dtype, shape or value.
+            RuntimeError: a cache that an earlier call left half-way.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = past_key_values if cache is None else cache
+        if cache is not None and not isinstance(cache, LaCTCache):
+            raise TypeError(f"cache must be a LaCTCache, got {type(cache).__name__}")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if self.gradient_checkpointing and self.training and (use_cache or cache is not None):
+            raise ValueError("gradient checkpointing computes a call twice: pass use_cache=False")
+        if cache is None and use_cache:
+            cache = LaCTCache()
+        if cache is not None:
+            cache.check_complete(len(self.layers))
+        if cu_seqlens is None:
+            cu_seqlens = kwargs.get("cu_seq_lens_q")
+        if cu_seqlens is None and position_ids is not None and attention_mask is None:
+            cu_seqlens = None if cache is not None and cache.layers else _packed(position_ids)
+
+        T, padding = x.shape[1], None
+        if attention_mask is not None:
+            padding = _padding(attention_mask, x)
+        if padding is not None:
+            x, cu_seqlens = padding.remove(x), padding.cu_seqlens
+        states = []
+        for layer in self.layers:
+            states.append(x)
+            x = layer(x, cache=cache, cu_seqlens=cu_seqlens)
+        x = self.norm(x)
+        states = [*states, x] if output_hidden_states else []
+        if padding is not None:
+            x, *states = (padding.restore(state) for state in (x, *states))
+            if cache is not None:
+                cache.skip(T - int(padding.cu_seqlens.diff().max()))
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            hidden_states=tuple(states) or None,
+            **{CACHE_FIELD: cache if use_cache else None},
+        )
+
+
+class LaCTForCausalLM(LaCTPreTrainedModel, GenerationMixin):
+    """A LaCT language model with its head. It loads the LaCT authors' checkpoints, and `generate`s.
+
+    Generation carries the windows and the fast weights of all blocks along: a token costs the same at any
+    position. Sampling, beam search and padded batches work; taking tokens back (assisted generation)
+    does not.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
+
+    def __init__(self, config: LaCTSWIGLUConfig):
+        super().__init__(config)
+        self.model = LaCTModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.embeddings = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: LaCTCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int = 0,
+        past_key_values: LaCTCache | None = None,
+        cu_seqlens: Tensor | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """`LaCTModel.forward`, and the logits of the next tokens.
+
+        Args:
+            labels: `[B, T]`, the tokens themselves (they are shifted here), -100 where none counts: adds
+                the mean cross entropy, `loss`.
+            logits_to_keep: compute the logits of so many last tokens only; 0 is all.
+
+        The other arguments, and the errors, are those of `LaCTModel`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            past_key_values=past_key_values,
+            cu_seqlens=cu_seqlens,
+            **{k: x for k, x in kwargs.items() if k == "cu_seq_lens_q"},
+        )
+        logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            **{CACHE_FIELD: outputs[CACHE_FIELD] if CACHE_FIELD in outputs else None},
+        )
+
+
+def _padding(attention_mask: Tensor, x: Tensor) -> Padding | None:
+    """Of the mask of the tokens x, which may have earlier ones before it."""
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        attention_mask = attention_mask[:, max(attention_mask.shape[1] - x.shape[1], 0) :]
+    return Padding.of(checked_mask(attention_mask, x))
+
+
+def _packed(position_ids: Tensor) -> Tensor | None:
+    """The borders of packed sequences whose positions begin anew, None if it is one sequence."""
+    if position_ids.ndim != 2 or position_ids.shape[0] != 1:
+        return None
+    begins = (position_ids[0].diff() <= 0).nonzero()[:, 0] + 1
+    ends = position_ids.shape[1]
+    return F.pad(F.pad(begins, (1, 0)), (0, 1), value=ends).int() if len(begins) else None
+
+
+# `AutoModelForCausalLM` finds these models, unless the LaCT authors' package has registered its own before.
+if LaCTSWIGLUConfig.model_type not in CONFIG_MAPPING:
+    AutoConfig.register(LaCTSWIGLUConfig.model_type, LaCTSWIGLUConfig)
+    AutoModel.register(LaCTSWIGLUConfig, LaCTModel)
+    AutoModelForCausalLM.register(LaCTSWIGLUConfig, LaCTForCausalLM)
