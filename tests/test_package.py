@@ -25,8 +25,12 @@ def run_python(code: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedP
     )
 
 
+def examples_in(path: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
+
+
 def readme_examples() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    return examples_in(ROOT / "README.md")
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +65,22 @@ def test_readme_example_runs_from_the_wheel(example, site, tmp_path):
     assert done.stdout.startswith(str(site))
 
 
-def test_import_takes_no_triton():
-    done = run_python("import lact_kernels, sys; assert 'triton' not in sys.modules")
+DOCS = [path for path in sorted((ROOT / "docs").glob("*.md")) if examples_in(path)]
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_examples_of_the_docs_run(path):
+    """Each on its own; in one process, as imports take longer than the examples."""
+    code = "\n".join(f"exec({example!r}, {{}})" for example in examples_in(path))
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_takes_no_triton_and_no_transformers():
+    done = run_python(
+        "import lact_kernels, lact_kernels.compat, sys\n"
+        "assert not {'triton', 'transformers'} & set(sys.modules)"
+    )
     assert done.returncode == 0, done.stderr
 
 
