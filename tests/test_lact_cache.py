@@ -246,6 +246,11 @@ def test_caches_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match=message):
             layer(y, cache=cache)
+    with pytest.raises(
+        TypeError, match="cache has keys of torch.float64, and those of .*bfloat16"
+    ):
+        with torch.autocast("cpu", torch.bfloat16):
+            make_layer("paper", torch.float32)(x.float(), cache=cache)
     assert list(map(torch.equal, tensors(before), tensors(cache.state_dict()))).count(False) == 0
     layer, cache = make_layer("reduction"), LaCTCache()
     layer(x, cache=cache)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lact_kernels.autograd.autocast import autocast_dtype
 from lact_kernels.ops.block_causal_ttt import TTTState, TTTTokens
 from lact_kernels.ops.ring_kv_cache import RingKVCache
 from lact_kernels.ops.window_attn import run_window_attn, window_attn
@@ -206,6 +207,10 @@ class LayerCache:
             )
         if self.kv is not None and self.kv.k.device != x.device:
             raise ValueError(f"cache is on {self.kv.k.device}, and hidden_states on {x.device}")
+        if self.kv is not None and self.kv.k.dtype != autocast_dtype(x):
+            raise TypeError(
+                f"cache has keys of {self.kv.k.dtype}, and those of hidden_states are {autocast_dtype(x)}"
+            )
         r = options.temporal_reduction
         for n, (before, length) in enumerate(zip(self.lengths, lengths)):
             if length and before % r:

@@ -139,6 +139,12 @@ class LaCTLayer(nn.Module):
             ("use_momentum", use_momentum),
         ):
             checks.check_flag(name, flag)
+        checks.check_finite_number("rope_theta", rope_theta)
+        if rope_theta <= 0:
+            raise ValueError(f"rope_theta must be positive, got {rope_theta}")
+        checks.check_finite_number("fw_init_gain", fw_init_gain)
+        if layer_idx is not None:
+            checks.check_int("layer_idx", layer_idx)
         checks.check_backend(backend)
         if use_fused_kernel and use_muon:
             warnings.warn(
