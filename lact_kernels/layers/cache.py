@@ -1,9 +1,8 @@
 """`LaCTCache`: what the LaCT layers of a model carry from one piece of a sequence to the next."""
 
 import copy
-import itertools
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lact_kernels.autograd.autocast import autocast_dtype
 from lact_kernels.ops.block_causal_ttt import TTTState, TTTTokens
+from lact_kernels.ops.offsets import cu_seqlens_of
 from lact_kernels.ops.ring_kv_cache import RingKVCache
 from lact_kernels.ops.window_attn import run_window_attn, window_attn
 
@@ -254,8 +254,8 @@ class LayerCache:
 
         k, v = map(joined, self.kv.view(), (k, v))
         if cu_seqlens is None:
-            cu_seqlens = _borders(lengths, q.device)
-        cu_seqlens_k = _borders(map(operator.add, cached, lengths), q.device)
+            cu_seqlens = cu_seqlens_of(lengths, q.device)
+        cu_seqlens_k = cu_seqlens_of(map(operator.add, cached, lengths), q.device)
         packed = q.flatten(0, 1)[None]
         o, _ = run_window_attn(packed, k, v, window_size, None, cu_seqlens, cu_seqlens_k, backend)
         return o.view(*q.shape[:3], v.shape[3])
@@ -323,7 +323,3 @@ class LayerCache:
 
 def _needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-def _borders(lengths: Iterable[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)

@@ -1,6 +1,5 @@
 """`block_causal_ttt`: test-time training of SwiGLU fast weights, chunk by chunk."""
 
-import itertools
 import operator
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from lact_kernels.autograd.block_causal_ttt import block_causal_ttt_fwd
 from lact_kernels.ops import checks
-from lact_kernels.ops.offsets import packed_offsets
+from lact_kernels.ops.offsets import cu_seqlens_of, packed_offsets
 from lact_kernels.ops.ttt_state import (
     StateOptions,
     TTTState,
@@ -193,9 +192,9 @@ def _continue(q, tokens, state: TTTState, cu_seqlens, return_state: bool, how):
 
     if not packed:
         q, *tokens = (None if x is None else x.flatten(0, 1)[None] for x in (q, *tokens))
-        cu_seqlens = _borders(lengths)
+        cu_seqlens = cu_seqlens_of(lengths)
     joined = packed_tokens(state, _split(tokens, lengths)) if state.pending else tokens
-    cu_seqlens_k = _borders(totals)
+    cu_seqlens_k = cu_seqlens_of(totals)
     o, end = _run(q, joined, state, cu_seqlens, cu_seqlens_k, return_state, how)
     o = o.view(B, T, *o.shape[2:])
     if not return_state:
@@ -210,11 +209,6 @@ def _continue(q, tokens, state: TTTState, cu_seqlens, return_state: bool, how):
 def _split(tokens, lengths):
     """The tokens of a packed row, sequence by sequence."""
     return [None if x is None else x[0].split(lengths) for x in tokens]
-
-
-def _borders(lengths) -> Tensor:
-    """The `cu_seqlens` of sequences of these lengths."""
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
 def _check_inputs(q, k, v, weights, lrs, momentum, cu_seqlens) -> None:

@@ -1,7 +1,10 @@
-"""The values of `cu_seqlens`, read on the host."""
+"""The values of `cu_seqlens`, on the host."""
 
+import itertools
+from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -15,6 +18,11 @@ class Offsets(NamedTuple):
 
     queries: list[int]
     keys: list[int]
+
+
+def cu_seqlens_of(lengths: Iterable[int], device: torch.device | str = "cpu") -> Tensor:
+    """The int32 `[N+1]` borders of N sequences of these lengths."""
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
 
 def packed_offsets(cu_seqlens: Tensor, T: int, name: str = "cu_seqlens") -> list[int]:
