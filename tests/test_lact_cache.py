@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import lact_kernels.layers.cache
 import lact_kernels.layers.lact
 from lact_kernels import LaCTCache
 from tests.lact_layer_cases import CASES, make_layer, oracle
@@ -77,6 +78,29 @@ def test_rows_of_different_lengths_go_on_together(case):
     assert cache.layers[0].lengths == (23, 16, 24) and cache.get_seq_length() == T
 
 
+def test_full_attention_keeps_all_tokens_in_slots_that_grow(monkeypatch):
+    monkeypatch.setattr(lact_kernels.layers.cache, "INITIAL_CAPACITY", 4)
+    layer, x = make_layer("full-attention"), torch.randn(2, T, 32, dtype=torch.float64)
+    cache = LaCTCache()
+    for n, pieces in ((4, [3, 1]), (8, [1]), (32, [20, 1, 1, 3])):
+        start = cache.get_seq_length()
+        stop = start + sum(pieces)
+        actual = read(layer, x[:, start:stop], pieces, cache)
+        torch.testing.assert_close(actual, layer(x)[:, start:stop])
+        assert cache.layers[0].kv.k.shape[1] == n
+
+
+def test_packed_tokens_of_all_rows_are_a_batch(monkeypatch):
+    """They read the ring in place."""
+    layer, x, cache = make_layer("paper"), torch.randn(2, T, 32, dtype=torch.float64), LaCTCache()
+    read(layer, x[:, : T - 1], [T - 1], cache)
+    monkeypatch.delattr(lact_kernels.layers.cache.LayerCache, "_window_attn_behind_cached")
+    cu_seqlens = torch.tensor([0, 1, 2], dtype=torch.int32)
+    with torch.no_grad():
+        actual = layer(x[:, -1][None], cache=cache, cu_seqlens=cu_seqlens)
+    torch.testing.assert_close(actual[0], layer(x)[:, -1])
+
+
 def test_packed_prompts_then_a_batch_of_tokens():
     layer = make_layer("paper")
     prompts = [torch.randn(n, 32, dtype=torch.float64) for n in (13, 0, 21)]
@@ -124,7 +148,10 @@ def test_copies_and_saved_states_go_on_independently():
     torch.save(saved, file)
     file.seek(0)
     loaded = torch.load(file, weights_only=True)
-    for other in (cache, copied, *(LaCTCache.from_state_dict(s) for s in (saved, saved, loaded))):
+    for other in (cache, copied):
+        torch.testing.assert_close(read(layer, x[:, 13:], [1] * 17, other), expected)
+    for state in (saved, saved, loaded):  # also after the cache itself went on
+        other = LaCTCache.from_state_dict(state)
         torch.testing.assert_close(read(layer, x[:, 13:], [1] * 17, other), expected)
 
 
@@ -246,9 +273,7 @@ def test_caches_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match=message):
             layer(y, cache=cache)
-    with pytest.raises(
-        TypeError, match="cache has keys of torch.float64, and those of .*bfloat16"
-    ):
+    with pytest.raises(TypeError, match="cache has keys of torch.float64, and those of .*bfloat16"):
         with torch.autocast("cpu", torch.bfloat16):
             make_layer("paper", torch.float32)(x.float(), cache=cache)
     assert list(map(torch.equal, tensors(before), tensors(cache.state_dict()))).count(False) == 0

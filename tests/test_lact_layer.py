@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lact_kernels import LaCTLayer
+from lact_kernels.layers.padding import Padding
 from tests.lact_layer_cases import CASES, SMALL, gradients, make_layer, oracle
 from tests.tolerance import assert_close_to_float64
 
@@ -66,6 +67,20 @@ def test_masks_of_any_integer_dtype(dtype):
     mask = torch.tensor(MASKS["left"])
     assert torch.equal(layer(x, mask.to(dtype)), layer(x, mask.bool()))
     assert torch.equal(layer(x, torch.ones_like(mask, dtype=dtype)), layer(x))
+
+
+def test_a_mask_is_read_once_for_all_layers_until_it_changes(monkeypatch):
+    layer, x = make_layer("paper"), torch.randn(2, T, 32, dtype=torch.float64)
+    reads, read = [], Padding._read
+    monkeypatch.setattr(Padding, "_read", lambda mask: reads.append(mask) or read(mask))
+    mask = torch.tensor(MASKS["left"])
+    first = layer(x, mask)
+    assert torch.equal(layer(x, mask), first) and len(reads) == 1
+    mask[1, 20:] = 0
+    assert not layer(x, mask)[1, 20:].any() and len(reads) == 2
+    with torch.inference_mode():
+        layer(x, mask.clone())
+    assert len(reads) == 3
 
 
 @pytest.mark.parametrize("case", ["paper", "prenorm-muon", "reduction"])

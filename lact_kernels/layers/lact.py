@@ -239,7 +239,7 @@ class LaCTLayer(nn.Module):
             hidden_states: `[B, T, C]`.
             attention_mask: `[B, T]`, bool or integers, 0 where there is no token: on the left, on the
                 right or in between. Neither branch sees such a place, positions do not count it, and
-                its output is 0. It is read on the host.
+                its output is 0. It is read on the host, once for all layers that share it.
             cache: go on behind the tokens of earlier calls with this cache, and keep in it what later
                 calls need. With `temporal_reduction`, only the last call of a row may have a number of
                 frames that the reduction does not divide.

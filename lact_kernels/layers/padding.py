@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Padding(NamedTuple):
@@ -21,11 +22,22 @@ class Padding(NamedTuple):
     cu_seqlens: Tensor
 
     @classmethod
+    @torch.compiler.disable  # its shapes depend on values
     def of(cls, mask: Tensor) -> "Padding | None":
         """Of a mask `[B, T]` that is not 0 where there is a token; None if no place is empty.
 
-        It waits for the device of the mask: the number of tokens is a shape.
+        It waits for the device of the mask: the number of tokens is a shape. The layers of a model share
+        one mask, so it is not read again as long as nobody writes to it.
         """
+        version = None if mask.is_inference() else mask._version
+        read, padding = _READ.get(mask, (None, None))
+        if version is None or read != version:
+            padding = cls._read(mask)
+            _READ[mask] = version, padding
+        return padding
+
+    @classmethod
+    def _read(cls, mask: Tensor) -> "Padding | None":
         exists = mask.flatten() != 0
         indices = exists.nonzero()[:, 0]
         if len(indices) == len(exists):
@@ -42,6 +54,10 @@ class Padding(NamedTuple):
         B, T = self.shape
         padded = x.new_zeros(B * T, *x.shape[2:]).index_copy(0, self.indices, x[0])
         return padded.unflatten(0, (B, T))
+
+
+# What was read: (version, padding) of each mask that still exists.
+_READ = WeakTensorKeyDictionary()
 
 
 def borders(lengths: Tensor) -> Tensor:
