@@ -66,18 +66,23 @@ def stages(out: Path) -> tuple[Stage, list[Stage]]:
     sizes = "--dtype bfloat16 --seq-len 32768 --chunk-size 2048 --fast-weight-heads 4"
     phases = ("benchmarks.phases", "--device", "cuda", *sizes.split())
     phases += ("--fast-weight-dim", "384", "768", "--repeats", "3", "--out", str(out))
+    model = ("benchmarks.model", "--device", "cuda", "--rounds", "3", "--out", str(out))
+    branches = ("benchmarks.branches", *common)
     accuracy = ("benchmarks.accuracy_report", "--device", "cuda", "--out", str(out))
     accuracy += ("--seq-len", "4096", "65536", "--heads", "2")
-    return Stage("tests", tests, 320), [
-        Stage("window_attn", (*attention, "1024", "4096", "16384"), 60),
-        Stage("window_attn-packed", packed, 30),
+    return Stage("tests", tests, 315), [
+        Stage("window_attn", (*attention, "1024", "4096", "16384"), 45),
+        Stage("window_attn-packed", packed, 20),
         Stage("window_attn_with_kvcache", cache, 20),
-        Stage("accuracy", accuracy, 30),
-        Stage("block_causal_ttt", (*ttt, "--no-peers"), 30),
+        Stage("accuracy", accuracy, 25),
+        Stage("block_causal_ttt", (*ttt, "--no-peers"), 25),
         Stage("phases", phases, 25),
-        Stage("phases-muon", (*phases, "--muon"), 30),
+        Stage("phases-muon", (*phases, "--muon"), 20),
+        Stage("branches", branches, 30),
+        # Its two processes start and compile first, and may take most of it.
+        Stage("model", model, 30, needs_rows=False),
         # Compiling the reference takes long, and may take all of it.
-        Stage("block_causal_ttt-peers", (*ttt, "--mode", "fwd_bwd"), 25, needs_rows=False),
+        Stage("block_causal_ttt-peers", (*ttt, "--mode", "fwd_bwd"), 15, needs_rows=False),
     ]
 
 

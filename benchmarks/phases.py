@@ -216,7 +216,9 @@ def saved_bytes(forward: Callable[[], Tensor], inputs: dict[str, Tensor]) -> int
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         saved[storage.data_ptr()] = storage.nbytes()
-        return x
+        return (
+            x.detach()
+        )  # with its graph, an output of the op that saves it would keep itself alive
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         o = forward()  # held until all is counted, so that no memory is used twice

@@ -14,9 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import reference
 from benchmarks import (
     accuracy_report,
+    branches,
     gate,
     gpu_check,
     measure,
+    model,
     peers,
     phases,
     report,
@@ -494,7 +496,7 @@ def test_bad_arguments_of_phases(tmp_path, capsys, bad, message):
 def test_gpu_check_asks_for_what_the_benchmarks_take(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     _, stages = gpu_check.stages(tmp_path)
-    parsers = {x.__name__: x.parse for x in (run, accuracy_report, phases)}
+    parsers = {x.__name__: x.parse for x in (run, accuracy_report, phases, branches, model)}
     options = {x.name: parsers[x.module[0]](list(x.module[1:])) for x in stages}
     assert options["accuracy"].seq_len[-1] == accuracy_report.SEQ_LENS[-1]
     for name, muon in (("phases", False), ("phases-muon", True)):
@@ -503,6 +505,10 @@ def test_gpu_check_asks_for_what_the_benchmarks_take(tmp_path, monkeypatch):
         assert (options[name].seq_len, options[name].chunk_size) == (32768, 2048)
         assert (options[name].dtype, options[name].fast_weight_heads) == ("bfloat16", 4)
         assert options[name].backend == ["triton", "eager"]
+    assert options["branches"].op == list(branches.OPS)
+    assert options["branches"].shape == branches.SIZES["cuda"]
+    whole = options["model"]
+    assert (whole.dtype, whole.seq_len, whole.layers) == ("bfloat16", 16384, 12)
     assert options["window_attn-packed"].sequences > 1
     cache = options["window_attn_with_kvcache"]
     assert cache.op == ["window_attn_with_kvcache"] and cache.heads > cache.kv_heads

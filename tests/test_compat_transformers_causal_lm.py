@@ -94,8 +94,8 @@ def test_padded_rows_equal_single_sequences():
 
 @pytest.mark.parametrize("how", ["position_ids", "cu_seqlens", "cu_seq_lens_q"])
 def test_packed_sequences_equal_single_ones(how):
-    model, ids, lengths = make_model(), make_ids(1, LENGTH), [5, 12, 4]
-    packing = torch.tensor([0, 5, 17, 21], dtype=torch.int32)
+    model, ids, lengths = make_model(), make_ids(1, LENGTH), [5, 1, 11, 4]
+    packing = torch.tensor([0, 5, 6, 17, 21], dtype=torch.int32)
     if how == "position_ids":
         packing = torch.cat([torch.arange(n) for n in lengths])[None]
     actual = model(ids, **{how: packing}, use_cache=False).logits
@@ -131,7 +131,7 @@ def test_a_prompt_padded_on_the_left_generates_what_it_does_alone():
 def test_generation_goes_on_with_a_cache(padded):
     model, ids = make_model(), make_ids(2, 11)
     mask = torch.ones_like(ids)
-    mask[0, : 5 * padded] = 0
+    mask[0, : 5 * padded], mask[1, : 2 * padded] = 0, 0
     first = generate(model, ids, 4, attention_mask=mask, return_dict_in_generate=True)
     cache = first[CACHE_FIELD]
     assert isinstance(cache, LaCTCache) and cache.get_seq_length() == 14
