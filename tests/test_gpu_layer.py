@@ -77,14 +77,30 @@ def test_layer_compiles_with_inductor():
     torch.testing.assert_close(compiled(x), layer(x), rtol=3e-2, atol=3e-2)
 
 
-def test_layer_waits_for_nothing_without_a_mask():
-    layer, x = make(dtype=torch.bfloat16), tokens(2, T, dtype=torch.bfloat16)
-    layer(x).sum().backward()  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        layer(x).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+@pytest.fixture
+def no_waiting():
+    """A switch: from its call to the end of the test, to wait for the GPU is an error."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+def test_layer_waits_at_most_once_for_cu_seqlens(packed, no_waiting):
+    layer, x = make(dtype=torch.bfloat16), tokens(1, T, dtype=torch.bfloat16)
+    cu_seqlens = torch.tensor([0, 77, T], dtype=torch.int32).to(DEVICE) if packed else None
+    layer(x, cu_seqlens=cu_seqlens).sum().backward()  # compiles, and reads them
+    no_waiting()
+    layer(x, cu_seqlens=cu_seqlens).sum().backward()
+
+
+@torch.no_grad()
+def test_decoding_waits_for_nothing(no_waiting):
+    layer, x, cache = make(), tokens(2, T), LaCTCache()
+    layer(x[:, :120], cache=cache)
+    layer(x[:, 120:121], cache=cache)
+    no_waiting()
+    for part in x[:, 121:140].split(1, dim=1):  # a chunk ends among them
+        layer(part, cache=cache)
 
 
 def test_sliding_window_model_of_transformers():

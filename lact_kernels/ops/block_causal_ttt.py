@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lact_kernels.autograd.block_causal_ttt import block_causal_ttt_fwd
 from lact_kernels.ops import checks
-from lact_kernels.ops.offsets import cu_seqlens_of, packed_offsets
+from lact_kernels.ops.offsets import cu_seqlens_of, on_host, packed_offsets
 from lact_kernels.ops.ttt_state import (
     StateOptions,
     TTTState,
@@ -79,7 +79,7 @@ def block_causal_ttt(
         prenorm: accumulate steps in un-normalised masters instead of the normalised weights.
         cu_seqlens: int32 `[N+1]`, the borders of N sequences laid end to end in one row (`B = 1`); the
             fast weights start afresh in each. It starts at 0, does not descend and ends at T. It is
-            read once, on the host.
+            read on the host, once per tensor.
         initial_state: go on where the call that returned this state stopped. Then the weights come
             from it, and w0, w1, w2 are only checked against it. It has one entry for each batch row
             or packed sequence.
@@ -126,7 +126,7 @@ def block_causal_ttt(
     state = initial_state or _initial_state(weights, prenorm, momentum, options)
     tokens = (k, v, lr0, lr1, lr2, momentum)
     if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.cpu()  # read once: from here on nothing waits for the device
+        cu_seqlens = on_host(cu_seqlens, q.shape[1])  # from here on nothing waits for the device
     how = (checkpoint_interval, backend)
     if initial_state is None and not return_state:
         return _run(q, tokens, state, cu_seqlens, cu_seqlens, False, how)[0]

@@ -21,8 +21,9 @@ class Offsets(NamedTuple):
 
 
 def cu_seqlens_of(lengths: Iterable[int], device: torch.device | str = "cpu") -> Tensor:
-    """The int32 `[N+1]` borders of N sequences of these lengths."""
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    """The int32 `[N+1]` borders of N sequences of these lengths. Nothing waits for the device."""
+    borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return borders.to(device, non_blocking=True)
 
 
 def packed_offsets(cu_seqlens: Tensor, T: int, name: str = "cu_seqlens") -> list[int]:
@@ -38,6 +39,15 @@ def packed_offsets(cu_seqlens: Tensor, T: int, name: str = "cu_seqlens") -> list
         _check(offsets, T, name)
         _READ[cu_seqlens] = (version, T), offsets
     return offsets
+
+
+def on_host(cu_seqlens: Tensor, T: int) -> Tensor:
+    """`cu_seqlens` of T tokens in the memory of the host, which waits for its device once per tensor."""
+    if (
+        cu_seqlens.is_cpu or torch.compiler.is_compiling()
+    ):  # which cannot trace what was read before
+        return cu_seqlens.cpu()
+    return torch.tensor(packed_offsets(cu_seqlens, T), dtype=torch.int32)
 
 
 def read_offsets(

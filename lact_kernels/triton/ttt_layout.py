@@ -154,7 +154,7 @@ class Chunks:
         self.max_length = min(C, max(stop - start for start, stop in spans))
         table = torch.tensor([keys, queries], dtype=torch.int32).to(device, non_blocking=True)
         self.key_table, self.query_table = table.unbind()
-        self.order = torch.tensor(order, device=device)
+        self.order = torch.tensor(order).to(device, non_blocking=True)
 
     def keys(self, steps: range, rows: range, num_chunks: int | None = None) -> Run:
         """The chunks of `steps`, or the first `num_chunks` of them, with their keys and values.
