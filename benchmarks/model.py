@@ -21,11 +21,11 @@ float64, and in the dtype of the run within the rule of `benchmarks/accuracy.py`
 cache the outputs of one call.
 
 Each variant has a process of its own. Its peak memory (see `benchmarks/timing.py`) is what one call takes
-beyond the parameters and the input: masks, outputs and gradients are counted. Time and memory come from
-the same calls, in which the variants take turns. One call of each is the default on a CPU, where the
-dense variant takes minutes: such a time is a sample of one. One block, run first at the full length, tells
-how long everything will take, and how much autograd will keep. What does not fit is not tried: both variants
-are then measured at the longest T / 2^n that does, too.
+beyond the parameters and the input: masks, outputs and gradients are counted. A first call tells it, and is
+not timed, as measuring takes time; then the variants take turns. One timed call of each is the default on a
+CPU, where the dense variant takes minutes: such a time is a sample of one. One block, run first at the full
+length, tells how long everything will take, and how much autograd will keep. What does not fit is not
+tried: both variants are then measured at the longest T / 2^n that does, too.
 
 Rows appear on the screen and are appended to `<out>/<device>-model.jsonl` as they are finished. Exit
 status: 0, 1 when the variants disagree or ours fails for another reason than memory, 2 for bad arguments,
@@ -233,7 +233,14 @@ class Bench:
         return {"fwd": fwd, "fwd_bwd": fwd + bwd, "kept_bytes": kept[0]}
 
     def call(self, mode: str, T: int) -> dict:
-        """The model in mode "fwd" or "fwd_bwd", once: time and peak memory."""
+        """The model in mode "fwd" or "fwd_bwd", once: the time."""
+        return {"milliseconds": self._milliseconds(self._call(mode, T))}
+
+    def peak(self, mode: str, T: int) -> dict:
+        """Once more, with a memory allocator that gives back all it can, which takes time: the peak."""
+        return {"peak_memory_bytes": timing.peak_memory(self._call(mode, T), self.device)}
+
+    def _call(self, mode: str, T: int) -> Callable[[], object]:
         x, do, parameters = self._tokens(T), self._tokens(T), list(self.model.parameters())
 
         def run() -> object:
@@ -242,9 +249,7 @@ class Bench:
                 o = self.model(x)
                 return torch.autograd.grad(o, parameters, do) if mode == "fwd_bwd" else o
 
-        times: list[float] = []
-        peak = timing.peak_memory(lambda: times.append(self._milliseconds(run)), self.device)
-        return {"milliseconds": times[0], "peak_memory_bytes": peak}
+        return run
 
     @torch.no_grad()
     def token(self, T: int) -> dict:
@@ -389,13 +394,15 @@ def _free_bytes(device: torch.device) -> float:
 
 def _print_plan(steps: list[list[Planned]], rounds: int) -> None:
     calls = "one call" if rounds == 1 else f"{rounds} calls"
-    print(f"\nplan, {calls} of each in fwd and fwd_bwd, {TOKENS} tokens in token:")
+    print(
+        f"\nplan, {calls} of each in fwd and fwd_bwd and one for memory, {TOKENS} tokens in token:"
+    )
     total = 0.0
     for planned in (planned for step in steps for planned in step):
         row, note = planned.row, planned.row.status
         if note == "ok":
             note = f"about {planned.seconds:.0f} s" + (" for the prompt" * (row.mode == "token"))
-            total += planned.seconds * (1 if row.mode == "token" else rounds)
+            total += planned.seconds * (1 if row.mode == "token" else rounds + 1)
         print(f"  {row.mode:<7} T={row.shape['T']:<6} {row.variant:<20} {note}")
     print(f"  in all about {total / 60:.0f} minutes", flush=True)
 
@@ -414,10 +421,10 @@ def _measure(
 def _take_turns(
     step: list[Planned], options: argparse.Namespace, workers: dict[str, Worker]
 ) -> Iterator[ModelRow]:
-    """Fill the rows that can be, all of them in each round. The first rounds may be to warm up."""
+    """Fill the rows that can be, all of them in each round. The first rounds warm up, and tell memory."""
     token = step[0].row.mode == "token"
     rounds = TOKENS if token else options.rounds
-    warm_ups = WARM_UP_TOKENS if token else int(options.device == "cuda")
+    warm_ups = WARM_UP_TOKENS if token else 1
     times: list[list[float]] = [[] for _ in step]
     for turn in range(-warm_ups, rounds):
         for planned, milliseconds in zip(step, times):
@@ -431,15 +438,15 @@ def _take_turns(
                 print(f"{mode} T={T}, {row.variant}: {note} ...", flush=True)
             if first:
                 row.load_average = os.getloadavg()[0]
-            work = ("token", T) if token else ("call", mode, T)
+            work = ("token", T) if token else ("peak" if first else "call", mode, T)
             result = workers[row.variant].run(*work)
             if isinstance(result, str):
                 row.status = result
                 yield row
-            elif turn >= 0:
+            elif turn < 0:
+                row.peak_memory_bytes = result.get("peak_memory_bytes")
+            else:
                 milliseconds.append(result["milliseconds"])
-                peak = result.get("peak_memory_bytes")
-                row.peak_memory_bytes = peak and max(peak, row.peak_memory_bytes or 0)
                 row.state_bytes = result.get("state_bytes")
                 if turn == rounds - 1:
                     row.rounds = rounds

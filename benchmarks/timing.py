@@ -11,6 +11,7 @@ larger block from the system and to give it back when freed, so that freed memor
 Elsewhere it is unknown (None).
 """
 
+import contextlib
 import ctypes
 import statistics
 import time
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 MIN_ROUNDS = 3
-_M_MMAP_THRESHOLD = -3  # of mallopt
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt
 FLUSH_BYTES = {"cuda": 2**28, "cpu": 2**26}  # several times the L2 caches
 
 
@@ -83,21 +84,24 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    libc = ctypes.CDLL(None)
     try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**16)
-        libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text(
-            "5"
-        )  # the high-water mark becomes the present size
-    except (OSError, AttributeError):
+        try:
+            libc.mallopt(_M_MMAP_THRESHOLD, 2**16)
+            libc.malloc_trim(0)
+            # The high-water mark becomes the present size.
+            Path("/proc/self/clear_refs").write_text("5")
+        except (OSError, AttributeError):
+            run()
+            return None
+        before = _status_bytes("VmRSS")
         run()
-        return None
-    before = _status_bytes("VmRSS")
-    run()
-    peak = _status_bytes("VmHWM") - before
-    libc.mallopt(_M_MMAP_THRESHOLD, 2**25)  # where malloc's own adjustment ends
-    return max(peak, 0)
+        return max(_status_bytes("VmHWM") - before, 0)
+    finally:
+        # Where malloc's own adjustment ends. Left alone, each block would be faulted in anew from now on.
+        with contextlib.suppress(AttributeError):
+            libc.mallopt(_M_MMAP_THRESHOLD, 2**25)
+            libc.mallopt(_M_TRIM_THRESHOLD, 2**26)
 
 
 def _status_bytes(name: str) -> int:
