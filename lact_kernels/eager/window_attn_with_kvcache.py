@@ -36,8 +36,10 @@ def window_attn_with_kvcache(
         span = min(window_size + n - 1, length)
         # The queries of a group are rows of one product.
         queries = q[row, Tq - n :].unflatten(2, (Hkv, Hq // Hkv)).permute(0, 2, 3, 1, 4)
+        in_order = n > 1 or span < S  # a single query that sees every slot needs no order
         keys, values = (
-            _last_tokens(x[row], length, span).transpose(1, 2) for x in (k_cache, v_cache)
+            (_last_tokens(x[row], length, span) if in_order else x[row]).transpose(1, 2)
+            for x in (k_cache, v_cache)
         )
         mask = masked_attention.band(n, min(window_size, length), q)[:, -span:]
         mask = mask.repeat(Hq // Hkv, 1)  # [G * n, span]

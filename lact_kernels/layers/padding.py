@@ -22,13 +22,14 @@ class Padding(NamedTuple):
     cu_seqlens: Tensor
 
     @classmethod
-    @torch.compiler.disable  # its shapes depend on values
     def of(cls, mask: Tensor) -> "Padding | None":
         """Of a mask `[B, T]` that is not 0 where there is a token; None if no place is empty.
 
         It waits for the device of the mask: the number of tokens is a shape. The layers of a model share
         one mask, so it is not read again as long as nobody writes to it.
         """
+        if torch.compiler.is_compiling():  # which cannot trace what was read before
+            return cls._read(mask)
         version = None if mask.is_inference() else mask._version
         read, padding = _READ.get(mask, (None, None))
         if version is None or read != version:
