@@ -254,6 +254,11 @@ def test_labels_logits_to_keep_and_tuples():
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
+        (
+            dict(input_ids=make_ids(1, 4), output_attentions=True),
+            NotImplementedError,
+            "output_attentions is not supported",
+        ),
         (dict(), ValueError, "exactly one of input_ids and inputs_embeds"),
         (dict(input_ids=make_ids(1, 4), cache=object()), TypeError, "cache must be a LaCTCache"),
         (
@@ -267,7 +272,7 @@ def test_labels_logits_to_keep_and_tuples():
             "attention_mask must be bool or integers",
         ),
     ],
-    ids=["nothing", "cache", "short-mask", "additive-mask"],
+    ids=["attentions", "nothing", "cache", "short-mask", "additive-mask"],
 )
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):

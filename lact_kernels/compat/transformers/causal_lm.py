@@ -250,11 +250,14 @@ class LaCTModel(LaCTPreTrainedModel):
             cu_seqlens: int32 `[N+1]`, the borders of packed sequences, `B = 1`. Also `cu_seq_lens_q`.
 
         Raises:
+            NotImplementedError: `output_attentions`.
             TypeError, ValueError: an argument of a wrong type, dtype, shape or value.
             RuntimeError: a cache that an earlier call left half-way.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        if kwargs.get("output_attentions"):
+            raise NotImplementedError("output_attentions is not supported: no probabilities exist")
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
         if cache is not None and not isinstance(cache, LaCTCache):
@@ -358,7 +361,7 @@ class LaCTForCausalLM(LaCTPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             past_key_values=past_key_values,
             cu_seqlens=cu_seqlens,
-            **{k: x for k, x in kwargs.items() if k == "cu_seq_lens_q"},
+            **{k: x for k, x in kwargs.items() if k in ("cu_seq_lens_q", "output_attentions")},
         )
         logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
         loss = None
