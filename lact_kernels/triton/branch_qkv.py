@@ -340,6 +340,7 @@ def branch_qkv_fwd(
             cos.contiguous(), sin.contiguous(), attn_q, attn_k, fast_q, fast_k, fast_v,
             B * T, T, Hf, _angle_rows(cos), *token_strides(q, k, v),
             **constexprs(C // Hq, C // Hf, silu, rotate_fast, config), num_warps=config.num_warps,
+            num_stages=config.num_stages,
         )  # fmt: skip
     return outputs
 
@@ -379,6 +380,7 @@ def branch_qkv_bwd(
                 cos.contiguous(), sin.contiguous(), dq, dk, dv, dscale, doffset,
                 B * T, T, Hf, _angle_rows(cos), *token_strides(*tensors),
                 **constexprs(C // Hq, C // Hf, silu, rotate_fast, config), num_warps=config.num_warps,
+                num_stages=config.num_stages,
             )  # fmt: skip
     dscale, doffset = dscale.sum(dim=0), doffset.sum(dim=0)
     dv = [] if v is None else [dv]

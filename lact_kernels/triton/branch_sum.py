@@ -159,6 +159,7 @@ def branch_sum_fwd(
             attn, ttt, norm_weight.contiguous(), scale, out, B * T * Hf, T, Hf,
             *token_strides(attn), *outer_strides(ttt), *_scale_strides(scale),
             **constexprs(Df, eps, config), num_warps=config.num_warps,
+            num_stages=config.num_stages,
         )  # fmt: skip
     return out
 
@@ -185,6 +186,7 @@ def branch_sum_bwd(
                 B * T * Hf, T, Hf,
                 *token_strides(dout), *outer_strides(ttt), *_scale_strides(scale),
                 **constexprs(Df, eps, config), num_warps=config.num_warps,
+                num_stages=config.num_stages,
             )  # fmt: skip
     dweight = dweight.sum(dim=0).to(norm_weight.dtype)
     return dttt, dweight, [] if scale is None else [dscale]
