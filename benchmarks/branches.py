@@ -39,8 +39,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import report, timing
-from benchmarks.accuracy import COMPARISON_HEADER, compare_all, comparison_line, rms_and_max
-from benchmarks.measure import DIFFERENCE_LIMITS, Settings, status_of
+from benchmarks.accuracy import COMPARISON_HEADER, compare_all, comparison_line
+from benchmarks.measure import DIFFERENCE_LIMITS, Settings, difference_of, status_of
 from benchmarks.registry import MODES, in_float64, output_gradient
 from benchmarks.run import DEFAULTS, DTYPES, positive, settle_device
 from lact_kernels.layers.rotary import rotary_tables
@@ -242,7 +242,7 @@ def measure(
             if row.ours:
                 expected = result
             elif expected:
-                row.difference = _difference(result, expected)
+                row.difference = difference_of(result, expected)
             del result
             row.peak_memory_bytes = timing.peak_memory(run, device)
         except Exception as error:  # a variant that breaks is a row, not the end of the run
@@ -267,15 +267,6 @@ def measure(
         if ours in milliseconds:
             row.baseline, row.ratio_to_baseline = ours, rows[ours].p50_ms / row.p50_ms
     return list(rows.values())
-
-
-def _difference(result: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """`||result - expected|| / ||expected||` of the tensor where it is largest; NaN where one is."""
-    parts = [
-        rms_and_max((result[name] - x).float())[0] / (rms_and_max(x.float())[0] or 1.0)
-        for name, x in expected.items()
-    ]
-    return max(parts, key=lambda part: (part != part, part))
 
 
 def _title(op: str, shape: dict[str, int]) -> str:

@@ -64,7 +64,7 @@ def measure_point(
             if ours is None and variant.ours:
                 ours = result
             elif ours is not None:
-                row.difference = _difference(result, ours)
+                row.difference = difference_of(result, ours)
             del result
             row.peak_memory_bytes = timing.peak_memory(run, settings.device)
         except Exception as error:  # a peer that breaks is a row, not the end of the run
@@ -163,7 +163,7 @@ def _computes_the_same(point: Point, difference: float | None, dtype: torch.dtyp
     return difference <= DIFFERENCE_LIMITS[dtype]  # False for NaN
 
 
-def _difference(result: dict[str, Tensor], ours: dict[str, Tensor]) -> float:
+def difference_of(result: dict[str, Tensor], ours: dict[str, Tensor]) -> float:
     """`||result - ours|| / ||ours||` of the tensor where it is largest; NaN if any is not finite."""
     ratios = []
     for name, x in ours.items():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import reference
 from benchmarks.accuracy import COMPARISON_HEADER, compare_all, comparison_line
 from lact_kernels.layers import LaCTCache, LaCTLayer, lact
+from lact_kernels.layers.mlp import SwiGLUMLP
 
 OURS, DENSE = "lact_kernels", "dense + chunk loop"
 LOW_RANK = 32
@@ -44,7 +45,6 @@ class Block(nn.Module):
     def __init__(self, size: Size, layer_idx: int):
         super().__init__()
         C = size.hidden_size
-        width = 256 * -(-int(C * 8 / 3) // 256)
         self.attn_norm, self.mlp_norm = (nn.RMSNorm(C, NORM_EPS) for _ in range(2))
         self.attn = LaCTLayer(
             C,
@@ -58,18 +58,11 @@ class Block(nn.Module):
             w0_w2_low_rank=LOW_RANK,
             layer_idx=layer_idx,
         )
-        self.mlp = nn.ModuleDict(
-            {
-                "gate_proj": nn.Linear(C, width, bias=False),
-                "up_proj": nn.Linear(C, width, bias=False),
-                "down_proj": nn.Linear(width, C, bias=False),
-            }
-        )
+        self.mlp = SwiGLUMLP(C)
 
     def forward(self, x: Tensor, cache: LaCTCache | None = None) -> Tensor:
         x = x + self.attn(self.attn_norm(x), cache=cache)
-        y = self.mlp_norm(x)
-        return x + self.mlp.down_proj(F.silu(self.mlp.gate_proj(y)) * self.mlp.up_proj(y))
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class Model(nn.Module):

@@ -85,7 +85,7 @@ def flash_attn_func(
     Source: the signature is that of github.com/Dao-AILab/flash-attention at v2.8.3.
     """
     _check_supported(dropout_p, softcap, alibi_slopes=alibi_slopes)
-    _check_flags(deterministic=deterministic, return_attn_probs=return_attn_probs)
+    checks.check_flags(deterministic=deterministic, return_attn_probs=return_attn_probs)
     check_attention(q, k, v, None, softmax_scale)
     window = _window(causal, window_size, single_query=q.shape[1] <= 1)
     o, lse = run_window_attn(q, k, v, window, softmax_scale, None, None, backend)
@@ -170,7 +170,7 @@ def flash_attn_varlen_func(
         empty tensor.
     """
     _check_supported(dropout_p, softcap, alibi_slopes=alibi_slopes, block_table=block_table)
-    _check_flags(deterministic=deterministic, return_attn_probs=return_attn_probs)
+    checks.check_flags(deterministic=deterministic, return_attn_probs=return_attn_probs)
     checks.check_floating("q", q, "[total_q, Hq, D]")
     checks.check_floating("k", k, "[total_k, Hkv, D]")
     checks.check_floating("v", v, "[total_k, Hkv, Dv]")
@@ -263,7 +263,7 @@ def flash_attn_with_kvcache(
         block_table=block_table,
         alibi_slopes=alibi_slopes,
     )
-    _check_flags(rotary_interleaved=rotary_interleaved, return_softmax_lse=return_softmax_lse)
+    checks.check_flags(rotary_interleaved=rotary_interleaved, return_softmax_lse=return_softmax_lse)
     checks.check_int("num_splits", num_splits)
     check_attention(q, k_cache, v_cache, None, softmax_scale, ("k_cache", "v_cache"))
     window = _window(causal, window_size, single_query=q.shape[1] <= 1)
@@ -306,11 +306,6 @@ def _check_supported(dropout_p: float = 0.0, softcap: float = 0.0, **options) ->
     for name, value in options.items():
         if value is not None:
             raise NotImplementedError(f"{name} is not supported: {INSTEAD[name]}")
-
-
-def _check_flags(**flags: bool) -> None:
-    for name, flag in flags.items():
-        checks.check_flag(name, flag)
 
 
 def _check_new_tokens(k: Tensor | None, v: Tensor | None, k_cache: Tensor, v_cache: Tensor) -> None:

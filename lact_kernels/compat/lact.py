@@ -4,10 +4,13 @@
 `swap_lact_layers` puts ours in the place of the layers of a model that exists.
 """
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
 from lact_kernels.layers import LaCTCache, LaCTLayer
+from lact_kernels.layers.padding import mask_of_last
 from lact_kernels.ops import checks
 from lact_kernels.ops.block_causal_ttt import block_causal_ttt
 
@@ -223,9 +226,8 @@ class LaCTSWIGLULayer(LaCTLayer):
                 "past_key_values must be a lact_kernels.LaCTCache or None, got"
                 f" {type(past_key_values).__name__}: call the model with use_cache=False"
             )
-        if attention_mask is not None and attention_mask.ndim == 2:
-            T = hidden_states.shape[1]
-            attention_mask = attention_mask[:, max(attention_mask.shape[1] - T, 0) :]
+        if attention_mask is not None:
+            attention_mask = mask_of_last(attention_mask, hidden_states)
         cu_seqlens = kwargs.get("cu_seqlens")
         o = super().forward(hidden_states, attention_mask, past_key_values, cu_seqlens)
         return o, None, past_key_values
@@ -242,32 +244,17 @@ _PARAMETERS = {
     "qk_offset",
     "ttt_norm.weight",
 }
-# Its other attributes, and the arguments of `LaCTLayer` that they were made of.
-_ATTRIBUTES = {"num_heads": "num_attn_heads", "num_fw_heads": "num_lact_heads"} | {
-    name: name
-    for name in (
-        "hidden_size",
-        "inter_multi",
-        "window_size",
-        "lact_chunk_size",
-        "attn_qk_norm",
-        "qkv_silu",
-        "no_v_silu",
-        "use_muon",
-        "lr_parameterization",
-        "learnable_ttt_scale",
-        "ttt_prenorm",
-        "ttt_nope",
-        "rope_theta",
-        "layer_idx",
-        "max_position_embeddings",
-        "w0_w2_low_rank",
-        "use_momentum",
-        "ttt_loss_type",
-        "fw_init_gain",
-        "use_fused_kernel",
-        "fp32_states",
-    )
+# The arguments of their layer: all of ours but those that it does not have.
+AUTHORS_OPTIONS = set(inspect.signature(LaCTLayer).parameters) - {
+    "temporal_reduction",
+    "backend",
+    "device",
+    "dtype",
+}
+# Attributes of their layer, and the arguments that they were made of. Two more follow from parameters.
+_RENAMED = {"num_heads": "num_attn_heads", "num_fw_heads": "num_lact_heads"}
+_ATTRIBUTES = _RENAMED | {
+    name: name for name in sorted(AUTHORS_OPTIONS - set(_RENAMED.values()) - {"lr_dim", "qkv_bias"})
 }
 
 

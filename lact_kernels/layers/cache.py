@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lact_kernels.autograd.autocast import autocast_dtype
+from lact_kernels.ops import checks
 from lact_kernels.ops.block_causal_ttt import TTTState, TTTTokens
 from lact_kernels.ops.offsets import cu_seqlens_of
 from lact_kernels.ops.ring_kv_cache import RingKVCache
@@ -67,20 +68,20 @@ class LaCTCache:
 
     def check_complete(self, num_layers: int | None = None) -> None:
         """Raise RuntimeError where a call was interrupted, within a layer or between `num_layers` of them."""
-        lengths = {layer.lengths for layer in self.layers.values()}
-        uneven = num_layers is not None and (
-            len(lengths) > 1 or len(self.layers) not in (0, num_layers)
-        )
+        uneven = False
+        if num_layers is not None and self.layers:
+            lengths = {layer.lengths for layer in self.layers.values()}
+            uneven = len(lengths) > 1 or len(self.layers) != num_layers
         if uneven or any(layer.interrupted for layer in self.layers.values()):
             raise RuntimeError(
                 "cache was left half-way by a call that did not come to its end: reset() it, or go on from"
                 " an earlier copy"
             )
 
-    def skip(self, places: int) -> None:
-        """Count places of padding behind the last token that were given to no layer."""
+    def set_seq_length(self, places: int) -> None:
+        """Count also the padding that a model has taken out before its layers, up to so many places."""
         for layer in self.layers.values():
-            layer.places += places
+            layer.places = places
 
     def layer(
         self, layer_idx: int | None, options: LayerOptions, lengths: Sequence[int], x: Tensor
@@ -229,7 +230,7 @@ class LayerCache:
             any(self.lengths)
             and cu_seqlens is None
             and q.shape[1] == 1
-            and not _needs_gradient(q, k, v)
+            and not checks.needs_gradient(q, k, v)
         ):
             self._append(k, v, cu_seqlens, lengths)
             return self.kv.window_attn(q, backend=backend)
@@ -319,7 +320,3 @@ class LayerCache:
         pending = tuple(TTTTokens(**piece) for piece in ttt["pending"])
         layer.ttt = TTTState(**ttt | {"pending": pending})
         return layer
-
-
-def _needs_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

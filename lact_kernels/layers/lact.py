@@ -127,18 +127,17 @@ class LaCTLayer(nn.Module):
             ("window_size", 1 if window_size is None else window_size),
         ):
             checks.check_positive_int(name, size)
-        for name, flag in (
-            ("qkv_bias", qkv_bias),
-            ("attn_qk_norm", attn_qk_norm),
-            ("qkv_silu", qkv_silu),
-            ("no_v_silu", no_v_silu),
-            ("use_muon", use_muon),
-            ("learnable_ttt_scale", learnable_ttt_scale),
-            ("ttt_prenorm", ttt_prenorm),
-            ("ttt_nope", ttt_nope),
-            ("use_momentum", use_momentum),
-        ):
-            checks.check_flag(name, flag)
+        checks.check_flags(
+            qkv_bias=qkv_bias,
+            attn_qk_norm=attn_qk_norm,
+            qkv_silu=qkv_silu,
+            no_v_silu=no_v_silu,
+            use_muon=use_muon,
+            learnable_ttt_scale=learnable_ttt_scale,
+            ttt_prenorm=ttt_prenorm,
+            ttt_nope=ttt_nope,
+            use_momentum=use_momentum,
+        )
         checks.check_finite_number("rope_theta", rope_theta)
         if rope_theta <= 0:
             raise ValueError(f"rope_theta must be positive, got {rope_theta}")

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from lact_kernels.ops.tensor_memo import TensorMemo
 
 
 class Padding(NamedTuple):
@@ -28,14 +29,9 @@ class Padding(NamedTuple):
         It waits for the device of the mask: the number of tokens is a shape. The layers of a model share
         one mask, so it is not read again as long as nobody writes to it.
         """
-        if torch.compiler.is_compiling():  # which cannot trace what was read before
+        if torch.compiler.is_compiling():  # a memo cannot be traced
             return cls._read(mask)
-        version = None if mask.is_inference() else mask._version
-        read, padding = _READ.get(mask, (None, None))
-        if version is None or read != version:
-            padding = cls._read(mask)
-            _READ[mask] = version, padding
-        return padding
+        return _READ.get(mask, (), lambda: cls._read(mask))
 
     @classmethod
     def _read(cls, mask: Tensor) -> "Padding | None":
@@ -57,8 +53,7 @@ class Padding(NamedTuple):
         return padded.unflatten(0, (B, T))
 
 
-# What was read: (version, padding) of each mask that still exists.
-_READ = WeakTensorKeyDictionary()
+_READ = TensorMemo()
 
 
 def borders(lengths: Tensor) -> Tensor:
@@ -96,3 +91,16 @@ def checked_mask(mask: Tensor, x: Tensor) -> Tensor:
             f"attention_mask must have the shape [B, T] = {shape}, got {tuple(mask.shape)}"
         )
     return mask
+
+
+def mask_of_last(attention_mask: Tensor, x: Tensor) -> Tensor:
+    """The padding mask of the tokens `x [B, T, C]`, of one that may cover earlier ones before them."""
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        attention_mask = attention_mask[:, max(attention_mask.shape[1] - x.shape[1], 0) :]
+    return checked_mask(attention_mask, x)
+
+
+def sequences_of(position_ids: Tensor) -> Tensor:
+    """The sequence, counted from 1, of each of the tokens `[B, T]`: it ends where positions do not ascend."""
+    begins = position_ids[:, 1:] <= position_ids[:, :-1]
+    return F.pad(begins.cumsum(1), (1, 0)) + 1

@@ -150,17 +150,13 @@ def _run(q, tokens, state: TTTState, cu_seqlens_q, cu_seqlens_k, return_end: boo
     checkpoint_interval, backend = how
     prenorm = len(state.masters) > 0
     start = FastWeights(*state[:4]).to_list()
-    if not _needs_gradient(q, *tokens, *start):
+    if not checks.needs_gradient(q, *tokens, *start):
         checkpoint_interval = max(checkpoint_interval, INFERENCE_INTERVAL)
     options = (state.chunk_size, state.muon, prenorm, return_end, checkpoint_interval, backend)
     o, end, _ = block_causal_ttt_fwd(q, *tokens, start, cu_seqlens_q, cu_seqlens_k, *options)
     if return_end:
         state = TTTState(*FastWeights.from_list(end, prenorm), (), *state[5:])
     return o, state
-
-
-def _needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 def _continue(q, tokens, state: TTTState, cu_seqlens, return_state: bool, how):

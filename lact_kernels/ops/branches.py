@@ -97,8 +97,7 @@ def branch_qkv(
         raise ValueError(
             f"sin must have the shape of cos {tuple(cos.shape)}, got {tuple(sin.shape)}"
         )
-    for name, flag in (("silu", silu), ("silu_v", silu_v), ("rotate_fast", rotate_fast)):
-        checks.check_flag(name, flag)
+    checks.check_flags(silu=silu, silu_v=silu_v, rotate_fast=rotate_fast)
     obstacle = _wide_heads_obstacle(fast_dim)
     if fast_dim % head_dim:
         obstacle = (
@@ -153,15 +152,20 @@ def branch_sum(
     B, T, Hq, D = attn.shape
     Hf, Df = ttt.shape[2:]
     checks.check_float_dtype("norm_weight", norm_weight, "[Df]")
-    _check_device_of_attn(attn, ttt=ttt, norm_weight=norm_weight, scale=scale)
-    checks.check_tensor("ttt", ttt, (B, T, Hf, Df), "[B, T, Hf, Df]", attn.dtype, attn.device)
+    checks.check_tensor(
+        "ttt", ttt, (B, T, Hf, Df), "[B, T, Hf, Df]", attn.dtype, attn.device, "attn"
+    )
     if Hf * Df != Hq * D:
         raise ValueError(
             f"ttt must have the {Hq * D} channels of attn, got {Hf} heads of {Df}: {Hf * Df}"
         )
-    checks.check_tensor("norm_weight", norm_weight, (Df,), "[Df]", norm_weight.dtype, attn.device)
+    checks.check_tensor(
+        "norm_weight", norm_weight, (Df,), "[Df]", norm_weight.dtype, attn.device, "attn"
+    )
     if scale is not None:
-        checks.check_tensor("scale", scale, (B, T, Hf), "[B, T, Hf]", attn.dtype, attn.device)
+        checks.check_tensor(
+            "scale", scale, (B, T, Hf), "[B, T, Hf]", attn.dtype, attn.device, "attn"
+        )
     checks.check_finite_number("eps", eps)
     if eps < 0:
         raise ValueError(f"eps must not be negative, got {eps}")
@@ -177,12 +181,6 @@ def _check_angles(name: str, x: Tensor, shape: tuple[int, int, int], q: Tensor) 
     checks.check_tensor(name, x, shape, "[1 or B, T, D/2]", dtype, q.device)
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires a gradient, and gets none: pass {name}.detach()")
-
-
-def _check_device_of_attn(attn: Tensor, **tensors: Tensor | None) -> None:
-    for name, x in tensors.items():
-        if isinstance(x, Tensor) and x.device != attn.device:
-            raise ValueError(f"{name} must be on {attn.device} like attn, got {x.device}")
 
 
 def _wide_heads_obstacle(fast_dim: int) -> str | None:

@@ -42,14 +42,15 @@ def check_tensor(
     layout: str,
     dtype: torch.dtype,
     device: torch.device,
+    like: str = "q",
 ) -> None:
-    """`x` is a tensor of exactly this shape, dtype and device."""
+    """`x` is a tensor of exactly this shape, dtype and device, which is that of the argument `like`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor {layout}, got {type(x).__name__}")
     if x.dtype != dtype:
         raise TypeError(f"{name} must have the dtype {dtype}, got {x.dtype}")
     if x.device != device:
-        raise ValueError(f"{name} must be on {device} like q, got {x.device}")
+        raise ValueError(f"{name} must be on {device} like {like}, got {x.device}")
     if tuple(x.shape) != tuple(shape):
         raise ValueError(
             f"{name} must have the shape {layout} = {tuple(shape)}, got {tuple(x.shape)}"
@@ -59,6 +60,11 @@ def check_tensor(
 def check_flag(name: str, value: bool) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_flags(**flags: bool) -> None:
+    for name, flag in flags.items():
+        check_flag(name, flag)
 
 
 def is_int(value: object) -> bool:
@@ -103,10 +109,14 @@ def known_lengths(name: str, lengths: Tensor | int, B: int, device: torch.device
     return values
 
 
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
 def check_no_gradient(function: str, instead: str, **tensors: Tensor | None) -> None:
     """No tensor needs a gradient, which `function` has none for and `instead` has."""
     for name, x in tensors.items():
-        if torch.is_grad_enabled() and x is not None and x.requires_grad:
+        if needs_gradient(x):
             raise ValueError(
                 f"{name} requires a gradient, and {function} has no backward: call it under"
                 f" torch.no_grad() or torch.inference_mode(), or use {instead}"

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from lact_kernels.ops.tensor_memo import TensorMemo
 
 
 class Offsets(NamedTuple):
@@ -32,20 +33,18 @@ def packed_offsets(cu_seqlens: Tensor, T: int, name: str = "cu_seqlens") -> list
     Reading it waits for its device. The layers of a model share one tensor, so it is not read again as
     long as nobody writes to it.
     """
-    version = None if cu_seqlens.is_inference() else cu_seqlens._version
-    read, offsets = _READ.get(cu_seqlens, (None, None))
-    if version is None or read != (version, T):
+
+    def read() -> list[int]:
         offsets = cu_seqlens.tolist()
         _check(offsets, T, name)
-        _READ[cu_seqlens] = (version, T), offsets
-    return offsets
+        return offsets
+
+    return _READ.get(cu_seqlens, T, read)
 
 
 def on_host(cu_seqlens: Tensor, T: int) -> Tensor:
     """`cu_seqlens` of T tokens in the memory of the host, which waits for its device once per tensor."""
-    if (
-        cu_seqlens.is_cpu or torch.compiler.is_compiling()
-    ):  # which cannot trace what was read before
+    if cu_seqlens.is_cpu or torch.compiler.is_compiling():  # a memo cannot be traced
         return cu_seqlens.cpu()
     return torch.tensor(packed_offsets(cu_seqlens, T), dtype=torch.int32)
 
@@ -65,8 +64,7 @@ def read_offsets(
     )
 
 
-# What was read: ((version, T), offsets) of each tensor that still exists.
-_READ = WeakTensorKeyDictionary()
+_READ = TensorMemo()
 
 
 def _check(offsets: list[int], T: int, name: str) -> None:

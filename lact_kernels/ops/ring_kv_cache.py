@@ -90,9 +90,8 @@ class RingKVCache:
             tokens, exists = torch.arange(t - n, t, device=k.device), None
             rows_k, rows_v = k[:, t - n :], v[:, t - n :]
         else:
-            tokens = (lengths - S).clamp(min=0)[:, None] + torch.arange(
-                n, device=k.device
-            )  # [B, n]
+            first = (lengths - S).clamp(min=0)[:, None]
+            tokens = first + torch.arange(n, device=k.device)  # [B, n]
             exists = (tokens < lengths[:, None]).flatten()[:, None, None]
             places = _places(tokens.clamp(max=max(t - 1, 0)), t)
             rows_k, rows_v = (x.flatten(0, 1).index_select(0, places) for x in (k, v))

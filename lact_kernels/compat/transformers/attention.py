@@ -17,13 +17,13 @@ from types import EllipsisType
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
+from lact_kernels.layers.padding import borders, sequences_of
 from lact_kernels.ops import checks
+from lact_kernels.ops.tensor_memo import TensorMemo
 from lact_kernels.ops.window_attn import check_attention, run_window_attn, window_attn
 
 NAME = "lact_window_attn"
@@ -166,18 +166,15 @@ def _packing(
     None where each row is one sequence without padding. The layers of a model share one mask, so its
     values, which wait for the device, are not read again as long as nobody writes to it.
     """
-    version = None if source.is_inference() else source._version
-    call = (version, B, Tq, first)
-    read, packing = _READ.get(source, (None, None))
-    if version is None or read != call:
-        sequences = _sequences_from(source).expand(B, -1) if are_positions else source[:, first:]
-        packing = _packing_of(sequences.long(), Tq)
-        _READ[source] = call, packing
-    return packing
+
+    def read() -> _Packing | None:
+        sequences = sequences_of(source).expand(B, -1) if are_positions else source[:, first:]
+        return _packing_of(sequences.long(), Tq)
+
+    return _READ.get(source, (B, Tq, first), read)
 
 
-# What was read: ((version, B, Tq, first), packing) of each mask that still exists.
-_READ = WeakTensorKeyDictionary()
+_READ = TensorMemo()
 
 
 def _packing_of(sequences: Tensor, Tq: int) -> _Packing | None:
@@ -190,8 +187,7 @@ def _packing_of(sequences: Tensor, Tq: int) -> _Packing | None:
     def pack(start: int) -> tuple[tuple[Tensor, Tensor] | None, Tensor]:
         tokens = sequences[:, start:].nonzero(as_tuple=True)
         lengths = torch.bincount(numbers[:, start:][tokens], minlength=B * N)
-        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
-        return None if len(tokens[0]) == B * (S - start) else tokens, cu_seqlens
+        return None if len(tokens[0]) == B * (S - start) else tokens, borders(lengths)
 
     keys, cu_seqlens_k = pack(0)
     queries, cu_seqlens_q = (keys, cu_seqlens_k) if Tq == S else pack(S - Tq)
@@ -199,12 +195,6 @@ def _packing_of(sequences: Tensor, Tq: int) -> _Packing | None:
     before, after = (x.cumsum(1) > 0 for x in (is_token, is_token.flip(1)))
     has_gaps = bool((before & after.flip(1) & ~is_token).any())
     return _Packing(queries, keys, cu_seqlens_q, cu_seqlens_k, has_gaps)
-
-
-def _sequences_from(position_ids: Tensor) -> Tensor:
-    """The sequence, counted from 1, that each of the positions `[B, T]` of some rows belongs to."""
-    begins = position_ids[:, 1:] <= position_ids[:, :-1]
-    return F.pad(begins.cumsum(1), (1, 0)) + 1
 
 
 def _pack(x: Tensor, tokens: tuple[Tensor, Tensor] | None) -> Tensor:

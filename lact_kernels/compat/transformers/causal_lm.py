@@ -3,7 +3,6 @@
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -18,40 +17,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from lact_kernels.compat.lact import AUTHORS_OPTIONS
 from lact_kernels.layers import LaCTCache, LaCTLayer
-from lact_kernels.layers.padding import Padding, checked_mask
+from lact_kernels.layers.mlp import SwiGLUMLP
+from lact_kernels.layers.padding import Padding, borders, mask_of_last, sequences_of
 
 # Later versions of transformers call `past_key_values` the `cache`.
 _FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
 CACHE_FIELD = "cache" if "cache" in _FIELDS else "past_key_values"
 
 # Arguments of `LaCTLayer` that a configuration has under the same name.
-LAYER_OPTIONS = (
-    "hidden_size",
-    "num_attn_heads",
-    "num_lact_heads",
-    "inter_multi",
-    "window_size",
-    "lact_chunk_size",
-    "qkv_bias",
-    "attn_qk_norm",
-    "qkv_silu",
-    "no_v_silu",
-    "lr_dim",
-    "use_muon",
-    "lr_parameterization",
-    "learnable_ttt_scale",
-    "ttt_prenorm",
-    "ttt_nope",
-    "rope_theta",
-    "max_position_embeddings",
-    "w0_w2_low_rank",
-    "use_momentum",
-    "ttt_loss_type",
-    "fw_init_gain",
-    "use_fused_kernel",
-    "fp32_states",
-)
+LAYER_OPTIONS = AUTHORS_OPTIONS - {"layer_idx"}
 
 
 class LaCTSWIGLUConfig(PretrainedConfig):
@@ -138,23 +114,6 @@ class LaCTSWIGLUConfig(PretrainedConfig):
         )
 
 
-class LaCTMLP(nn.Module):
-    """SwiGLU: `down(act(gate(x)) * up(x))`."""
-
-    def __init__(self, config: LaCTSWIGLUConfig):
-        super().__init__()
-        C, width = config.hidden_size, config.intermediate_size
-        if width is None:
-            ratio = 4 if config.hidden_ratio is None else config.hidden_ratio
-            width = 256 * -(-int(C * ratio * 2 / 3) // 256)
-        self.gate_proj = nn.Linear(C, width, bias=False)
-        self.up_proj = nn.Linear(C, width, bias=False)
-        self.down_proj = nn.Linear(width, C, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class LaCTBlock(GradientCheckpointingLayer):
     """A LaCT layer and an MLP, each behind a norm and beside a residual."""
 
@@ -164,7 +123,11 @@ class LaCTBlock(GradientCheckpointingLayer):
         self.attn_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
         self.attn = LaCTLayer(**options, layer_idx=layer_idx)
         self.mlp_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = LaCTMLP(config)
+        self.mlp = SwiGLUMLP(
+            config.hidden_size,
+            config.intermediate_size,
+            4 if config.hidden_ratio is None else config.hidden_ratio,
+        )
 
     def forward(
         self, x: Tensor, cache: LaCTCache | None = None, cu_seqlens: Tensor | None = None
@@ -275,9 +238,10 @@ class LaCTModel(LaCTPreTrainedModel):
         if cu_seqlens is None and position_ids is not None and attention_mask is None:
             cu_seqlens = None if cache is not None and cache.layers else _packed(position_ids)
 
-        T, padding = x.shape[1], None
+        places = x.shape[1] + (0 if cache is None else cache.get_seq_length())
+        padding = None
         if attention_mask is not None:
-            padding = _padding(attention_mask, x)
+            padding = Padding.of(mask_of_last(attention_mask, x))
         if padding is not None:
             x, cu_seqlens = padding.remove(x), padding.cu_seqlens
         states = []
@@ -289,7 +253,7 @@ class LaCTModel(LaCTPreTrainedModel):
         if padding is not None:
             x, *states = (padding.restore(state) for state in (x, *states))
             if cache is not None:
-                cache.skip(T - int(padding.cu_seqlens.diff().max()))
+                cache.set_seq_length(places)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             hidden_states=tuple(states) or None,
@@ -377,20 +341,12 @@ class LaCTForCausalLM(LaCTPreTrainedModel, GenerationMixin):
         )
 
 
-def _padding(attention_mask: Tensor, x: Tensor) -> Padding | None:
-    """Of the mask of the tokens x, which may have earlier ones before it."""
-    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-        attention_mask = attention_mask[:, max(attention_mask.shape[1] - x.shape[1], 0) :]
-    return Padding.of(checked_mask(attention_mask, x))
-
-
 def _packed(position_ids: Tensor) -> Tensor | None:
     """The borders of packed sequences whose positions begin anew, None if it is one sequence."""
     if position_ids.ndim != 2 or position_ids.shape[0] != 1:
         return None
-    begins = (position_ids[0].diff() <= 0).nonzero()[:, 0] + 1
-    ends = position_ids.shape[1]
-    return F.pad(F.pad(begins, (1, 0)), (0, 1), value=ends).int() if len(begins) else None
+    lengths = sequences_of(position_ids)[0].bincount()[1:]
+    return borders(lengths) if len(lengths) > 1 else None
 
 
 # `AutoModelForCausalLM` finds these models, unless the LaCT authors' package has registered its own before.
