@@ -100,13 +100,9 @@ class AccuracyRow:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     device = torch.device(options.device)
-    environment = report.environment(device)
-    try:
-        rows_file = report.JsonLines(options.out, environment, "accuracy")
-    except OSError as error:
-        print(f"cannot write results to {options.out}: {error}", file=sys.stderr)
+    rows_file = report.open_rows(options.out, device, kind="accuracy")
+    if rows_file is None:
         return 2
-    report.announce(environment)
 
     status = 0
     try:

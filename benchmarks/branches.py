@@ -69,13 +69,9 @@ class BranchRow(report.Row):
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
-    environment = report.environment(device)
-    try:
-        rows_file = report.JsonLines(options.out, environment, "branches")
-    except OSError as error:
-        print(f"cannot write results to {options.out}: {error}", file=sys.stderr)
+    rows_file = report.open_rows(options.out, device, options.dtype, kind="branches")
+    if rows_file is None:
         return 2
-    report.announce(environment, options.dtype)
 
     settings = Settings(dtype, device, options.repeats, options.seconds)
     rows: list[BranchRow] = []

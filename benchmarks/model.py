@@ -104,13 +104,9 @@ class ModelRow:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
-    environment = report.environment(device)
-    try:
-        rows_file = report.JsonLines(options.out, environment, OP)
-    except OSError as error:
-        print(f"cannot write results to {options.out}: {error}", file=sys.stderr)
+    rows_file = report.open_rows(options.out, device, options.dtype, kind=OP)
+    if rows_file is None:
         return 2
-    report.announce(environment, options.dtype)
 
     rows: list[ModelRow] = []
     threads, size = torch.get_num_threads(), _size(options)

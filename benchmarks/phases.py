@@ -72,13 +72,9 @@ class PhaseRow:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     device = torch.device(options.device)
-    environment = report.environment(device)
-    try:
-        rows_file = report.JsonLines(options.out, environment, "phases")
-    except OSError as error:
-        print(f"cannot write results to {options.out}: {error}", file=sys.stderr)
+    rows_file = report.open_rows(options.out, device, options.dtype, kind="phases")
+    if rows_file is None:
         return 2
-    report.announce(environment, options.dtype)
 
     status = 0
     try:

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -131,6 +132,23 @@ class JsonLines:
             file.write(json.dumps(self.environment | dataclasses.asdict(row)) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def open_rows(
+    directory: Path, device: torch.device, *details: str, kind: str = ""
+) -> JsonLines | None:
+    """Where a command appends its rows, after it has announced what runs where.
+
+    None if nothing can be written there: the reason is on the screen, and the exit status is 2.
+    """
+    settings = environment(device)
+    try:
+        rows_file = JsonLines(directory, settings, kind)
+    except OSError as error:
+        print(f"cannot write results to {directory}: {error}", file=sys.stderr)
+        return None
+    announce(settings, *details)
+    return rows_file
 
 
 HEADER = (

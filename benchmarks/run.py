@@ -89,13 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(options.device)
     dtype = DTYPES[options.dtype]
     sweeps = _sweeps(options)
-    environment = report.environment(device)
-    try:
-        rows_file = report.JsonLines(options.out, environment)
-    except OSError as error:
-        print(f"cannot write results to {options.out}: {error}", file=sys.stderr)
+    rows_file = report.open_rows(options.out, device, options.dtype)
+    if rows_file is None:
         return 2
-    report.announce(environment, options.dtype)
 
     rows: list[report.Row] = []
     try:
@@ -116,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{len(rows)} rows appended to {rows_file.path}")
     for op in dict.fromkeys(row.op for row in rows):
         path = rows_file.path.with_name(f"{rows_file.path.stem}-{op}.png")
-        plot([row for row in rows if row.op == op], environment["device"], path)
+        plot([row for row in rows if row.op == op], rows_file.environment["device"], path)
     return status
 
 

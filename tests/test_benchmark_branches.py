@@ -9,6 +9,7 @@ import torch
 from benchmarks import branches, timing
 from lact_kernels.ops import branches as ops
 from reference import branches as reference
+from tests.commands import assert_refused_before_any_work
 
 CPU = torch.device("cpu")
 SHAPE = {"B": 1, "T": 40, "C": 24, "Hq": 6, "Hf": 2}
@@ -182,8 +183,5 @@ def test_interrupting_keeps_finished_rows(tmp_path, monkeypatch, capsys):
     ids=lambda x: x[1] if isinstance(x, list) else "",
 )
 def test_bad_arguments_are_refused_before_any_work(tmp_path, capsys, bad, message):
-    with pytest.raises(SystemExit) as error:
-        branches.main(arguments(tmp_path / "out", *bad))
-    assert error.value.code == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    out = tmp_path / "out"
+    assert_refused_before_any_work(branches.main, arguments(out, *bad), out, message, capsys)

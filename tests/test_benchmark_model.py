@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import model, model_variants
+from tests.commands import assert_refused_before_any_work
 
 CPU = torch.device("cpu")
 SIZE = model.Size(
@@ -254,8 +255,5 @@ def test_interrupting_keeps_finished_rows(tmp_path, monkeypatch, capsys):
     ids=lambda x: x[1] if isinstance(x, list) else "",
 )
 def test_bad_arguments_are_refused_before_any_work(tmp_path, capsys, bad, message):
-    with pytest.raises(SystemExit) as error:
-        model.main(arguments(tmp_path / "out", *bad))
-    assert error.value.code == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    out = tmp_path / "out"
+    assert_refused_before_any_work(model.main, arguments(out, *bad), out, message, capsys)

@@ -34,6 +34,7 @@ from benchmarks.registry import (
     in_float64,
     output_gradient,
 )
+from tests.commands import assert_refused_before_any_work
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -486,11 +487,8 @@ def test_saved_bytes_are_those_besides_the_inputs():
     ids=lambda x: x[1] if isinstance(x, list) else "",
 )
 def test_bad_arguments_of_phases(tmp_path, capsys, bad, message):
-    with pytest.raises(SystemExit) as error:
-        phases.main(phase_arguments(tmp_path / "out", *bad))
-    assert error.value.code == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    out = tmp_path / "out"
+    assert_refused_before_any_work(phases.main, phase_arguments(out, *bad), out, message, capsys)
 
 
 def test_gpu_check_asks_for_what_the_benchmarks_take(tmp_path, monkeypatch):
@@ -607,11 +605,8 @@ def test_interrupting_keeps_finished_rows(tmp_path, monkeypatch, capsys):
     ids=lambda x: x[1] if isinstance(x, list) else "",
 )
 def test_bad_arguments_are_refused_before_any_work(tmp_path, capsys, bad, message):
-    with pytest.raises(SystemExit) as error:
-        run.main(arguments(tmp_path / "out", *bad))
-    assert error.value.code == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    out = tmp_path / "out"
+    assert_refused_before_any_work(run.main, arguments(out, *bad), out, message, capsys)
 
 
 def test_memory_sweep_is_over_lengths(tmp_path, capsys):
