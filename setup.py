@@ -10,8 +10,17 @@ VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lact_kernels/__init__.py")
     1
 )
 
-ASR = ["torchaudio>=2.8", "soundfile>=0.12"]
 TRANSFORMERS = ["transformers>=4.57"]
+ASR = [
+    *TRANSFORMERS,
+    "accelerate>=1.1",
+    'flashlight-text>=0.0.7; python_version < "3.13"',  # beam search; it has no later wheels
+    "jiwer>=4",
+    "soundfile>=0.12",
+    "tensorboard>=2.15",
+    "torchaudio>=2.8",
+    "tqdm>=4.60",
+]
 BENCH = ["matplotlib>=3.8", "numpy<2.4", "pytest>=8", "pytest-benchmark>=5"]
 # The Triton interpreter of the tests needs numpy, and fails with 2.4.
 TEST = [
@@ -39,8 +48,9 @@ setup(
         "asr": ASR,
         "bench": BENCH,
         "transformers": TRANSFORMERS,
-        "test": ASR + BENCH + TRANSFORMERS + TEST,
+        "test": ASR + BENCH + TEST,
     },
+    entry_points={"console_scripts": ["lact-asr = lact_kernels.asr.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

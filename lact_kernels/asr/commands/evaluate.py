@@ -1,0 +1,128 @@
+"""Error rates of a recogniser on sets of recordings with their texts, with 95% intervals."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from lact_kernels.asr.commands.transcribe import add_decoder_arguments, load, positive
+
+HELP = "measure word and character error rates"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder of the recogniser")
+    parser.add_argument(
+        "sets",
+        nargs="+",
+        metavar="SET",
+        help="a manifest (JSON lines) or a folder in the layout of LibriSpeech; NAME=PATH names it",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the results")
+    parser.add_argument(
+        "--hypotheses", metavar="FILE", help="write references and hypotheses, as JSON lines"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=16, metavar="N", help="utterances at once (16)"
+    )
+    parser.add_argument(
+        "--limit", type=positive, metavar="N", help="utterances of each set, spread over it"
+    )
+    add_decoder_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    _check_files(args)
+
+    import torch
+
+    import lact_kernels
+    from lact_kernels.asr.evaluation import evaluate_set, table
+
+    sets = _read_sets(args.sets, args.limit)
+    recogniser, decoder = load(args)
+    results, lines = {}, []
+    for name, utterances in sets.items():
+        result, hypotheses = evaluate_set(
+            recogniser, utterances, decoder, batch_size=args.batch_size
+        )
+        results[name] = result
+        wer, cer = (100 * result[kind]["rate"] for kind in ("wer", "cer"))
+        print(f"{name}: WER {wer:.1f}%, CER {cer:.1f}%", file=sys.stderr, flush=True)
+        lines += map(_line, [name] * len(utterances), utterances, hypotheses)
+    print(table(results))
+    if args.json:
+        report = {
+            "model": args.model,
+            "beam": args.beam,
+            "lexicon": args.lexicon,
+            "lm": args.lm,
+            "limit": args.limit,
+            "device": str(recogniser.model.device),
+            "lact_kernels": lact_kernels.__version__,
+            "torch": torch.__version__,
+            "sets": results,
+        }
+        _write(args.json, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    if args.hypotheses:
+        _write(args.hypotheses, "".join(lines))
+    return 0
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """What a typing error breaks must not break after an hour."""
+    if not Path(args.model, "config.json").is_file():
+        raise FileNotFoundError(f"{args.model} is not the folder of a recogniser")
+    for out in filter(None, (args.json, args.hypotheses)):
+        if Path(out).is_dir() or not Path(out).absolute().parent.is_dir():
+            raise FileNotFoundError(f"{out} cannot be written: it is a folder, or in none")
+
+
+def _read_sets(arguments: list[str], limit: int | None) -> dict[str, list]:
+    """Utterances by the name of the set, all of them before any is recognised."""
+    from lact_kernels.asr.manifest import read_utterances
+
+    paths = {}
+    for argument in arguments:
+        name, path = _name_and_path(argument)
+        if name in paths:
+            raise ValueError(f"two sets are called {name}: give them names, as in other={path}")
+        if not path.exists():
+            raise FileNotFoundError(f"there is no set {path}")
+        paths[name] = path
+    sets = {}
+    for name, path in paths.items():
+        utterances = read_utterances(path)
+        n = min(limit or len(utterances), len(utterances))
+        # Neighbours have the same speaker: the first n would be few voices.
+        sets[name] = [utterances[i * len(utterances) // n] for i in range(n)]
+    return sets
+
+
+def _name_and_path(argument: str) -> tuple[str, Path]:
+    name, equals, path = argument.partition("=")
+    if equals and name and not Path(argument).exists():
+        return name, Path(path)
+    path = Path(argument)
+    return path.stem if path.is_file() else path.resolve().name, path
+
+
+def _line(name: str, utterance, hypothesis: str | None) -> str:
+    from lact_kernels.asr.text import normalize_text
+
+    entry = {
+        "set": name,
+        "audio_filepath": utterance.path,
+        "offset": utterance.offset,
+        "reference": normalize_text(utterance.text),
+        "hypothesis": hypothesis,
+    }
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+def _write(path: str, text: str) -> None:
+    """All of it or nothing."""
+    partial = Path(f"{path}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

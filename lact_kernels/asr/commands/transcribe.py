@@ -1,0 +1,210 @@
+"""Transcribe recordings of any length, as text, JSON with the times of words, or subtitles."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+HELP = "transcribe recordings"
+EXTENSIONS = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}
+SUFFIXES = {
+    ".wav",
+    ".flac",
+    ".ogg",
+    ".oga",
+    ".opus",
+    ".mp3",
+    ".aif",
+    ".aiff",
+    ".au",
+    ".caf",
+    ".w64",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder of the recogniser")
+    parser.add_argument(
+        "paths", nargs="+", metavar="PATH", help="recordings, and folders of them at any depth"
+    )
+    parser.add_argument("--format", choices=tuple(EXTENSIONS), default="text")
+    parser.add_argument(
+        "--output-dir",
+        metavar="DIR",
+        help="write a file for each recording, not to standard output",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="also files that exist in DIR")
+    add_decoder_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    recordings = _recordings(args.paths)
+    outputs = _outputs(recordings, args)
+    recogniser, decoder = load(args)
+    failed = 0
+    for path, output in zip(recordings, outputs):
+        if output and output.exists() and not args.overwrite:
+            print(f"{path}: {output} exists and is kept", file=sys.stderr)
+            continue
+        if not output and len(recordings) > 1 and args.format == "text":
+            print(f"==> {path} <==")
+        try:
+            with _opened(output) as out:
+                _transcribe(recogniser, decoder, path, args.format, out)
+        except BrokenPipeError:
+            raise
+        except (OSError, ValueError) as error:
+            failed += 1
+            named = str(path) in str(error)
+            print(f"lact-asr: {error}" if named else f"lact-asr: {path}: {error}", file=sys.stderr)
+    if failed:
+        print(f"lact-asr: {failed} of {len(recordings)} recordings failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def add_decoder_arguments(parser: argparse.ArgumentParser) -> None:
+    """How to recognise, for every command that does."""
+    parser.add_argument(
+        "--beam",
+        type=positive,
+        metavar="N",
+        help="beams of a search for words of the training text",
+    )
+    parser.add_argument(
+        "--lexicon", metavar="FILE", help="other words for the search: the first of each line"
+    )
+    parser.add_argument(
+        "--lm", metavar="FILE", help="a KenLM language model over words for the search"
+    )
+    parser.add_argument("--lm-weight", type=float, default=2.0, metavar="X", help="of it (2)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--threads", type=positive, metavar="N", help="of PyTorch on a CPU")
+
+
+def load(args: argparse.Namespace):
+    """The recogniser and the decoder that these arguments ask for.
+
+    Raises:
+        FileNotFoundError: there is no such model, lexicon or language model.
+        ImportError: a package that they need is missing.
+        ValueError: arguments that do not fit, or files that cannot be read.
+    """
+    if (args.lexicon or args.lm) and not args.beam:
+        raise ValueError("--lexicon and --lm need --beam: a greedy decoder knows no words")
+    for file in filter(None, (args.lexicon, args.lm)):
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"there is no file {file}")
+
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from lact_kernels.asr.decoding import BeamDecoder, GreedyDecoder
+    from lact_kernels.asr.pretrained import load_recogniser
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    available = torch.cuda.is_available()
+    if args.device == "cuda" and not available:
+        raise ValueError("there is no CUDA device")
+    device = "cuda" if available and args.device != "cpu" else "cpu"
+    disable_progress_bar()  # for the weights, which are there at once
+    recogniser = load_recogniser(args.model, device)
+    if not args.beam:
+        return recogniser, GreedyDecoder(recogniser.tokenizer)
+    words = recogniser.words
+    if args.lexicon:
+        lines = Path(args.lexicon).read_text(encoding="utf-8").splitlines()
+        words = [line.split()[0] for line in lines if line.strip()]
+    options = {"beam_size": args.beam, "lm": args.lm, "lm_weight": args.lm_weight}
+    return recogniser, BeamDecoder(recogniser.tokenizer, words, **options)
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _recordings(paths: list[str]) -> dict[Path, Path]:
+    """Recordings, and what each is called below the output folder."""
+    recordings = {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            recordings[path] = Path(path.name)
+            continue
+        found = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()]
+        if not found:
+            raise FileNotFoundError(f"there is no recording in {path}")
+        recordings |= {p: p.relative_to(path) for p in found}
+    return recordings
+
+
+def _outputs(recordings: dict[Path, Path], args: argparse.Namespace) -> list[Path | None]:
+    """Where each transcript goes; None is standard output."""
+    if not args.output_dir:
+        if len(recordings) > 1 and args.format in ("srt", "vtt"):
+            raise ValueError(f"{args.format} of several recordings needs --output-dir")
+        return [None] * len(recordings)
+    owners: dict[Path, Path] = {}
+    for path, name in recordings.items():
+        output = Path(args.output_dir, name.with_suffix(EXTENSIONS[args.format]))
+        if output in owners:
+            raise ValueError(f"{owners[output]} and {path} would both be written to {output}")
+        owners[output] = path
+    return list(owners)
+
+
+@contextlib.contextmanager
+def _opened(output: Path | None) -> Iterator[TextIO]:
+    """A file that is there when it is complete; or standard output."""
+    if output is None:
+        yield sys.stdout
+        return
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(output.name + ".partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            yield file
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _transcribe(recogniser, decoder, path: Path, format: str, out: TextIO) -> None:
+    from tqdm import tqdm
+
+    from lact_kernels.asr.formats import as_json, as_srt, as_text, as_vtt
+    from lact_kernels.asr.transcription import transcribe_file
+
+    heard = []
+    # Where the text itself runs over the terminal, it is the progress.
+    hidden = True if out.isatty() else None  # None: where standard error is no terminal
+    with tqdm(desc=path.name, total=_duration(path), unit="s", disable=hidden) as bar:
+
+        def progress(seconds: float) -> None:
+            heard.append(seconds)
+            bar.update(round(sum(heard)) - bar.n)
+
+        segments = transcribe_file(recogniser, path, decoder, progress=progress)
+        if format == "json":
+            segments = list(segments)
+            out.write(as_json(segments, str(path), sum(heard)))
+        else:
+            for piece in {"text": as_text, "srt": as_srt, "vtt": as_vtt}[format](segments):
+                out.write(piece)
+                out.flush()
+    out.flush()
+
+
+def _duration(path: Path) -> int | None:
+    """Whole seconds, for the progress alone: None for what will fail on reading."""
+    import soundfile
+
+    try:
+        return round(soundfile.info(path).duration)
+    except soundfile.SoundFileError:
+        return None

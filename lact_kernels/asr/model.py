@@ -1,0 +1,245 @@
+"""`LaCTForCTC`: from a waveform to the logits of CTC, through blocks of LaCT layers."""
+
+import math
+import warnings
+from inspect import signature
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCTC, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import can_return_tuple
+
+from lact_kernels.asr.config import LaCTASRConfig
+from lact_kernels.asr.encoder import ConvEncoder
+from lact_kernels.asr.features import LogMel, SpecAugment
+from lact_kernels.asr.text import WordCTCTokenizer
+from lact_kernels.layers import LaCTCache, LaCTLayer
+from lact_kernels.layers.lact import BASE_LR
+from lact_kernels.layers.mlp import SwiGLUMLP
+
+# Arguments of `LaCTLayer` that a configuration has under the same name.
+LAYER_OPTIONS = set(signature(LaCTLayer).parameters) & set(signature(LaCTASRConfig).parameters)
+IMPOSSIBLE = -1e4  # the logit of every token but the blank where there is no frame
+
+
+class EncoderState(NamedTuple):
+    """What a model carries from one piece of a recording to the next: convolutions, windows, fast weights."""
+
+    conv: list[Tensor]
+    cache: LaCTCache
+
+
+class LaCTASRBlock(GradientCheckpointingLayer):
+    """A LaCT layer and an MLP, each behind a norm, with dropout, beside a residual."""
+
+    def __init__(self, config: LaCTASRConfig, layer_idx: int):
+        super().__init__()
+        options = {name: getattr(config, name) for name in LAYER_OPTIONS}
+        self.attn_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.attn = LaCTLayer(**options, layer_idx=layer_idx)
+        self.mlp_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = SwiGLUMLP(config.hidden_size, config.intermediate_size, config.hidden_ratio)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cache: LaCTCache | None = None) -> Tensor:
+        x = x + self.dropout(self.attn(self.attn_norm(x), cache=cache))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class LaCTForCTC(PreTrainedModel):
+    """A speech recogniser: log-mel, SpecAugment in training, convolutions, LaCT blocks, CTC.
+
+    It reads waveforms, so that it works in `pipeline("automatic-speech-recognition")`, with a
+    `Wav2Vec2FeatureExtractor` that only pads. Everything is causal but for `look_ahead` frames:
+    padding never changes a result, and `FrameStream` gives the frames of one pass from pieces of any
+    size.
+
+    A warning says so if a chunk is longer than `max_utterance_seconds`: then no utterance reaches an
+    update of its fast weights.
+    """
+
+    config_class = LaCTASRConfig
+    main_input_name = "input_values"
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LaCTASRBlock"]
+
+    def __init__(self, config: LaCTASRConfig):
+        super().__init__(config)
+        self.features = LogMel(config)
+        self.spec_augment = SpecAugment(config)
+        self.encoder = ConvEncoder(
+            config.n_mels,
+            config.hidden_size,
+            config.conv_kernel_sizes,
+            config.conv_strides,
+            config.dropout,
+        )
+        self.layers = nn.ModuleList(
+            LaCTASRBlock(config, i) for i in range(config.num_hidden_layers)
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.ctc_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+        warn_if_never_updated(config, config.max_utterance_seconds)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, LaCTLayer):
+            module.reset_fast_weights()
+            shift = _inverse_softplus(self.config.fast_weight_lr) - _inverse_softplus(BASE_LR)
+            nn.init.constant_(module.lr_proj.bias, shift)
+        elif hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_values: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> CausalLMOutput:
+        """Read whole utterances.
+
+        Args:
+            input_values: `[B, samples]`, waveforms in -1 .. 1.
+            attention_mask: `[B, samples]`, bool or integers, 0 behind the end of a row; None if all rows
+                are of this length.
+            labels: int64 `[B, n]`, the tokens of each row, -100 behind their end: adds the CTC `loss`,
+                per token, the mean over rows.
+            output_hidden_states: return the inputs of all blocks, and the last output.
+
+        Returns:
+            `logits [B, ceil(samples / inputs_to_logits_ratio), vocab_size]`, in which frames behind the end
+            of a row are blank for sure. Hidden states are not shifted: logit i comes of place
+            i + look_ahead, which has heard all that it may.
+
+        Raises:
+            TypeError, ValueError: an argument of a wrong type, dtype, shape or value.
+        """
+        lengths = _lengths(input_values, attention_mask)
+        ratio, shift = self.config.inputs_to_logits_ratio, self.config.look_ahead
+        num_frames = (lengths + ratio - 1) // ratio  # [B]
+        T = -(-input_values.shape[1] // ratio)
+
+        samples = torch.arange(input_values.shape[1], device=lengths.device)
+        waveform = torch.where(samples < lengths[:, None], input_values, 0)
+        waveform = F.pad(waveform, (0, T * ratio - waveform.shape[1]))
+        frames = self.spec_augment(self.features(waveform))
+        states, _ = self.encode(frames, num_frames)
+
+        exists = torch.arange(T, device=lengths.device) < num_frames[:, None]  # [B, T]
+        logits = self.ctc_head(states[-1][:, shift : shift + T])
+        blank = torch.full_like(logits[0, :1], IMPOSSIBLE)
+        blank[:, self.config.pad_token_id] = 0
+        logits = torch.where(exists[..., None], logits, blank)
+        loss = None if labels is None else self._loss(logits, num_frames, labels)
+        states = tuple(states) if output_hidden_states else None
+        return CausalLMOutput(loss=loss, logits=logits, hidden_states=states)
+
+    def encode(
+        self,
+        frames: Tensor,
+        num_frames: Tensor | None = None,
+        state: EncoderState | None = None,
+        *,
+        ends: bool = True,
+    ) -> tuple[list[Tensor], EncoderState | None]:
+        """Normalised log-mel frames through convolutions and blocks.
+
+        Nothing sees what comes after it, so rows that end earlier need no mask: silence follows them, and
+        whatever is computed there reaches no frame before it.
+
+        Args:
+            frames: `[B, T * mel_frames_per_frame, n_mels]`.
+            num_frames: int64 `[B]`, how many of the T frames exist in each row; None for all.
+            state: go on behind an earlier piece, and keep the state; None for whole recordings.
+            ends: the recording ends here: silence (mean features) follows, `look_ahead` frames and what
+                fills a group of `temporal_reduction`.
+
+        Returns:
+            The inputs of all blocks and the last output, each `[B, T (+ silence), C]`, and the next `state`.
+        """
+        config, T = self.config, frames.shape[1] // self.config.mel_frames_per_frame
+        if num_frames is not None:
+            places = torch.arange(frames.shape[1], device=frames.device)
+            exists = places < num_frames[:, None] * config.mel_frames_per_frame
+            frames = frames.masked_fill(~exists[..., None], 0)
+            num_frames = num_frames + config.look_ahead
+        if ends:
+            silence = config.look_ahead + -(T + config.look_ahead) % config.temporal_reduction
+            frames = F.pad(frames, (0, 0, 0, silence * config.mel_frames_per_frame))
+        past, cache = (None, None) if state is None else state
+        x, past = self.encoder(frames.to(self.ctc_head.weight.dtype), num_frames, past)
+        states = []
+        for layer in self.layers:
+            states.append(x)
+            x = layer(x, cache)
+        states.append(self.norm(x))
+        return states, None if cache is None else EncoderState(past, cache)
+
+    def _loss(self, logits: Tensor, num_frames: Tensor, labels: Tensor) -> Tensor:
+        exists = labels >= 0
+        if labels.numel() and labels.max() >= self.config.vocab_size:
+            raise ValueError(
+                f"labels must be below vocab_size = {self.config.vocab_size}, got {labels.max()}"
+            )
+        log_probs = logits.float().log_softmax(dim=-1).transpose(0, 1)  # [T, B, V]
+        with torch.backends.cudnn.flags(enabled=False):  # cuDNN's is not deterministic
+            return F.ctc_loss(
+                log_probs,
+                labels.masked_select(exists),
+                num_frames,
+                exists.sum(dim=1),
+                blank=self.config.pad_token_id,
+                zero_infinity=True,
+            )
+
+
+def warn_if_never_updated(config: LaCTASRConfig, seconds: float) -> None:
+    """Warn if no utterance of this length reaches an update of the fast weights."""
+    if config.seconds_per_update >= seconds:
+        warnings.warn(
+            f"the fast weights never learn: they are updated every {config.seconds_per_update:.2f} s"
+            f" (lact_chunk_size={config.lact_chunk_size} x temporal_reduction={config.temporal_reduction}"
+            f" frames of {1000 * config.seconds_per_frame:.0f} ms), and no utterance is longer than"
+            f" {seconds:.2f} s; a lower lact_chunk_size lets them adapt",
+            stacklevel=3,
+        )
+
+
+def _lengths(input_values: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """How many samples each row has, int64 `[B]`."""
+    if not isinstance(input_values, Tensor) or not input_values.is_floating_point():
+        raise TypeError("input_values must be a floating-point tensor [B, samples]")
+    if input_values.ndim != 2:
+        raise ValueError(
+            f"input_values must have the shape [B, samples], got {tuple(input_values.shape)}"
+        )
+    B, S = input_values.shape
+    if attention_mask is None:
+        return torch.full((B,), S, device=input_values.device)
+    if attention_mask.shape != input_values.shape:
+        raise ValueError(
+            f"attention_mask must have the shape of input_values {(B, S)}, got"
+            f" {tuple(attention_mask.shape)}"
+        )
+    exists = attention_mask != 0
+    if (exists[:, 1:] > exists[:, :-1]).any():
+        raise ValueError("attention_mask must be 0 at the end of a row only, got a hole")
+    return exists.sum(dim=1)
+
+
+def _inverse_softplus(y: float) -> float:
+    return math.log(math.expm1(y))
+
+
+AutoConfig.register(LaCTASRConfig.model_type, LaCTASRConfig, exist_ok=True)
+AutoModelForCTC.register(LaCTASRConfig, LaCTForCTC, exist_ok=True)
+AutoTokenizer.register(LaCTASRConfig, slow_tokenizer_class=WordCTCTokenizer, exist_ok=True)

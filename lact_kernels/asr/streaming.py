@@ -1,0 +1,105 @@
+"""`FrameStream`: a recording that arrives in pieces, as the frames of one pass."""
+
+import torch
+from torch import Tensor
+
+from lact_kernels.asr.model import EncoderState, LaCTForCTC
+from lact_kernels.layers import LaCTCache
+
+BLOCK_SECONDS = 20  # the most that is computed at once: memory does not grow with a piece
+
+
+class FrameStream:
+    """Samples in, log-probabilities of the tokens out, frame by frame.
+
+        stream = FrameStream(model)
+        for samples in microphone:
+            log_probs = stream.push(samples)        # [frames, vocab_size], those that are now known
+        log_probs = stream.finish()
+
+    Pieces of any size give the frames of the whole recording in one pass. The stream carries the samples
+    that do not fill a frame, the convolutions' last frames, the windows and the fast weights; its memory
+    does not grow.
+
+    Args:
+        model: in evaluation mode.
+
+    Attributes:
+        num_frames: how many frames have come out.
+
+    Raises:
+        ValueError: the model is in training mode.
+    """
+
+    def __init__(self, model: LaCTForCTC):
+        if model.training:
+            raise ValueError("a stream needs a model in evaluation mode: call model.eval()")
+        config = model.config
+        self.model = model
+        self.num_frames = 0
+        self._group = config.inputs_to_logits_ratio * config.temporal_reduction
+        self._block = max(int(BLOCK_SECONDS * config.sampling_rate) // self._group, 1) * self._group
+        self._waiting = torch.zeros(0)  # samples that do not fill a group
+        self._context = torch.zeros(1, model.features.context)  # the samples before them
+        self._state = EncoderState(None, LaCTCache())
+        self._num_heard = 0  # frames
+        self._to_drop = config.look_ahead  # outputs that come before the first frame's
+        self._finished = False
+
+    @property
+    def seconds(self) -> float:
+        """Speech whose frames have come out."""
+        return self.num_frames * self.model.config.seconds_per_frame
+
+    def push(self, samples: Tensor) -> Tensor:
+        """Hear `samples`, a float tensor `[n]` in -1 .. 1, n >= 0.
+
+        Returns:
+            float32 `[frames, vocab_size]`, on the model's device.
+
+        Raises:
+            TypeError, ValueError: no such tensor.
+            RuntimeError: the recording was finished.
+        """
+        if not isinstance(samples, Tensor) or not samples.is_floating_point():
+            raise TypeError("samples must be a floating-point tensor [n]")
+        if samples.ndim != 1:
+            raise ValueError(f"samples must have the shape [n], got {tuple(samples.shape)}")
+        if self._finished:
+            raise RuntimeError("the recording is finished: a new one needs a new FrameStream")
+        waiting = torch.cat([self._waiting, samples.to("cpu", torch.float32)])
+        whole = len(waiting) // self._group * self._group
+        self._waiting = waiting[whole:].clone()
+        blocks = waiting[:whole].split(self._block)
+        return torch.cat([self._empty(), *(self._hear(b, ends=False) for b in blocks if len(b))])
+
+    def finish(self) -> Tensor:
+        """The recording ends: the last frames, `[frames, vocab_size]`."""
+        if self._finished:
+            return self._empty()
+        if not self._num_heard and not len(self._waiting):
+            self._finished = True
+            return self._empty()
+        ratio = self.model.config.inputs_to_logits_ratio
+        fill = -len(self._waiting) % ratio
+        log_probs = self._hear(torch.nn.functional.pad(self._waiting, (0, fill)), ends=True)
+        self._finished = True
+        return log_probs
+
+    @torch.inference_mode()
+    def _hear(self, samples: Tensor, ends: bool) -> Tensor:
+        model = self.model
+        samples = samples[None].to(model.device)
+        context = self._context.to(model.device)
+        frames = model.features(samples, context)
+        self._context = torch.cat([context, samples], dim=1)[:, -context.shape[1] or None :]
+        states, self._state = model.encode(frames, state=self._state, ends=ends)
+        self._num_heard += samples.shape[1] // model.config.inputs_to_logits_ratio
+        x = states[-1][0, self._to_drop :]
+        self._to_drop -= states[-1].shape[1] - x.shape[0]
+        x = x[: self._num_heard - self.num_frames]  # what fills a group at the end is no frame
+        self.num_frames += x.shape[0]
+        return model.ctc_head(x).float().log_softmax(dim=-1)
+
+    def _empty(self) -> Tensor:
+        return torch.zeros(0, self.model.config.vocab_size, device=self.model.device)

@@ -1,0 +1,347 @@
+"""Training of a recogniser with transformers' Trainer: it can be killed at any moment and goes on."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import threading
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from transformers import PreTrainedTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from lact_kernels.asr.config import LaCTASRConfig
+from lact_kernels.asr.dataset import (
+    Augmentation,
+    LengthBucketSampler,
+    SpeechDataset,
+    collate,
+    keep_usable,
+)
+from lact_kernels.asr.evaluation import error_rate
+from lact_kernels.asr.manifest import Utterance, read_utterances
+from lact_kernels.asr.model import LaCTForCTC, warn_if_never_updated
+from lact_kernels.asr.pretrained import Recogniser, save_recogniser
+from lact_kernels.asr.text import normalize_text, words_of
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+SETTINGS = "training.json"
+STATISTICS_UTTERANCES = 200  # from which the mean and deviation of the features are measured
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How to train. What changes the result is remembered, so that a resume cannot mix two trainings.
+
+    Args:
+        epochs: passes over the training utterances.
+        batch_size: utterances of a step on one device.
+        gradient_accumulation_steps: steps whose gradients make one update.
+        learning_rate: of AdamW at its highest; it rises over `warmup_steps` updates, and falls as a cosine.
+        warmup_steps, weight_decay, max_grad_norm: as in `transformers.TrainingArguments`.
+        save_steps: updates from one checkpoint to the next. The development set is evaluated then.
+        logging_steps: updates from one line of the log to the next; it divides `save_steps`.
+        join_seconds: join utterances of a speaker up to this length: see `SpeechDataset`.
+        augmentation: of the training utterances; None for none.
+        bf16: mixed precision with bfloat16.
+        gradient_checkpointing: compute blocks again in the backward, instead of keeping what is in them.
+        seed: of weights, order, augmentation and dropout.
+        workers: processes that read and augment. They have no effect on the result.
+    """
+
+    epochs: int = 20
+    batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 3e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.02
+    max_grad_norm: float = 1.0
+    save_steps: int = 500
+    logging_steps: int = 50
+    join_seconds: float = 0.0
+    augmentation: Augmentation | None = field(default_factory=Augmentation)
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    workers: int = 1
+
+    def __post_init__(self):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            at_least = 0 if f.name in ("warmup_steps", "weight_decay", "seed", "workers") else 1
+            if f.type is int and (type(value) is not int or value < at_least):
+                raise ValueError(
+                    f"{f.name} must be an integer of at least {at_least}, got {value!r}"
+                )
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.save_steps % self.logging_steps:
+            raise ValueError(
+                f"logging_steps must divide save_steps = {self.save_steps}, got {self.logging_steps}"
+            )
+
+    def trainer_arguments(self, out: Path, evaluate: bool) -> TrainingArguments:
+        return TrainingArguments(
+            output_dir=str(out / CHECKPOINTS),
+            num_train_epochs=self.epochs,
+            per_device_train_batch_size=self.batch_size,
+            per_device_eval_batch_size=2 * self.batch_size,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            learning_rate=self.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=self.warmup_steps,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            adam_beta2=0.98,
+            eval_strategy="steps" if evaluate else "no",
+            eval_steps=self.save_steps,
+            save_steps=self.save_steps,
+            save_total_limit=2,
+            load_best_model_at_end=evaluate,
+            metric_for_best_model="wer" if evaluate else None,
+            greater_is_better=False if evaluate else None,
+            logging_steps=self.logging_steps,
+            logging_first_step=True,
+            bf16=self.bf16,
+            use_cpu=not torch.accelerator.is_available(),
+            dataloader_pin_memory=torch.cuda.is_available(),
+            dataloader_num_workers=self.workers,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            seed=self.seed,
+            report_to=["tensorboard"],
+            **({"gradient_checkpointing": True} if self.gradient_checkpointing else {}),
+        )
+
+
+def train(
+    out: str | Path,
+    model: LaCTForCTC,
+    tokenizer: PreTrainedTokenizer,
+    train_set: Sequence[Utterance],
+    dev_set: Sequence[Utterance] = (),
+    options: TrainingOptions | None = None,
+) -> Recogniser:
+    """Train a recogniser, and save it in the folder `out` for `load_recogniser`.
+
+    Checkpoints are kept in `out/checkpoints`, with the curves for TensorBoard. Called again with the same
+    settings after it was killed, it goes on behind the last one, and computes what it would have computed.
+    Ctrl-C and SIGTERM end the step, save a checkpoint and raise KeyboardInterrupt.
+
+    Args:
+        out: a folder, made if it is missing.
+        model: what to train, changed in place: `new_model`, or the model of a recogniser. Unless it has the
+            mean and deviation of its features, they are measured.
+        tokenizer: from `lact_kernels.asr.text`, of the model's `vocab_size`.
+        train_set: utterances whose texts are normalised; `usable` has seen them.
+        dev_set: the same, to choose the best checkpoint by word error rate; empty for the last one.
+        options: how to train.
+
+    Returns:
+        The recogniser.
+
+    Raises:
+        ValueError: no training utterances, or `out` holds a training with other settings.
+        OSError: no recording can be read.
+        KeyboardInterrupt: it was interrupted; the same call goes on.
+    """
+    out, options, config = Path(out), options or TrainingOptions(), model.config
+    if not train_set:
+        raise ValueError("there are no utterances to train on")
+    if len(tokenizer) != config.vocab_size:
+        raise ValueError(
+            f"the model's vocab_size must be that of the tokenizer, {len(tokenizer)}, got"
+            f" {config.vocab_size}"
+        )
+    dataset = SpeechDataset(
+        train_set,
+        tokenizer,
+        sampling_rate=config.sampling_rate,
+        augmentation=options.augmentation,
+        join_seconds=options.join_seconds,
+        seed=options.seed,
+    )
+    warn_if_never_updated(config, max(*(u.duration for u in train_set), options.join_seconds))
+    with PartialState().main_process_first():
+        checkpoint = _prepare(out, _settings(model, options, train_set))
+    if not model.features.is_measured:
+        _measure_features(model, dataset)
+    words = words_of(u.text for u in train_set)
+    trainer = _SpeechTrainer(
+        model=model,
+        args=options.trainer_arguments(out, evaluate=bool(dev_set)),
+        train_dataset=dataset,
+        eval_dataset=SpeechDataset(dev_set, tokenizer) if dev_set else None,
+        data_collator=collate,
+        processing_class=tokenizer,
+        compute_metrics=_WordErrorRate(tokenizer),
+        preprocess_logits_for_metrics=_most_likely,
+    )
+    with _Interruption() as interruption:
+        trainer.add_callback(interruption)
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise KeyboardInterrupt(
+            f"stopped after step {trainer.state.global_step}, to be gone on with"
+        )
+    if dataset.num_broken:
+        logger.warning("%d recordings could not be read, and were left out", dataset.num_broken)
+    if trainer.is_world_process_zero():
+        save_recogniser(out, model, tokenizer, words)
+    return Recogniser(model.eval(), tokenizer, tuple(words))
+
+
+def new_model(config: LaCTASRConfig, seed: int = 0) -> LaCTForCTC:
+    """A model with the random weights of this seed, the same on every process."""
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `train` says it with the utterances' own length
+        return LaCTForCTC(config)
+
+
+def read_training_set(paths: Sequence[str | Path]) -> list[Utterance]:
+    """The utterances of manifests and LibriSpeech folders, with their texts normalised."""
+    utterances = [u for path in paths for u in read_utterances(path)]
+    return [replace(u, text=normalize_text(u.text)) for u in utterances]
+
+
+def usable(
+    utterances: Sequence[Utterance],
+    tokenizer: PreTrainedTokenizer,
+    config: LaCTASRConfig,
+    options: TrainingOptions,
+) -> tuple[list[Utterance], dict[str, int]]:
+    """`keep_usable` for a model of this configuration and the fastest speed it is trained with."""
+    speeds = options.augmentation.speeds if options.augmentation else None
+    return keep_usable(
+        utterances,
+        tokenizer,
+        config.seconds_per_frame * max(speeds or (1.0,)),
+        max_seconds=config.max_utterance_seconds,
+    )
+
+
+def _settings(
+    model: LaCTForCTC, options: TrainingOptions, train_set: Sequence[Utterance]
+) -> dict[str, Any]:
+    """All that decides the result, as JSON has it."""
+    settings = asdict(options)
+    del settings["workers"]
+    settings["config"] = model.config.to_diff_dict()
+    settings["init"] = model.name_or_path or None
+    settings["train_utterances"] = len(train_set)
+    settings["train_seconds"] = round(sum(u.duration for u in train_set), 3)
+    return json.loads(json.dumps(settings))
+
+
+def _prepare(out: Path, settings: dict[str, Any]) -> str | None:
+    """Make the folder, and find the checkpoint to go on from, which a kill may have left unfinished."""
+    file, checkpoints = out / SETTINGS, out / CHECKPOINTS
+    if file.is_file():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = [k for k in settings.keys() | before if settings.get(k) != before.get(k)]
+        if changed:
+            raise ValueError(
+                f"{out} holds a training with other settings ({', '.join(sorted(changed))}): go on with"
+                " those, or give another folder"
+            )
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    os.replace(partial, file)
+    while (checkpoint := get_last_checkpoint(checkpoints)) is not None:
+        try:  # the state of the trainer is written last
+            json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
+            break
+        except (OSError, ValueError):
+            shutil.rmtree(checkpoint)
+    return checkpoint
+
+
+def _measure_features(model: LaCTForCTC, dataset: SpeechDataset) -> None:
+    """Mean and deviation of the features, from utterances spread over the set, as training hears them."""
+    step = max(len(dataset) // STATISTICS_UTTERANCES, 1)
+    model.features.measure(dataset[i]["input_values"] for i in range(0, len(dataset), step))
+
+
+class _SpeechTrainer(Trainer):
+    """Trainer with batches of similar length."""
+
+    def _get_train_sampler(self, train_dataset=None) -> LengthBucketSampler:
+        dataset = train_dataset or self.train_dataset
+        lengths = [utterance.duration for utterance in dataset.utterances]
+        sampler = LengthBucketSampler(lengths, self.args.train_batch_size, self.args.seed)
+        self.add_callback(_Epochs(sampler))
+        return sampler
+
+
+class _Epochs(TrainerCallback):
+    """Tells the sampler the epoch, however deep accelerate has wrapped it."""
+
+    def __init__(self, sampler: LengthBucketSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
+class _Interruption(TrainerCallback):
+    """Ctrl-C and SIGTERM end the training behind the step, with a checkpoint; a second one at once.
+
+    The signals are caught within a `with` block.
+    """
+
+    def __init__(self):
+        self.asked = False
+        self._handlers = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # else signals are not ours
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._handlers[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        logger.warning("the training stops behind this step, and saves a checkpoint")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.asked:
+            control.should_save = control.should_training_stop = True
+
+
+def _most_likely(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.argmax(dim=-1)
+
+
+class _WordErrorRate:
+    """Word error rate of greedy decoding, for the Trainer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, prediction) -> dict[str, float]:
+        blank = self.tokenizer.pad_token_id
+        tokens, labels = (
+            torch.from_numpy(x) for x in (prediction.predictions, prediction.label_ids)
+        )
+        tokens, labels = (x.masked_fill(x < 0, blank) for x in (tokens, labels))
+        hypotheses = self.tokenizer.batch_decode(tokens)
+        references = self.tokenizer.batch_decode(labels, group_tokens=False)
+        return {"wer": error_rate(references, hypotheses).rate}

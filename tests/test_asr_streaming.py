@@ -1,0 +1,117 @@
+"""FrameStream: pieces of any size give the frames of one pass, in time and in constant memory."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from lact_kernels.asr import streaming
+from lact_kernels.asr.config import LaCTASRConfig
+from lact_kernels.asr.streaming import FrameStream
+from tests.test_asr_model import OPTIONS, noise, small_model
+
+LENGTH = 30_000  # no multiple of anything
+
+
+def in_one_pass(model, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(x[None]).logits[0].log_softmax(dim=-1)
+
+
+def in_pieces(stream: FrameStream, pieces) -> torch.Tensor:
+    return torch.cat([*(stream.push(piece) for piece in pieces), stream.finish()])
+
+
+@pytest.mark.parametrize("piece", [171, 1280, 9999, LENGTH])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_pieces_give_the_frames_of_one_pass(options, piece):
+    model, x = small_model(**options), noise(LENGTH)
+    stream = FrameStream(model)
+    frames = in_pieces(stream, x.split(piece))
+    expected = in_one_pass(model, x)
+    torch.testing.assert_close(frames, expected, atol=1e-5, rtol=1e-5)
+    assert stream.num_frames == len(expected)
+    assert stream.seconds == pytest.approx(len(expected) * model.config.seconds_per_frame)
+
+
+@pytest.mark.parametrize("length", [0, 1, 639, 640, 641, 1280, 2000])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_short_recordings(options, length):
+    model, x = small_model(**options), noise(length)
+    frames = in_pieces(FrameStream(model), [x])
+    torch.testing.assert_close(frames, in_one_pass(model, x), atol=1e-5, rtol=1e-5)
+
+
+def test_a_long_piece_is_computed_in_blocks(monkeypatch):
+    monkeypatch.setattr(streaming, "BLOCK_SECONDS", 0.5)
+    model, x, sizes = small_model(), noise(LENGTH), []
+    expected, forward = in_one_pass(model, x), model.features.forward
+    monkeypatch.setattr(
+        model.features, "forward", lambda x, *c: (sizes.append(x.shape[1]), forward(x, *c))[1]
+    )
+    frames = in_pieces(FrameStream(model), [x])
+    torch.testing.assert_close(frames, expected, atol=1e-5, rtol=1e-5)
+    assert len(sizes) > 3 and max(sizes) <= 8000
+
+
+@pytest.mark.parametrize("name", ["tiny", "stream"])
+def test_latency_is_what_the_configuration_says(name):
+    """From the first sample of a frame to the sample with which its output comes, in pieces of 10 ms."""
+    config = LaCTASRConfig.named(name, num_hidden_layers=1)
+    model = small_model(**config.to_diff_dict())
+    stream, x, delays = FrameStream(model), noise(32_000), []
+    for number, piece in enumerate(x.split(160), 1):
+        before = stream.num_frames
+        stream.push(piece)
+        for frame in range(before, stream.num_frames):
+            delays.append(number * 0.01 - frame * config.seconds_per_frame)
+    assert max(delays) == pytest.approx(config.latency_seconds)
+    assert max(delays) <= 0.32
+
+
+def test_a_frame_hears_its_look_ahead_and_no_more():
+    model, x, frame = small_model(), noise(LENGTH), 20
+    expected = in_one_pass(model, x)
+    end = (frame + model.config.look_ahead + 1) * model.config.inputs_to_logits_ratio
+    changed = x.clone()
+    changed[end:] = noise(LENGTH - end, seed=5)
+    torch.testing.assert_close(
+        in_one_pass(model, changed)[: frame + 1], expected[: frame + 1], atol=1e-6, rtol=1e-6
+    )
+    changed[end - 200 :] = noise(LENGTH - end + 200, seed=6)  # the last window's middle
+    difference = (in_one_pass(model, changed) - expected).abs().amax(dim=1)
+    assert difference[:frame].max() < 1e-6 < 1e-4 < difference[frame]
+
+
+def test_memory_does_not_grow():
+    model = small_model()
+
+    def numbers(x) -> int:
+        if isinstance(x, torch.Tensor):
+            return x.numel()
+        if isinstance(x, dict):
+            return sum(map(numbers, x.values()))
+        return sum(map(numbers, x)) if isinstance(x, (list, tuple)) else 0
+
+    stream, sizes = FrameStream(model), []
+    for piece in noise(40 * 640 * 4).split(640 * 4):  # a chunk each
+        stream.push(piece)
+        conv, cache = stream._state
+        kept = [conv, cache.state_dict(), stream._waiting, stream._context]
+        sizes.append(numbers(kept))
+    assert len(set(sizes[4:])) == 1
+
+
+def test_bad_use():
+    model = small_model()
+    with pytest.raises(ValueError, match="evaluation mode"):
+        FrameStream(model.train())
+    stream = FrameStream(model.eval())
+    with pytest.raises(TypeError, match="floating-point"):
+        stream.push(torch.zeros(4, dtype=torch.int16))
+    with pytest.raises(ValueError, match=r"shape \[n\], got \(1, 4\)"):
+        stream.push(torch.zeros(1, 4))
+    stream.push(torch.zeros(1000))
+    assert len(stream.finish()) == 2 and len(stream.finish()) == 0
+    with pytest.raises(RuntimeError, match="a new one needs a new FrameStream"):
+        stream.push(torch.zeros(4))
