@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Sequence
@@ -120,6 +121,7 @@ class TrainingOptions:
             label_names=["labels"],
             seed=self.seed,
             report_to=["tensorboard"],
+            disable_tqdm=not sys.stderr.isatty(),
             **({"gradient_checkpointing": True} if self.gradient_checkpointing else {}),
         )
 

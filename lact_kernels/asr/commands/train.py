@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
     from accelerate import PartialState
+    from transformers.utils.logging import disable_progress_bar
 
     from lact_kernels.asr.config import LaCTASRConfig
     from lact_kernels.asr.pretrained import load_recogniser
@@ -76,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         usable,
     )
 
+    disable_progress_bar()  # of checkpoints, which are written at once
     if args.threads:
         torch.set_num_threads(args.threads)
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}

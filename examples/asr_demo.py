@@ -1,0 +1,169 @@
+"""From nothing to a speech recogniser: a corpus, training, evaluation, transcription, streaming, a picture.
+
+```
+python -m examples.asr_demo                     # strings of digits, about 5 minutes on two cores
+python -m examples.asr_demo --task commands     # a grammar of 70 words, about 15 minutes
+```
+
+Every step is a command of `lact-asr`, printed before it runs. espeak-ng speaks the corpus; where it is not
+installed, the digits that the repository has are used. An interrupted run goes on where it was. Exit
+status: 0 if the error on held-out voices and sentences is within the limit, 1 if it is not.
+
+What this shows is that the whole chain works. It says nothing about human speech: see docs/asr.md.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from lact_kernels.asr.audio import read_audio
+from lact_kernels.asr.cli import main as lact_asr
+from lact_kernels.asr.decoding import GreedyDecoder
+from lact_kernels.asr.manifest import read_manifest
+from lact_kernels.asr.pretrained import load_recogniser
+from lact_kernels.asr.streaming import FrameStream
+from lact_kernels.asr.transcription import Transcriber
+
+SHIPPED = Path(__file__).parent / "data" / "spoken_digits"
+SECONDS = 20  # of the recording that is transcribed and streamed
+
+TASKS = {
+    "digits": {
+        "limit": 0.06,
+        "train": ["--unit", "word", "--epochs", "6", "--save-steps", "300"],
+        "decode": [],
+    },
+    "commands": {
+        "limit": 0.08,
+        "synth": ["--train", "4000"],
+        "train": ["--epochs", "14", "--save-steps", "500"],
+        "decode": ["--beam", "50"],
+    },
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--task", choices=tuple(TASKS), default="digits")
+    parser.add_argument("--seed", type=int, default=0, help="of the training (0)")
+    parser.add_argument("--out", type=Path, default="asr-demo-results", help="for everything made")
+    args = parser.parse_args()
+    task, start = TASKS[args.task], time.perf_counter()
+    out = args.out / f"{args.task}-{args.seed}"
+    corpus = _corpus(args, task)
+    model = str(out / "model")
+
+    sets = sorted(str(path) for path in corpus.glob("test_*.jsonl"))
+    train, dev = corpus / "train.jsonl", corpus / "dev.jsonl"
+    _run("train", model, "--train", train, "--dev", dev, "--seed", args.seed, *task["train"])
+    results, hypotheses = out / "results.json", out / "hypotheses.jsonl"
+    files = ["--json", results, "--hypotheses", hypotheses]
+    _run("evaluate", model, *sets, *task["decode"], *files)
+
+    recording, spoken = _recording(corpus / "test_voice.jsonl", out / "recording.flac")
+    print(
+        f"\n{recording}, of a voice and of sentences that the model has never heard. Spoken is:\n{spoken}"
+    )
+    _run("transcribe", model, recording, *task["decode"])
+    _run("stream", model, recording, *task["decode"])
+    difference = _streaming_difference(model, recording)
+    print(f"streamed and offline log-probabilities differ by at most {difference:.1e}")
+    _draw(out / "asr_demo.png", model, recording, hypotheses)
+
+    rate = json.loads(results.read_text())["sets"]["test_voice"]["wer"]["rate"]
+    met = rate <= task["limit"] and difference <= 1e-4
+    print(
+        f"\nword error rate on held-out voices and sentences: {100 * rate:.1f}%, the limit is"
+        f" {100 * task['limit']:.0f}%: {'passed' if met else 'FAILED'}"
+        f"\n{time.perf_counter() - start:.0f} s; everything is in {out}"
+    )
+    return 0 if met else 1
+
+
+def _corpus(args: argparse.Namespace, task: dict) -> Path:
+    """The folder of the manifests."""
+    if shutil.which("espeak-ng"):
+        corpus = args.out / f"{args.task}-corpus"
+        _run("synth", corpus, "--task", args.task, *task.get("synth", ()))
+        return corpus
+    if args.task != "digits":
+        sys.exit(
+            f"{args.task} needs espeak-ng: apt-get install espeak-ng, or brew install espeak-ng"
+        )
+    print(f"espeak-ng is not installed (apt-get install espeak-ng): {SHIPPED} serves")
+    return SHIPPED
+
+
+def _run(*arguments) -> None:
+    """One command of `lact-asr`, shown as it would be typed."""
+    command = [str(x) for x in arguments]
+    print(f"\n$ lact-asr {shlex.join(command)}", flush=True)
+    status = lact_asr(command)
+    if status:
+        sys.exit(status)
+
+
+def _recording(manifest: Path, path: Path) -> tuple[Path, str]:
+    """Utterances of one speaker in one file, with pauses, and what they say."""
+    import soundfile
+
+    utterances = read_manifest(manifest)
+    utterances = [u for u in utterances if u.speaker == utterances[0].speaker]
+    parts, texts = [], []
+    for u in utterances:
+        if sum(map(len, parts)) > SECONDS * 16000:
+            break
+        parts += [read_audio(u.path, 16000, u.offset, u.duration), torch.zeros(12000)]
+        texts.append(u.text)
+    soundfile.write(path, torch.cat(parts).numpy(), 16000)
+    return path, "\n".join(texts)
+
+
+def _streaming_difference(model: str, recording: Path) -> float:
+    """Between pieces of 40 ms and one pass."""
+    model, x = load_recogniser(model).model, read_audio(recording)
+    stream = FrameStream(model)
+    pieces = torch.cat([*(stream.push(piece) for piece in x.split(640)), stream.finish()])
+    with torch.no_grad():
+        whole = model(x[None]).logits[0].log_softmax(dim=-1)
+    return (pieces - whole).abs().max().item()
+
+
+def _draw(path: Path, model: str, recording: Path, hypotheses: Path) -> None:
+    """Confusions on the held-out voices, and the alignment of the recording's beginning."""
+    from examples.asr_picture import draw
+
+    recogniser = load_recogniser(model)
+    config = recogniser.model.config
+    lines = [json.loads(line) for line in hypotheses.read_text().splitlines()]
+    pairs = [(x["reference"], x["hypothesis"]) for x in lines if x["set"] == "test_voice"]
+    transcriber = Transcriber(recogniser, GreedyDecoder(recogniser.tokenizer))
+    x = read_audio(recording)
+    segments = transcriber.push(x) + transcriber.finish()
+    end = int((segments[0].end + 0.3) * config.sampling_rate)
+    end -= end % config.inputs_to_logits_ratio
+    x = x[None, :end]
+    with torch.no_grad():
+        log_mel = recogniser.model.features.log_mel(x)[0]
+        posteriors = recogniser.model(x).logits[0].softmax(dim=-1)
+    tokens = recogniser.tokenizer.convert_ids_to_tokens(list(range(config.vocab_size)))
+    words = [(word.text, word.start, word.end) for word in segments[0].words]
+    hop = config.hop_length / config.sampling_rate
+    if (
+        draw(path, pairs, log_mel, hop, posteriors, config.seconds_per_frame, tokens, words)
+        is not False
+    ):
+        print(f"confusions and alignment: {path}")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
