@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test lint bench bench-report compile-report gpu-check clean
+.PHONY: help demo asr-demo asr-demo-commands asr-adaptation test lint bench bench-report compile-report gpu-check clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 $(INSTALLED): setup.py constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lact_kernels needs Python 3.10 or newer: make PYTHON=python3.11 ...")'
@@ -18,6 +18,15 @@ $(INSTALLED): setup.py constraints.txt pyproject.toml
 
 demo: $(INSTALLED)  ## both operations on a spoken recording, against the reference, with a plot
 	$(BIN)/python -m examples.demo
+
+asr-demo: $(INSTALLED)  ## a speech recogniser from nothing: corpus, training, evaluation, streaming, a picture
+	$(BIN)/python -m examples.asr_demo $(ARGS)
+
+asr-demo-commands: $(INSTALLED)  ## the same for a grammar of 70 words, with a search for words; needs espeak-ng
+	$(BIN)/python -m examples.asr_demo --task commands $(ARGS)
+
+asr-adaptation: $(INSTALLED)  ## does test-time training help a recogniser? Nine trainings; needs espeak-ng
+	$(BIN)/python -m benchmarks.asr_adaptation $(ARGS)
 
 test: $(INSTALLED)  ## all tests that need no GPU: interpreter and compiler gate included
 	$(BIN)/python -m pytest tests -m 'not gpu' -n 2 --dist loadgroup
@@ -40,4 +49,4 @@ gpu-check:  ## every GPU test, then the GPU benchmarks; results into $GPU_CHECK_
 	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check
 
 clean:  ## remove what the targets made
-	rm -rf $(VENV) build dist *.egg-info .benchmarks benchmark-results demo-results gpu-check-results
+	rm -rf $(VENV) build dist *.egg-info .benchmarks benchmark-results demo-results asr-demo-results asr-adaptation gpu-check-results

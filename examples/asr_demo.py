@@ -36,13 +36,15 @@ SECONDS = 20  # of the recording that is transcribed and streamed
 TASKS = {
     "digits": {
         "limit": 0.06,
-        "train": ["--unit", "word", "--epochs", "6", "--save-steps", "300"],
+        "hears": 15000,  # utterances
+        "train": ["--unit", "word", "--save-steps", "300"],
         "decode": [],
     },
     "commands": {
         "limit": 0.08,
         "synth": ["--train", "4000"],
-        "train": ["--epochs", "14", "--save-steps", "500"],
+        "hears": 40000,
+        "train": ["--save-steps", "500"],
         "decode": ["--beam", "50"],
     },
 }
@@ -61,7 +63,10 @@ def main() -> int:
 
     sets = sorted(str(path) for path in corpus.glob("test_*.jsonl"))
     train, dev = corpus / "train.jsonl", corpus / "dev.jsonl"
-    _run("train", model, "--train", train, "--dev", dev, "--seed", args.seed, *task["train"])
+    with open(train, encoding="utf-8") as lines:
+        epochs = round(task["hears"] / sum(1 for _ in lines))
+    options = ["--epochs", epochs, "--seed", args.seed, *task["train"]]
+    _run("train", model, "--train", train, "--dev", dev, *options)
     results, hypotheses = out / "results.json", out / "hypotheses.jsonl"
     files = ["--json", results, "--hypotheses", hypotheses]
     _run("evaluate", model, *sets, *task["decode"], *files)

@@ -1,6 +1,7 @@
 """LaCTForCTC: features, padding, CTC, named configurations, and what transformers asks of a model."""
 
 import copy
+import json
 import warnings
 
 import numpy as np
@@ -288,6 +289,10 @@ def test_folder_of_a_recogniser(tmp_path):
     assert automatic.config.to_dict() == loaded.model.config.to_dict()
     with pytest.raises(FileNotFoundError, match="no config.json"):
         load_recogniser(tmp_path / "nothing")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(ValueError, match=r"weights of another model: layers\.2\."):
+        load_recogniser(tmp_path)
 
 
 @pytest.mark.parametrize("unit", ["char", "word"])

@@ -52,7 +52,13 @@ def load_recogniser(
         raise FileNotFoundError(
             f"{folder} has no config.json: it is not the folder of a recogniser"
         )
-    model = LaCTForCTC.from_pretrained(folder, dtype=dtype or torch.float32)
+    model, info = LaCTForCTC.from_pretrained(
+        folder, dtype=dtype or torch.float32, output_loading_info=True
+    )
+    if wrong := sorted(info["missing_keys"]) + sorted(info["unexpected_keys"]):
+        raise ValueError(
+            f"{folder} has weights of another model: {', '.join(wrong[:4])} are missing or unknown"
+        )
     words = folder / WORDS
     return Recogniser(
         model.to(device).eval(),
