@@ -151,6 +151,9 @@ def _draw(path: Path, model: str, recording: Path, hypotheses: Path) -> None:
     transcriber = Transcriber(recogniser, GreedyDecoder(recogniser.tokenizer))
     x = read_audio(recording)
     segments = transcriber.push(x) + transcriber.finish()
+    if not segments:
+        print("nothing was recognised: there is nothing to draw")
+        return
     end = int((segments[0].end + 0.3) * config.sampling_rate)
     end -= end % config.inputs_to_logits_ratio
     x = x[None, :end]
