@@ -7,8 +7,6 @@ import sys
 
 import pytest
 
-pytest.importorskip("transformers")
-
 from lact_kernels.asr.cli import COMMANDS, main
 from lact_kernels.asr.manifest import write_manifest
 from tests.test_asr_training import SIZES, corpus  # noqa: F401

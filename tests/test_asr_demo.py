@@ -4,8 +4,6 @@ import shutil
 
 import pytest
 
-pytest.importorskip("transformers")
-
 from examples import asr_demo
 
 

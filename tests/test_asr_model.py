@@ -9,8 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchaudio
-
-pytest.importorskip("transformers")
 from transformers import AutoModelForCTC, pipeline
 
 from lact_kernels.asr.config import NAMED, LaCTASRConfig

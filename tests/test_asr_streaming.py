@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-
 from lact_kernels.asr import streaming
 from lact_kernels.asr.config import LaCTASRConfig
 from lact_kernels.asr.streaming import FrameStream

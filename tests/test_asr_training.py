@@ -12,8 +12,6 @@ import pytest
 import soundfile
 import torch
 
-pytest.importorskip("transformers")
-
 from lact_kernels.asr.config import LaCTASRConfig
 from lact_kernels.asr.manifest import Utterance, write_manifest
 from lact_kernels.asr.pretrained import load_recogniser

@@ -4,8 +4,6 @@ import pytest
 import soundfile
 import torch
 
-pytest.importorskip("transformers")
-
 from benchmarks import asr_adaptation
 from benchmarks.asr_adaptation import FROZEN, UPDATED, VARIANTS, WITHOUT, Row, build, summary
 from lact_kernels.asr.manifest import Utterance
@@ -42,7 +40,9 @@ def test_variants_differ_where_they_should():
 def test_every_utterance_is_counted_once_at_the_time_it_begins(tmp_path, monkeypatch):
     monkeypatch.setattr(asr_adaptation, "TIMES", (0, 2, 4))
     tokenizer = build_tokenizer(["one two three"], "word")
-    soundfile.write(tmp_path / "a.wav", torch.zeros(25600).numpy(), 16000)  # 1.6 s, and 0.4 s of gap
+    soundfile.write(
+        tmp_path / "a.wav", torch.zeros(25600).numpy(), 16000
+    )  # 1.6 s, and 0.4 s of gap
     texts = ["one", "one two", "one two three"]
     utterances = [Utterance(str(tmp_path / "a.wav"), text, 1.6) for text in texts]
     recogniser = Recogniser(build(UPDATED, len(tokenizer), 0).eval(), tokenizer, ())
@@ -76,7 +76,9 @@ def test_the_table_has_the_rates_and_their_differences():
     assert "-1.00 (-1.00 .. -1.00)" in table["updated - frozen"]
     assert "-9.00 (-9.00 .. -9.00)" in table["updated - without"]
     assert table[UPDATED].rstrip().endswith("-")  # nobody spoke so long
-    after_frozen = lines[lines.index(next(x for x in lines if x.startswith("updated - frozen"))) + 1]
+    after_frozen = lines[
+        lines.index(next(x for x in lines if x.startswith("updated - frozen"))) + 1
+    ]
     assert "-6.00 (-6.00 .. -6.00)" in after_frozen
 
 

@@ -148,8 +148,8 @@ class LaCTASRConfig(PretrainedConfig):
     def named(cls, name: str, **overrides) -> "LaCTASRConfig":
         """The configuration of this name, with some options changed.
 
-        - `tiny`: 0.6 million parameters, trained on a laptop's processor in minutes.
-        - `stream`: 18 million, causal, 200 ms from a sound to its letter.
+        - `tiny`: half a million parameters, trained on a laptop's processor in minutes.
+        - `stream`: 16 million, 200 ms from a sound to its letter.
         - `base`, `improved`, `regularized`, `large`: with frames of 10 ms, a window and a chunk of 4096.
           A chunk is 40.96 s: on shorter utterances their fast weights never learn, and the model warns.
 
