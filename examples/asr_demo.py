@@ -148,6 +148,7 @@ def _draw(path: Path, model: str, recording: Path, hypotheses: Path) -> None:
     config = recogniser.model.config
     lines = [json.loads(line) for line in hypotheses.read_text().splitlines()]
     pairs = [(x["reference"], x["hypothesis"]) for x in lines if x["set"] == "test_voice"]
+    pairs = [(reference, heard) for reference, heard in pairs if heard is not None]
     transcriber = Transcriber(recogniser, GreedyDecoder(recogniser.tokenizer))
     x = read_audio(recording)
     segments = transcriber.push(x) + transcriber.finish()

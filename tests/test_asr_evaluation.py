@@ -258,6 +258,15 @@ def test_command_writes_results_and_hypotheses(recogniser, folder, utterances, b
     assert not list(folder.glob("*.partial"))
 
 
+def test_a_set_that_fails_leaves_the_results_before_it(folder, utterances, broken):
+    write_manifest(folder / "noise.json", utterances)
+    write_manifest(folder / "broken.json", [broken])
+    out = folder / "results.json"
+    arguments = [f"{folder}/model", f"{folder}/noise.json", f"{folder}/broken.json"]
+    assert cli.main(["evaluate", *arguments, "--json", f"{out}"]) == 1
+    assert list(json.loads(out.read_text())["sets"]) == ["noise"]
+
+
 def test_limit_is_spread_over_the_set(folder, utterances):
     write_manifest(folder / "noise.json", utterances)
     heard = folder / "heard.jsonl"

@@ -35,9 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     _check_files(args)
 
-    import torch
-
-    import lact_kernels
     from lact_kernels.asr.evaluation import evaluate_set, table
 
     sets = _read_sets(args.sets, args.limit)
@@ -51,23 +48,32 @@ def run(args: argparse.Namespace) -> int:
         wer, cer = (100 * result[kind]["rate"] for kind in ("wer", "cer"))
         print(f"{name}: WER {wer:.1f}%, CER {cer:.1f}%", file=sys.stderr, flush=True)
         lines += map(_line, [name] * len(utterances), utterances, hypotheses)
+        # After each set: what is finished stays, whatever happens to the next one.
+        if args.json:
+            _write(args.json, _report(args, recogniser.model.device, results))
+        if args.hypotheses:
+            _write(args.hypotheses, "".join(lines))
     print(table(results))
-    if args.json:
-        report = {
-            "model": args.model,
-            "beam": args.beam,
-            "lexicon": args.lexicon,
-            "lm": args.lm,
-            "limit": args.limit,
-            "device": str(recogniser.model.device),
-            "lact_kernels": lact_kernels.__version__,
-            "torch": torch.__version__,
-            "sets": results,
-        }
-        _write(args.json, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    if args.hypotheses:
-        _write(args.hypotheses, "".join(lines))
     return 0
+
+
+def _report(args: argparse.Namespace, device, results: dict) -> str:
+    import torch
+
+    import lact_kernels
+
+    report = {
+        "model": args.model,
+        "beam": args.beam,
+        "lexicon": args.lexicon,
+        "lm": args.lm,
+        "limit": args.limit,
+        "device": str(device),
+        "lact_kernels": lact_kernels.__version__,
+        "torch": torch.__version__,
+        "sets": results,
+    }
+    return json.dumps(report, indent=1, ensure_ascii=False) + "\n"
 
 
 def _check_files(args: argparse.Namespace) -> None:
