@@ -43,7 +43,7 @@ TASKS = {
     "commands": {
         "limit": 0.08,
         "synth": ["--train", "4000"],
-        "hears": 40000,
+        "hears": 28000,
         "train": ["--save-steps", "500"],
         "decode": ["--beam", "50"],
     },

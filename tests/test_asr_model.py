@@ -354,7 +354,8 @@ def test_bad_inputs():
         (ValueError, (x[0],), r"shape \[B, samples\], got \(6400,\)"),
         (ValueError, (x, mask[:, :-1]), r"got \(2, 6399\)"),
         (ValueError, (x, hole), "got a hole"),
-        (ValueError, (x, mask, torch.tensor([[7], [1]])), "below vocab_size = 7, got 7"),
+        (ValueError, (x, mask, torch.tensor([[7], [1]])), "below vocab_size = 7, .* got 7"),
+        (ValueError, (x, mask, torch.tensor([[1, 0], [1, 2]])), r"not the blank \(0\), .* got 0"),
     ):
         with pytest.raises(error, match=message):
             model(*arguments)

@@ -132,10 +132,11 @@ class LaCTForCTC(PreTrainedModel):
         waveform = torch.where(samples < lengths[:, None], input_values, 0)
         waveform = F.pad(waveform, (0, T * ratio - waveform.shape[1]))
         frames = self.spec_augment(self.features(waveform))
-        states, _ = self.encode(frames, num_frames)
+        states = [] if output_hidden_states else None
+        x, _ = self.encode(frames, num_frames, hidden_states=states)
 
         exists = torch.arange(T, device=lengths.device) < num_frames[:, None]  # [B, T]
-        logits = self.ctc_head(states[-1][:, shift : shift + T])
+        logits = self.ctc_head(x[:, shift : shift + T])
         blank = torch.full_like(logits[0, :1], IMPOSSIBLE)
         blank[:, self.config.pad_token_id] = 0
         logits = torch.where(exists[..., None], logits, blank)
@@ -150,7 +151,8 @@ class LaCTForCTC(PreTrainedModel):
         state: EncoderState | None = None,
         *,
         ends: bool = True,
-    ) -> tuple[list[Tensor], EncoderState | None]:
+        hidden_states: list[Tensor] | None = None,
+    ) -> tuple[Tensor, EncoderState | None]:
         """Normalised log-mel frames through convolutions and blocks.
 
         Nothing sees what comes after it, so rows that end earlier need no mask: silence follows them, and
@@ -162,9 +164,10 @@ class LaCTForCTC(PreTrainedModel):
             state: go on behind an earlier piece, and keep the state; None for whole recordings.
             ends: the recording ends here: silence (mean features) follows, `look_ahead` frames and what
                 fills a group of `temporal_reduction`.
+            hidden_states: where to append the inputs of all blocks and the last output.
 
         Returns:
-            The inputs of all blocks and the last output, each `[B, T (+ silence), C]`, and the next `state`.
+            `[B, T (+ silence), C]`, and the next `state`.
         """
         config, T = self.config, frames.shape[1] // self.config.mel_frames_per_frame
         if num_frames is not None:
@@ -177,18 +180,22 @@ class LaCTForCTC(PreTrainedModel):
             frames = F.pad(frames, (0, 0, 0, silence * config.mel_frames_per_frame))
         past, cache = (None, None) if state is None else state
         x, past = self.encoder(frames.to(self.ctc_head.weight.dtype), num_frames, past)
-        states = []
         for layer in self.layers:
-            states.append(x)
+            if hidden_states is not None:
+                hidden_states.append(x)
             x = layer(x, cache)
-        states.append(self.norm(x))
-        return states, None if cache is None else EncoderState(past, cache)
+        x = self.norm(x)
+        if hidden_states is not None:
+            hidden_states.append(x)
+        return x, None if cache is None else EncoderState(past, cache)
 
     def _loss(self, logits: Tensor, num_frames: Tensor, labels: Tensor) -> Tensor:
-        exists = labels >= 0
-        if labels.numel() and labels.max() >= self.config.vocab_size:
+        blank, size, exists = self.config.pad_token_id, self.config.vocab_size, labels >= 0
+        wrong = labels[(labels >= size) | (labels == blank)]
+        if wrong.numel():
             raise ValueError(
-                f"labels must be below vocab_size = {self.config.vocab_size}, got {labels.max()}"
+                f"labels must be below vocab_size = {size}, not the blank ({blank}), and -100 behind the"
+                f" end of a row, got {wrong[0]}"
             )
         log_probs = logits.float().log_softmax(dim=-1).transpose(0, 1)  # [T, B, V]
         with torch.backends.cudnn.flags(enabled=False):  # cuDNN's is not deterministic
@@ -197,7 +204,7 @@ class LaCTForCTC(PreTrainedModel):
                 labels.masked_select(exists),
                 num_frames,
                 exists.sum(dim=1),
-                blank=self.config.pad_token_id,
+                blank=blank,
                 zero_infinity=True,
             )
 

@@ -93,10 +93,10 @@ class FrameStream:
         context = self._context.to(model.device)
         frames = model.features(samples, context)
         self._context = torch.cat([context, samples], dim=1)[:, -context.shape[1] or None :]
-        states, self._state = model.encode(frames, state=self._state, ends=ends)
+        frames, self._state = model.encode(frames, state=self._state, ends=ends)
         self._num_heard += samples.shape[1] // model.config.inputs_to_logits_ratio
-        x = states[-1][0, self._to_drop :]
-        self._to_drop -= states[-1].shape[1] - x.shape[0]
+        x = frames[0, self._to_drop :]
+        self._to_drop -= frames.shape[1] - x.shape[0]
         x = x[: self._num_heard - self.num_frames]  # what fills a group at the end is no frame
         self.num_frames += x.shape[0]
         return model.ctc_head(x).float().log_softmax(dim=-1)
