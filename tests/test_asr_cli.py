@@ -6,13 +6,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from lact_kernels.asr.cli import COMMANDS, main
 from lact_kernels.asr.manifest import write_manifest
 from tests.test_asr_training import SIZES, corpus  # noqa: F401
 
 
-def test_from_recordings_to_transcripts(tmp_path, corpus, capsys):  # noqa: F811
+def test_from_recordings_to_transcripts(tmp_path, corpus, capsys, monkeypatch):  # noqa: F811
     manifest, model = tmp_path / "tones.jsonl", tmp_path / "model"
     write_manifest(manifest, corpus)
     broken = json.dumps({"audio_filepath": "none.wav", "duration": 1.0, "text": "low high"})
@@ -39,7 +40,10 @@ def test_from_recordings_to_transcripts(tmp_path, corpus, capsys):  # noqa: F811
     starts = [word["start"] for s in transcript["segments"] for word in s["words"]]
     assert starts == pytest.approx([0.0, 0.375, 0.75], abs=0.2)
 
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
     assert main(["stream", str(model), corpus[0].path, "--fast"]) == 0
+    assert threads == [1]
     streamed = capsys.readouterr()
     assert re.findall("[a-z]+", streamed.out) == corpus[0].text.split()
     assert "latency by design 200 ms" in streamed.err

@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "standard input is a terminal: name a file, or pipe audio into this command"
         )
+    args.threads = args.threads or 1  # a frame at a time is too little work to be shared
     recogniser, decoder = load(args)
 
     from lact_kernels.asr.transcription import Transcriber
