@@ -1,8 +1,8 @@
 """From nothing to a speech recogniser: a corpus, training, evaluation, transcription, streaming, a picture.
 
 ```
-python -m examples.asr_demo                     # strings of digits, about 5 minutes on two cores
-python -m examples.asr_demo --task commands     # a grammar of 70 words, about 15 minutes
+python -m examples.asr_demo                     # strings of digits, about 4 minutes on two cores
+python -m examples.asr_demo --task commands     # a grammar of 70 words, about 10 minutes
 ```
 
 Every step is a command of `lact-asr`, printed before it runs. espeak-ng speaks the corpus; where it is not
