@@ -30,7 +30,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import jiwer
 import numpy as np
 import torch
 
@@ -39,6 +38,7 @@ from benchmarks.run import positive
 from lact_kernels.asr.audio import read_audio
 from lact_kernels.asr.config import LaCTASRConfig
 from lact_kernels.asr.decoding import collapse, text_of
+from lact_kernels.asr.evaluation import error_rate
 from lact_kernels.asr.manifest import Utterance, read_manifest
 from lact_kernels.asr.model import LaCTForCTC
 from lact_kernels.asr.pretrained import load_recogniser
@@ -144,9 +144,8 @@ def _listen(recogniser, utterances: list[Utterance]) -> Iterator[tuple[int, int,
     for utterance, end in zip(utterances, ends):
         first, last = (round(t / model.config.seconds_per_frame) for t in (begin, end))
         tokens = collapse(likely[first:last], model.config.pad_token_id)
-        measured = jiwer.process_words(utterance.text, text_of(tokenizer, tokens))
-        errors = measured.substitutions + measured.deletions + measured.insertions
-        yield max(t for t in TIMES if t <= begin), errors, len(utterance.text.split())
+        measured = error_rate([utterance.text], [text_of(tokenizer, tokens)], resamples=0)
+        yield max(t for t in TIMES if t <= begin), measured.errors, measured.units
         begin = end
 
 

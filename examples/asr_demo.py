@@ -165,10 +165,7 @@ def _draw(path: Path, model: str, recording: Path, hypotheses: Path) -> None:
     tokens = recogniser.tokenizer.convert_ids_to_tokens(list(range(config.vocab_size)))
     words = [(word.text, word.start, word.end) for word in segments[0].words]
     hop = config.hop_length / config.sampling_rate
-    if (
-        draw(path, pairs, log_mel, hop, posteriors, config.seconds_per_frame, tokens, words)
-        is not False
-    ):
+    if draw(path, pairs, log_mel, hop, posteriors, config.seconds_per_frame, tokens, words):
         print(f"confusions and alignment: {path}")
 
 

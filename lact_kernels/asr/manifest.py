@@ -3,13 +3,14 @@
 import json
 import logging
 import math
-import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import soundfile
+
+from lact_kernels.asr.files import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +63,9 @@ def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
     Files in the manifest's folder or below are named relative to it, so that it can be moved.
     """
     path = Path(path).absolute()
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
+    with written_whole(path) as file:
         for utterance in utterances:
             file.write(json.dumps(_entry(utterance, path.parent), ensure_ascii=False) + "\n")
-    os.replace(partial, path)
 
 
 def read_librispeech(folder: str | Path) -> list[Utterance]:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shutil
 import signal
 import sys
@@ -28,6 +27,7 @@ from lact_kernels.asr.dataset import (
     keep_usable,
 )
 from lact_kernels.asr.evaluation import error_rate
+from lact_kernels.asr.files import written_whole
 from lact_kernels.asr.manifest import Utterance, read_utterances
 from lact_kernels.asr.model import LaCTForCTC, warn_if_never_updated
 from lact_kernels.asr.pretrained import Recogniser, save_recogniser
@@ -178,12 +178,15 @@ def train(
         checkpoint = _prepare(out, _settings(model, options, train_set))
     if not model.features.is_measured:
         _measure_features(model, dataset)
+    evaluated = None
+    if dev_set:
+        evaluated = SpeechDataset(dev_set, tokenizer, sampling_rate=config.sampling_rate)
     words = words_of(u.text for u in train_set)
     trainer = _SpeechTrainer(
         model=model,
         args=options.trainer_arguments(out, evaluate=bool(dev_set)),
         train_dataset=dataset,
-        eval_dataset=SpeechDataset(dev_set, tokenizer) if dev_set else None,
+        eval_dataset=evaluated,
         data_collator=collate,
         processing_class=tokenizer,
         compute_metrics=_WordErrorRate(tokenizer),
@@ -258,9 +261,8 @@ def _prepare(out: Path, settings: dict[str, Any]) -> str | None:
                 " those, or give another folder"
             )
     checkpoints.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    os.replace(partial, file)
+    with written_whole(file) as text:
+        json.dump(settings, text, indent=1)
     while (checkpoint := get_last_checkpoint(checkpoints)) is not None:
         try:  # the state of the trainer is written last
             json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))

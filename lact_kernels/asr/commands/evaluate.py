@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -128,7 +127,7 @@ def _line(name: str, utterance, hypothesis: str | None) -> str:
 
 
 def _write(path: str, text: str) -> None:
-    """All of it or nothing."""
-    partial = Path(f"{path}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    from lact_kernels.asr.files import written_whole
+
+    with written_whole(path) as file:
+        file.write(text)

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,17 +160,14 @@ def _outputs(recordings: dict[Path, Path], args: argparse.Namespace) -> list[Pat
 @contextlib.contextmanager
 def _opened(output: Path | None) -> Iterator[TextIO]:
     """A file that is there when it is complete; or standard output."""
+    from lact_kernels.asr.files import written_whole
+
     if output is None:
         yield sys.stdout
         return
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".partial")
-    try:
-        with open(partial, "w", encoding="utf-8") as file:
-            yield file
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_whole(output) as file:
+        yield file
 
 
 def _transcribe(recogniser, decoder, path: Path, format: str, out: TextIO) -> None:
