@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lact_kernels.autograd.autocast import register_autocast
-from lact_kernels.ops.offsets import read_offsets
+from lact_kernels.ops.offsets import ChunkOffsets, read_offsets
 from lact_kernels.ops.ttt_types import FastWeights, Options, Tokens
 
 TENSORS = (
@@ -39,12 +39,12 @@ OPTIONS = (
 def block_causal_ttt_fwd(
     q, k, v, lr0, lr1, lr2, momentum, start, cu_seqlens_q, cu_seqlens_k, *options
 ):
-    backend, options = _read(options)
+    backend, options = backend_of(options)
     o, end, history = backend.block_causal_ttt_fwd(
         q,
         Tokens(k, v, lr0, lr1, lr2, momentum),
         FastWeights.from_list(start, options.prenorm),
-        read_offsets(q, k, cu_seqlens_q, cu_seqlens_k),
+        _chunk_offsets(q, k, cu_seqlens_q, cu_seqlens_k, options),
         options,
     )
     return o, [] if end is None else end.to_list(), history
@@ -52,7 +52,7 @@ def block_causal_ttt_fwd(
 
 @block_causal_ttt_fwd.register_fake
 def _(q, k, v, lr0, lr1, lr2, momentum, start, cu_seqlens_q, cu_seqlens_k, *options):
-    backend, options = _read(options)
+    backend, options = backend_of(options)
     o = q.new_empty(*q.shape[:3], v.shape[-1])
     end = _empty_like(start) if options.return_end else []
     start = FastWeights.from_list(start, options.prenorm)
@@ -70,7 +70,7 @@ def block_causal_ttt_bwd(
     do, dend, history,
     q, k, v, lr0, lr1, lr2, momentum, start, cu_seqlens_q, cu_seqlens_k, *options,
 ):  # fmt: skip
-    backend, options = _read(options)
+    backend, options = backend_of(options)
     dq, dtokens, dstart = backend.block_causal_ttt_bwd(
         do,
         FastWeights.from_list(dend, options.prenorm) if dend else None,
@@ -78,7 +78,7 @@ def block_causal_ttt_bwd(
         Tokens(k, v, lr0, lr1, lr2, momentum),
         FastWeights.from_list(start, options.prenorm),
         history,
-        read_offsets(q, k, cu_seqlens_q, cu_seqlens_k),
+        _chunk_offsets(q, k, cu_seqlens_q, cu_seqlens_k, options),
         options,
     )
     return dq, [x for x in dtokens if x is not None], dstart.to_list()
@@ -124,7 +124,7 @@ register_autocast("block_causal_ttt_fwd", cast_inputs=False)
 register_autocast("block_causal_ttt_bwd", cast_inputs=False)
 
 
-def _read(options: tuple) -> tuple[ModuleType, Options]:
+def backend_of(options: tuple) -> tuple[ModuleType, Options]:
     """The chosen backend, imported only now, and what it is to do."""
     *options, backend = options
     if backend == "triton":
@@ -132,6 +132,13 @@ def _read(options: tuple) -> tuple[ModuleType, Options]:
     else:
         from lact_kernels.eager import block_causal_ttt
     return block_causal_ttt, Options(*options)
+
+
+def _chunk_offsets(q, k, cu_seqlens_q, cu_seqlens_k, options: Options) -> ChunkOffsets | None:
+    offsets = read_offsets(q, k, cu_seqlens_q, cu_seqlens_k)
+    if offsets is None:
+        return None
+    return ChunkOffsets.of(offsets, options.chunk_size, options.return_end)
 
 
 def _empty_like(tensors: list[Tensor]) -> list[Tensor]:

@@ -14,6 +14,8 @@ with an interval n > 1, for each border between segments.
 Weights are `[B, H, rows, columns]`, float32 (float64 for float64 tokens), tokens `[B, T, H, D]`.
 """
 
+import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,11 +23,13 @@ from torch import Tensor
 
 from lact_kernels.eager import swiglu
 from lact_kernels.eager.newton_schulz import newton_schulz, newton_schulz_bwd
-from lact_kernels.ops.offsets import Offsets
+from lact_kernels.ops.offsets import ChunkOffsets, Offsets
 from lact_kernels.ops.ttt_types import (
+    ALONE,
     RENORM_EPS,
     FastWeights,
     Options,
+    Ranks,
     Tokens,
     Triple,
     num_updates,
@@ -49,33 +53,54 @@ class _Segment(NamedTuple):
     """Updates that are computed in one go, and their tokens; a sequence's last has its tail, too."""
 
     rows: slice  # of the fast weights: the batch, or one packed sequence
-    queries: slice
-    keys: slice
-    offset: int  # of the first query among the keys
+    queries: list[int]  # the borders of its chunks
+    keys: list[int]
     updates: int
     kept: range  # what this segment adds to the history
     is_first: bool
     is_last: bool
+    is_of_last_sequence: bool
+
+    def of_queries(self, x: Tensor) -> Tensor:
+        return x[:, self.queries[0] : self.queries[-1]]
+
+    @property
+    def local_queries(self) -> list[int]:
+        """The borders, counted from the first query of this segment."""
+        return [border - self.queries[0] for border in self.queries]
 
 
 def block_causal_ttt_fwd(
-    q: Tensor, tokens: Tokens, start: FastWeights, offsets: Offsets | None, options: Options
+    q: Tensor,
+    tokens: Tokens,
+    start: FastWeights,
+    offsets: ChunkOffsets | None,
+    options: Options,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, FastWeights | None, list[Tensor]]:
     """Outputs `[B, Tq, H, Dv]`, the fast weights after the last update, and the history.
 
-    The queries are those of the last Tq of the Tk tokens.
+    The queries are those of the last Tq of the Tk tokens, or as `offsets` say, which are those of packed
+    sequences, or of all rows alike. The last sequence is scanned first: another rank may wait for it.
     """
     o = q.new_empty(*q.shape[:3], tokens.v.shape[-1])
-    history = block_causal_ttt_history(tokens.k, start, offsets is not None, options)
+    segments = _segments(q, tokens, offsets, options)
+    kept = sum(len(s.kept) for s in segments)
+    history = block_causal_ttt_history(tokens.k, start, offsets is not None, options, kept)
     ends = []
-    for s in _segments(q, tokens, offsets, options):
+    for s in segments:
         if s.is_first:
             state = start.at(s.rows)
         with phase("scan"):
-            updates = _scan(tokens.at(s.keys), state, s.updates, options)
+            updates = _scan(tokens, state, s.keys[: s.updates + 1], options, ranks)
+        if s.is_last:
+            end = updates[-1].after(state) if updates else state
+            ends.append(end)
+            if s.is_of_last_sequence:
+                ranks.hand_on(end)
         with phase("apply"):
-            o[:, s.queries] = swiglu.apply(
-                q[:, s.queries], s.offset, options.chunk_size, *_all_weights(state, updates)
+            s.of_queries(o).copy_(
+                swiglu.apply(s.of_queries(q), s.local_queries, *_all_weights(state, updates))
             )
         kept = updates if options.checkpoint_interval == 1 else updates[-1:]
         for row, update in zip(s.kept, kept):
@@ -83,10 +108,8 @@ def block_causal_ttt_fwd(
                 stack[row] = x
         if updates:
             state = updates[-1].after(state)
-        if s.is_last:
-            ends.append(state)
         del updates, kept  # before the next segment makes its own
-    return o, _concatenated(ends) if options.return_end else None, history
+    return o, _concatenated(ends[::-1]) if options.return_end else None, history
 
 
 def block_causal_ttt_bwd(
@@ -96,8 +119,9 @@ def block_causal_ttt_bwd(
     tokens: Tokens,
     start: FastWeights,
     history: list[Tensor],
-    offsets: Offsets | None,
+    offsets: ChunkOffsets | None,
     options: Options,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, Tokens, FastWeights]:
     """Gradients of q, the tokens and the starting weights.
 
@@ -108,36 +132,40 @@ def block_causal_ttt_bwd(
     dend = dend or FastWeights(*(tuple(map(torch.zeros_like, triple)) for triple in start))
     dstarts = []
     for s in reversed(_segments(q, tokens, offsets, options)):
-        state, chunks = start.at(s.rows), tokens.at(s.keys)
-        if s.is_last:
-            dstate = dend.at(s.rows)
+        state = start.at(s.rows)
         if not s.is_first:
             state = _read(history, s.kept.start - 1, options).after(state)
         if options.checkpoint_interval == 1:
             updates = [_read(history, row, options) for row in s.kept]
         else:
             with phase("scan"):
-                updates = _scan(chunks, state, s.updates, options)
+                updates = _scan(tokens, state, s.keys[: s.updates + 1], options, ranks)
         with phase("apply backward"):
-            dq[:, s.queries], *dapply = swiglu.apply_bwd(
-                do[:, s.queries],
-                q[:, s.queries],
-                s.offset,
-                options.chunk_size,
-                *_all_weights(state, updates),
+            dq_part, *dapply = swiglu.apply_bwd(
+                s.of_queries(do), s.of_queries(q), s.local_queries, *_all_weights(state, updates)
             )
+            s.of_queries(dq).copy_(dq_part)
+        if s.is_last:
+            dstate = dend.at(s.rows)
+            if s.is_of_last_sequence:
+                dstate = ranks.handed_back(dstate)
+            dpart = tuple(map(torch.zeros_like, dstate.weights))
         with phase("reverse scan"):
-            dstate = _reverse_scan(
-                dstate, dapply, chunks, state, updates, options, dtokens.at(s.keys)
+            dstate, dpart = _reverse_scan(
+                dstate, dpart, dapply, tokens, state, updates, s.keys, options, dtokens, ranks
             )
         if s.is_first:
-            dstarts.append(dstate)
+            alike = FastWeights(*(tuple(map(ranks.part, triple)) for triple in dstate))
+            dweights = tuple(map(torch.add, alike.weights, dpart))
+            dstarts.append(alike._replace(weights=dweights))
         del updates, dapply  # before the next segment makes its own
-    return dq, dtokens, _concatenated(dstarts[::-1])
+    dstart = _concatenated(dstarts)
+    ranks.hand_back(dstart)
+    return dq, dtokens, dstart
 
 
 def block_causal_ttt_history(
-    k: Tensor, start: FastWeights, packed: bool, options: Options
+    k: Tensor, start: FastWeights, packed: bool, options: Options, at_least: int = 0
 ) -> list[Tensor]:
     """Room for the history, knowing shapes only: of packed sequences as much as they may need."""
     B, Tk = k.shape[:2]
@@ -151,52 +179,52 @@ def block_causal_ttt_history(
         rows = max(updates - 1, 0) // interval
     steps = start.weights if interval == 1 else start.buffers  # a scan restarts from momentum alone
     like = (*start.weights, *start.masters, *steps)
-    return [x.new_zeros(rows, B, *x.shape[1:]) for x in like]
+    return [x.new_zeros(max(rows, at_least), B, *x.shape[1:]) for x in like]
 
 
 def _segments(
-    q: Tensor, tokens: Tokens, offsets: Offsets | None, options: Options
+    q: Tensor, tokens: Tokens, offsets: ChunkOffsets | None, options: Options
 ) -> list[_Segment]:
-    """In order, sequence by sequence."""
-    C, interval = options.chunk_size, options.checkpoint_interval
-    borders = offsets or Offsets([0, q.shape[1]], [0, tokens.k.shape[1]])
-    segments, num_kept = [], 0
-    for n, (first_key, stop_key) in enumerate(zip(borders.keys, borders.keys[1:])):
-        first_query, stop_query = borders.queries[n : n + 2]
-        ahead = stop_key - stop_query  # of a query's place in its row, its key's
-        updates = num_updates(stop_key - first_key, C, options.return_end)
+    """Sequence by sequence, the last one first, and each in its order."""
+    interval = options.checkpoint_interval
+    if offsets is None:
+        whole = Offsets([0, q.shape[1]], [0, tokens.k.shape[1]])
+        offsets = ChunkOffsets.of(whole, options.chunk_size, options.return_end)
+    sequences, num_kept = [], 0
+    for n, (queries, keys) in enumerate(zip(offsets.queries, offsets.keys)):
+        segments, updates = [], len(keys) - 2
         length = interval if interval > 1 else max(updates, 1)
         for begin in range(0, max(updates, 1), length):
             stop = min(begin + length, updates)
             is_last = stop == updates
-            keys = slice(first_key + begin * C, stop_key if is_last else first_key + stop * C)
-            first = max(keys.start - ahead, first_query)
-            queries = slice(first, max(keys.stop - ahead, first))
             rows = updates if interval == 1 else int(not is_last)
             kept, num_kept = range(num_kept, num_kept + rows), num_kept + rows
+            chunks = slice(begin, stop + 1 + is_last)
             segments.append(
                 _Segment(
-                    rows=slice(None) if offsets is None else slice(n, n + 1),
-                    queries=queries,
-                    keys=keys,
-                    offset=first + ahead - keys.start,
+                    rows=slice(None) if len(offsets.keys) == 1 else slice(n, n + 1),
+                    queries=queries[chunks],
+                    keys=keys[chunks],
                     updates=stop - begin,
                     kept=kept,
                     is_first=begin == 0,
                     is_last=is_last,
+                    is_of_last_sequence=n == len(offsets.keys) - 1,
                 )
             )
-    return segments
+        sequences.append(segments)
+    return [s for segments in reversed(sequences) for s in segments]
 
 
-def _scan(tokens: Tokens, state: FastWeights, count: int, options: Options) -> list[Update]:
-    """The updates of the first `count` chunks."""
-    updates = []
-    for c in range(count):
-        chunk = tokens.chunk(c, options.chunk_size)
+def _scan(
+    tokens: Tokens, state: FastWeights, borders: list[int], options: Options, ranks: Ranks
+) -> list[Update]:
+    """The updates of the chunks between these borders."""
+    updates, betas = [], _betas(tokens, borders, options, ranks)
+    for chunk, beta in zip(_chunks(tokens, borders), betas):
         steps = swiglu.gradients(*chunk[:5], *state.weights)
+        ranks.sum_(*steps)
         if state.buffers:
-            beta = _mean_momentum(chunk)
             steps = tuple(g + beta * m for g, m in zip(steps, state.buffers))
         sums = _add_steps(state, steps, options.muon)
         weights = tuple(_renorm(x, norm) for x, norm in zip(sums, state.norms))
@@ -207,28 +235,37 @@ def _scan(tokens: Tokens, state: FastWeights, count: int, options: Options) -> l
 
 def _reverse_scan(
     dend: FastWeights,
+    dpart: Triple,
     dapply: list[Tensor],
     tokens: Tokens,
     state: FastWeights,
     updates: list[Update],
+    borders: list[int],
     options: Options,
     dtokens: Tokens,
-) -> FastWeights:
-    """Gradients of the tokens into `dtokens`; that of `state`, before the first update, is returned.
+    ranks: Ranks,
+) -> tuple[FastWeights, Triple]:
+    """Gradients of the tokens into `dtokens`; those of `state`, before the first update, are returned.
 
-    `dapply` are the gradients that the weights, `[updates + 1, B, H, ...]`, get from their queries.
+    The gradient of the weights comes in two parts: what ranks that share chunks know alike, in `dend` and the
+    first result, and what this one has from its own tokens, `dpart`. `dapply` are the gradients that the
+    weights, `[updates + 1, B, H, ...]`, get from their queries.
     """
     states = [state]
     for update in updates[:-1]:
         states.append(update.after(state))
     dweights, dnorms, dmasters, dbuffers = dend
+    borders = borders[: len(updates) + 1]
+    chunks, dchunks = (list(_chunks(x, borders)) for x in (tokens, dtokens))
+    betas = _betas(tokens, borders, options, ranks)
     for c in reversed(range(len(updates))):
-        chunk = tokens.chunk(c, options.chunk_size)
-        dchunk = dtokens.chunk(c, options.chunk_size)
+        chunk, dchunk = chunks[c], dchunks[c]
         state, steps = states[c], updates[c].steps
 
         # renorm and the sum before it
-        dweights = tuple(dw + da[c + 1] for dw, da in zip(dweights, dapply))
+        dpart = tuple(dp + da[c + 1] for dp, da in zip(dpart, dapply))
+        ranks.sum_(*dpart)
+        dweights = tuple(map(torch.add, dweights, dpart))
         sums = updates[c].masters or _add_steps(state, steps, options.muon)
         dsums, dtargets = zip(*map(_renorm_bwd, dweights, sums, state.norms))
         dnorms = tuple(dn + dt for dn, dt in zip(dnorms, dtargets))
@@ -242,15 +279,14 @@ def _reverse_scan(
         dsteps = tuple(map(newton_schulz_bwd, dsums, steps)) if options.muon else dsums
         if state.buffers:
             dsteps = tuple(d + db for d, db in zip(dsteps, dbuffers))
-            dbuffers = tuple(_mean_momentum(chunk) * d for d in dsteps)
+            dbuffers = tuple(betas[c] * d for d in dsteps)
             dbeta = sum((d * m).sum(dim=(-2, -1)) for d, m in zip(dsteps, state.buffers))  # [B, H]
             dchunk.momentum.copy_((dbeta / options.chunk_size)[:, None])
 
-        dgradients = swiglu.gradients_bwd(*dsteps, *chunk[:5], *state.weights, out=dchunk[:5])
-        dweights = tuple(dw + dg for dw, dg in zip(dweights, dgradients))
+        dpart = swiglu.gradients_bwd(*dsteps, *chunk[:5], *state.weights, out=dchunk[:5])
 
-    dweights = tuple(dw + da[0] for dw, da in zip(dweights, dapply))
-    return FastWeights(dweights, dnorms, dmasters, dbuffers)
+    dpart = tuple(dp + da[0] for dp, da in zip(dpart, dapply))
+    return FastWeights(dweights, dnorms, dmasters, dbuffers), dpart
 
 
 def _read(history: list[Tensor], row: int, options: Options) -> Update:
@@ -290,5 +326,15 @@ def _renorm_bwd(dout: Tensor, x: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
     return (dout - radial) * (norm[..., None] / (length + RENORM_EPS)), along[..., 0]
 
 
-def _mean_momentum(chunk: Tokens) -> Tensor:
-    return chunk.momentum.mean(dim=1)[..., None, None]  # [B, H, 1, 1]
+def _chunks(tokens: Tokens, borders: list[int]) -> Iterator[Tokens]:
+    return (tokens.at(slice(*chunk)) for chunk in itertools.pairwise(borders))
+
+
+def _betas(tokens: Tokens, borders: list[int], options: Options, ranks: Ranks) -> list[Tensor]:
+    """The mean momentum of each chunk, `[B, H, 1, 1]`; without momentum None for each."""
+    if tokens.momentum is None or len(borders) < 2:
+        return [None] * (len(borders) - 1)
+    sums = torch.stack([chunk.momentum.sum(dim=1) for chunk in _chunks(tokens, borders)])
+    betas = sums / options.chunk_size
+    ranks.sum_(betas)
+    return list(betas[..., None, None])

@@ -8,7 +8,7 @@ pieces of the tokens, small enough that what lies between them stays in a CPU's 
 Names, for a key k and a value v: gate = w0 k, up = w2 k, hidden = silu(gate) * up, dhidden = w1^T v.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,14 +52,14 @@ class _Piece(NamedTuple):
         view.copy_(result.view(view.shape))
 
 
-def apply(q: Tensor, offset: int, chunk_size: int, w0: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+def apply(q: Tensor, borders: Sequence[int], w0: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     """f(q), each token through the weights of its chunk, which are `[chunks, B, H, ...]`.
 
-    The first query stands at position `offset` of the first chunk. Returns `[B, T, H, Dv]`, q's dtype.
+    Chunk c has the queries `borders[c]:borders[c+1]`. Returns `[B, T, H, Dv]`, q's dtype.
     """
     o = q.new_empty(*q.shape[:3], w1.shape[-2])
     weights = [_rounded(w, q.dtype) for w in (w0, w1, w2)]
-    for piece in _pieces(q, w0.shape[-2], offset, chunk_size):
+    for piece in _pieces(q, w0.shape[-2], borders):
         w0, w1, w2 = (piece.weights(w) for w in weights)
         x = piece.tokens(q)
         hidden = F.silu(x @ w0.mT, inplace=True).mul_(x @ w2.mT)
@@ -68,14 +68,14 @@ def apply(q: Tensor, offset: int, chunk_size: int, w0: Tensor, w1: Tensor, w2: T
 
 
 def apply_bwd(
-    do: Tensor, q: Tensor, offset: int, chunk_size: int, w0: Tensor, w1: Tensor, w2: Tensor
+    do: Tensor, q: Tensor, borders: Sequence[int], w0: Tensor, w1: Tensor, w2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `apply`: of q, and of each chunk's weights, `[chunks, B, H, ...]`."""
     dtype = q.dtype
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     weights = [_rounded(w, dtype) for w in (w0, w1, w2)]
     dweights = [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in (w0, w1, w2)]
-    for piece in _pieces(q, w0.shape[-2], offset, chunk_size):
+    for piece in _pieces(q, w0.shape[-2], borders):
         w0, w1, w2 = (piece.weights(w) for w in weights)
         dw0, dw1, dw2 = (piece.weights(dw) for dw in dweights)
         x, dy = piece.tokens(q), piece.tokens(do)
@@ -181,24 +181,26 @@ def gradients_bwd(
 
 
 def _pieces(
-    x: Tensor, hidden_dim: int, offset: int = 0, chunk_size: int | None = None
+    x: Tensor, hidden_dim: int, borders: Sequence[int] | None = None
 ) -> Iterator[_Piece]:
     """Cut the tokens of `[B, T, H, D]` at chunk borders, and further or less far by the piece's size."""
     B, T, H, _ = x.shape
-    chunk_size = chunk_size or max(T, 1)
+    borders = [0, T] if borders is None else borders
     size = CPU_PIECE if x.is_cpu else DEVICE_PIECE
     most = max(MIN_PIECE_TOKENS, size // max(1, B * H * hidden_dim))
-    first = 0
-    while first < T and B:
-        chunk, inside = divmod(offset + first, chunk_size)
-        whole_chunks = 0 if inside else min(T - first, most) // chunk_size
-        if whole_chunks:
-            count, length = whole_chunks, chunk_size
-        else:
-            room = min(chunk_size - inside, T - first)
-            count, length = 1, -(-room // -(-room // most))  # pieces of nearly equal length
-        yield _Piece(first, chunk, count, length)
-        first += count * length
+    chunk, chunks = 0, len(borders) - 1 if B else 0
+    while chunk < chunks:
+        first, length, count = borders[chunk], borders[chunk + 1] - borders[chunk], 1
+        while chunk + count < chunks and (count + 1) * length <= most:
+            if borders[chunk + count + 1] - borders[chunk + count] != length:
+                break
+            count += 1
+        if length:
+            parts = -(-length // most)  # of nearly equal length, of a chunk that is too large
+            part = -(-length // parts)
+            for start in range(0, length, part):
+                yield _Piece(first + start, chunk, count, min(part, length - start))
+        chunk += count
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:

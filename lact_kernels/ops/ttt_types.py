@@ -55,9 +55,6 @@ class Tokens(NamedTuple):
     def at(self, tokens: slice) -> "Tokens":
         return Tokens(*(None if x is None else x[:, tokens] for x in self))
 
-    def chunk(self, c: int, chunk_size: int) -> "Tokens":
-        return self.at(slice(c * chunk_size, (c + 1) * chunk_size))
-
 
 class Options(NamedTuple):
     """How one call computes."""
@@ -67,6 +64,36 @@ class Options(NamedTuple):
     prenorm: bool
     return_end: bool
     checkpoint_interval: int
+
+
+class Ranks:
+    """What a scan has to do with those of other processes: nothing, which is what this class does.
+
+    `lact_kernels.distributed` has the others: ranks that share each chunk (they take part in `sum_`), and
+    ranks that have the chunks in turn (they hand fast weights on, and gradients back).
+    """
+
+    share_chunks = False  # this rank has a part of each chunk's tokens, and all know all fast weights
+
+    def sum_(self, *tensors: Tensor) -> None:
+        """Sum each tensor over the ranks that share chunks, in place."""
+
+    def part(self, x: Tensor) -> Tensor:
+        """A gradient that ranks which share chunks know alike, as this rank's part of a sum over them."""
+        return x
+
+    def hand_on(self, end: FastWeights) -> None:
+        """The fast weights after the last update, before any query of the last sequence is applied."""
+
+    def handed_back(self, dend: FastWeights) -> FastWeights:
+        """The gradients of `end`, given what this rank has of them. The reverse scan waits for it."""
+        return dend
+
+    def hand_back(self, dstart: FastWeights) -> None:
+        """The gradients of the fast weights before the first update, as soon as they are known."""
+
+
+ALONE = Ranks()
 
 
 def num_updates(Tk: int, chunk_size: int, return_end: bool) -> int:

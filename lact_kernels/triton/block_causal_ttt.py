@@ -29,11 +29,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lact_kernels.ops.offsets import Offsets
+from lact_kernels.ops.offsets import ChunkOffsets
 from lact_kernels.ops.ttt_types import (
+    ALONE,
     RENORM_EPS,
     FastWeights,
     Options,
+    Ranks,
     Tokens,
     Triple,
     num_updates,
@@ -51,12 +53,18 @@ ACTIVATION_BYTES = 2**30
 
 
 def block_causal_ttt_fwd(
-    q: Tensor, tokens: Tokens, start: FastWeights, offsets: Offsets | None, options: Options
+    q: Tensor,
+    tokens: Tokens,
+    start: FastWeights,
+    offsets: ChunkOffsets | None,
+    options: Options,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, FastWeights | None, list[Tensor]]:
     """Outputs `[B, Tq, H, Dv]`, the fast weights after the last update if asked for, and the history."""
-    history = block_causal_ttt_history(tokens.k, start, offsets is not None, options)
+    updates = 0 if offsets is None else sum(len(borders) - 2 for borders in offsets.keys)
+    history = block_causal_ttt_history(tokens.k, start, offsets is not None, options, updates)
     with on_device(q):
-        o, end = _Call(q, tokens, start, offsets, options, history).forward()
+        o, end = _Call(q, tokens, start, offsets, options, history, ranks).forward()
     return o, end, history
 
 
@@ -67,24 +75,26 @@ def block_causal_ttt_bwd(
     tokens: Tokens,
     start: FastWeights,
     history: list[Tensor],
-    offsets: Offsets | None,
+    offsets: ChunkOffsets | None,
     options: Options,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, Tokens, FastWeights]:
     """Gradients of the queries, the tokens and the starting weights."""
     with on_device(q):
-        return _Call(q, tokens, start, offsets, options, history).backward(do, dend)
+        return _Call(q, tokens, start, offsets, options, history, ranks).backward(do, dend)
 
 
 def block_causal_ttt_history(
-    k: Tensor, start: FastWeights, packed: bool, options: Options
+    k: Tensor, start: FastWeights, packed: bool, options: Options, at_least: int = 0
 ) -> list[Tensor]:
     """Room for weights, sums, steps (with momentum or Muon) and betas (with momentum), knowing shapes only.
 
-    Of packed sequences the number of chunks is known by its upper bound, with all tokens in one.
+    Of packed sequences the number of updates is known by its upper bound, with all tokens in one; ranks that
+    share chunks have more of them than their own tokens make.
     """
     N, H = start.weights[0].shape[:2]
     Tk, C = k.shape[1], options.chunk_size
-    updates = Tk // C if packed else num_updates(Tk, C, options.return_end)
+    updates = max(Tk // C, at_least) if packed else num_updates(Tk, C, options.return_end)
     kept = updates // options.checkpoint_interval
     dims = Dims.of(start.weights)
     shape = (N + kept if packed else N * (1 + kept), H, dims.size)
@@ -147,10 +157,12 @@ class _Call:
         q: Tensor,
         tokens: Tokens,
         start: FastWeights,
-        offsets: Offsets | None,
+        offsets: ChunkOffsets | None,
         options: Options,
         history: list[Tensor],
+        ranks: Ranks,
     ):
+        self.ranks = ranks
         self.q, self.k, self.v = readable_in_place(q, tokens.k, tokens.v)
         self.lr = torch.stack([lr.mT for lr in tokens[2:5]])  # [3, B, H, T]
         self.momentum = tokens.momentum
@@ -173,6 +185,7 @@ class _Call:
             steps = range(self.chunks.steps)
             momentum = self.momentum.mT.contiguous()  # [B, H, T]
             ttt_mean_momentum(momentum, self.betas, self.chunks.keys(steps, steps))
+            self.ranks.sum_(self.betas)
         before = None
         for number, steps in enumerate(self.segments()):
             segment = self.segment(steps)
@@ -185,16 +198,19 @@ class _Call:
                 self.checkpoint(number).copy_(first)
             with phase("scan"):
                 self.scan(segment)
-            with phase("apply"):
-                self.apply(segment, o)
             if end is not None:
                 end.add(segment)
+                if steps.stop == self.chunks.steps:
+                    end.finish()
+                    self.ranks.hand_on(end.result)
+            with phase("apply"):
+                self.apply(segment, o)
             before = segment
-        return o, None if end is None else end.fast_weights()
+        return o, None if end is None else end.result
 
     def backward(self, do: Tensor, dend: FastWeights | None) -> tuple[Tensor, Tokens, FastWeights]:
         (do,) = readable_in_place(do)
-        grads = _Gradients(self, dend)
+        grads = _Gradients(self)
         for number, steps in reversed(list(enumerate(self.segments()))):
             segment = self.segment(steps)
             if self.options.checkpoint_interval > 1:
@@ -202,8 +218,8 @@ class _Call:
                 with phase("scan"):
                     self.scan(segment)
             for batch in reversed(self.batches(steps, planes=6)):
-                self.batch_backward(segment, batch, do, grads)
-        return grads.result()
+                self.batch_backward(segment, batch, do, dend, grads)
+        return grads.dq, grads.dtokens(), grads.dstart
 
     def segments(self) -> list[range]:
         """The steps from one checkpoint to the next; all, if every step is kept."""
@@ -265,6 +281,9 @@ class _Call:
         splits = num_outer_splits(self.k, number, run.width, dims)
         parts = self.floats(splits, number, self.H, dims.size)
         ttt_outer(self.k, self.lr1_v, acts, parts, run, dims)
+        if self.ranks.share_chunks:
+            parts = parts.sum(dim=0, keepdim=True)
+            self.ranks.sum_(parts)
 
         now, then, parts = now.heads(), then.heads(), parts.flatten(1, 2)
         norms = self.norms[: len(now.sums)]
@@ -289,7 +308,12 @@ class _Call:
             ttt_project(acts, weights, o, run, self.dims, to_values=True)
 
     def batch_backward(
-        self, segment: _Segment, batch: range, do: Tensor, grads: "_Gradients"
+        self,
+        segment: _Segment,
+        batch: range,
+        do: Tensor,
+        dend: FastWeights | None,
+        grads: "_Gradients",
     ) -> None:
         """The backward of some steps, given what the later ones leave in `grads`."""
         chunks, dims = self.chunks, self.dims
@@ -302,6 +326,8 @@ class _Call:
             dapply = self.floats(splits, run.num_chunks, self.H, dims.size)
             ttt_outer(self.q, do, acts, dapply, run, dims)
             ttt_project(acts, weights, grads.dq, run, dims, to_values=False)
+        if batch.stop == chunks.steps:
+            grads.begin(dend)
 
         updating = range(batch.start, min(batch.stop, chunks.updates))
         number = chunks.num_chunks(updating)
@@ -317,6 +343,9 @@ class _Call:
                 self.update_backward(segment, batch, step, dapply, deferred, grads)
             first = chunks.counts[batch.start]
             grads.dweights[0, :first] += dapply[:, :first].sum(dim=0)
+            if batch.start == 0:
+                grads.finish()
+                self.ranks.hand_back(grads.dstart)
         if updating:
             with phase("deferred"):
                 run, dsteps = chunks.keys(updating, batch), deferred.dsteps
@@ -346,9 +375,18 @@ class _Call:
         mine = slice(place, place + number)
         next_ = slice(place + chunks.counts[step], place + chunks.counts[step] + number)
 
+        dapply = dapply[:, next_] if step + 1 in batch else None
+        if self.ranks.share_chunks:
+            total = grads.dweights[:, :number].sum(dim=0)
+            if dapply is not None:
+                total += dapply.sum(dim=0)
+            self.ranks.sum_(total)
+            grads.dweights[0, :number], grads.dweights[1:, :number] = total, 0
+            dapply = None
+
         places = (
             grads.dweights.flatten(1, 2),
-            dapply[:, next_].flatten(1, 2) if step + 1 in batch else None,
+            None if dapply is None else dapply.flatten(1, 2),
             grads.carry.flatten(0, 1), then.sums, self.norms[:heads], grads.dnorms, dims,
         )  # fmt: skip
         dsteps = deferred.dsteps[mine]
@@ -415,8 +453,8 @@ class _End:
                 if self.steps is not None:
                     self.steps[goes_on : len(arrays.sums)] = arrays.steps[goes_on:]
 
-    def fast_weights(self) -> FastWeights:
-        """In the order of the sequences."""
+    def finish(self) -> None:
+        """All there is, in the order of the sequences, as the `result`."""
         call, start = self.call, self.call.start
         updated = call.chunks.active(0)
         weights = []
@@ -427,7 +465,8 @@ class _End:
             weights.append(call.chunks.unranked(x))
         masters = call.unpack(self.sums) if start.masters else ()
         buffers = call.unpack(self.steps) if start.buffers else ()
-        return FastWeights(tuple(weights), tuple(map(_own, start.norms)), masters, buffers)
+        norms = tuple(map(_own, start.norms))
+        self.result = FastWeights(tuple(weights), norms, masters, buffers)
 
 
 class _Deferred(NamedTuple):
@@ -443,7 +482,7 @@ class _Deferred(NamedTuple):
 class _Gradients:
     """The results of the backward, and what it carries from step to step, by rank."""
 
-    def __init__(self, call: _Call, dend: FastWeights | None):
+    def __init__(self, call: _Call):
         self.call = call
         chunks, dims, H = call.chunks, call.dims, call.H
         self.dq = call.q.new_empty(call.q.shape)
@@ -457,24 +496,33 @@ class _Gradients:
         self.carry = zeros(chunks.N, H, dims.size)
         self.dbuffers = zeros(chunks.N, H, dims.size) if call.start.buffers else None
         self.dnorms = zeros(chunks.N * H, dims.rows)
-        if dend is not None:
-            call.write(self.dweights[0], dend.weights)
-            call.write(self.carry, dend.masters)
-            call.write(self.dbuffers, dend.buffers)
-            self.dnorms.copy_(chunks.ranked(torch.cat(dend.norms, dim=-1)).flatten(0, 1))
 
-    def result(self) -> tuple[Tensor, Tokens, FastWeights]:
+    def begin(self, dend: FastWeights | None) -> None:
+        """The gradients of the last weights, which the reverse scan starts from."""
         call = self.call
+        dend = call.ranks.handed_back(dend)
+        if dend is None:
+            return
+        call.write(self.dweights[0], tuple(map(call.ranks.part, dend.weights)))
+        call.write(self.carry, dend.masters)
+        call.write(self.dbuffers, dend.buffers)
+        self.dnorms.copy_(call.chunks.ranked(torch.cat(dend.norms, dim=-1)).flatten(0, 1))
+
+    def finish(self) -> None:
+        """What the reverse scan has left, as the gradients `dstart` of the first weights."""
+        call, part = self.call, self.call.ranks.part
         dweights = self.dweights.sum(dim=0)
         if not call.start.masters:
-            dweights += self.carry
-        dmasters = call.unpack(self.carry) if call.start.masters else ()
-        dbuffers = call.unpack(self.dbuffers) if call.start.buffers else ()
-        dnorms = call.chunks.unranked(self.dnorms.unflatten(0, (call.chunks.N, call.H)))
+            dweights += part(self.carry)
+        dmasters = call.unpack(part(self.carry)) if call.start.masters else ()
+        dbuffers = call.unpack(part(self.dbuffers)) if call.start.buffers else ()
+        dnorms = call.chunks.unranked(part(self.dnorms).unflatten(0, (call.chunks.N, call.H)))
         dnorms = tuple(map(_own, call.dims.unpack_rows(dnorms)))
+        self.dstart = FastWeights(call.unpack(dweights), dnorms, dmasters, dbuffers)
+
+    def dtokens(self) -> Tokens:
         dmomentum = None if self.dmomentum is None else _own(self.dmomentum.mT)
-        dtokens = Tokens(self.dk, self.dv, *map(_own, self.dlr.mT), dmomentum)
-        return self.dq, dtokens, FastWeights(call.unpack(dweights), dnorms, dmasters, dbuffers)
+        return Tokens(self.dk, self.dv, *map(_own, self.dlr.mT), dmomentum)
 
 
 def _own(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lact_kernels.ops.offsets import Offsets
+from lact_kernels.ops.offsets import ChunkOffsets
 from lact_kernels.ops.ttt_types import Options, Triple, num_updates
 from lact_kernels.triton.configs import CompileCase, TTTConfig, shipped_ttt_configs
 
@@ -111,7 +111,9 @@ class Run(NamedTuple):
 class Chunks:
     """The chunks of a call. Packed sequences have tables, of which kernels read a chunk's tokens."""
 
-    def __init__(self, q: Tensor, k: Tensor, N: int, offsets: Offsets | None, options: Options):
+    def __init__(
+        self, q: Tensor, k: Tensor, N: int, offsets: ChunkOffsets | None, options: Options
+    ):
         self.N, self.B, self.Tk, self.Tq = N, q.shape[0], k.shape[1], q.shape[1]
         self.chunk_size = C = options.chunk_size
         self.order = self.key_table = self.query_table = None
@@ -121,20 +123,18 @@ class Chunks:
             self.max_length = min(C, self.Tk)
             self.rows = [N * self.max_length] * (updates + 1)
         else:
-            self._pack(offsets, options, q.device)
+            self._pack(offsets, q.device)
         self.firsts = [0, *itertools.accumulate(self.counts)]
         self.first_rows = [0, *itertools.accumulate(self.rows)]
         self.counts.append(0)
 
-    def _pack(self, offsets: Offsets, options: Options, device: torch.device) -> None:
+    def _pack(self, offsets: ChunkOffsets, device: torch.device) -> None:
         """Rank the sequences, and list each chunk's tokens: first, number, first row.
 
         Nobody reads the keys of a sequence's last chunk: it is applied, but no update follows.
         """
-        C = self.chunk_size
-        spans = list(zip(offsets.keys, offsets.keys[1:]))
-        updates = [num_updates(stop - start, C, options.return_end) for start, stop in spans]
-        order = sorted(range(len(spans)), key=lambda n: -updates[n])
+        updates = [len(borders) - 2 for borders in offsets.keys]
+        order = sorted(range(len(updates)), key=lambda n: -updates[n])
         self.counts, self.rows = [], []
         keys, queries, row = [], [], 0
         for step in range(max(updates) + 1):
@@ -142,16 +142,14 @@ class Chunks:
             self.counts.append(len(active))
             before = row
             for n in active:
-                start, stop = spans[n]
-                first = start + step * C
-                number = min(C, stop - first)
-                shift = stop - offsets.queries[n + 1]  # from a query's place to its key's
-                first_query = max(first - shift, offsets.queries[n])
-                keys.append((first, number if step < updates[n] else 0, row))
-                queries.append((first_query, max(first + number - shift - first_query, 0), row))
-                row += number
+                (first, stop), (first_query, stop_query) = (
+                    borders[n][step : step + 2] for borders in (offsets.keys, offsets.queries)
+                )
+                keys.append((first, stop - first if step < updates[n] else 0, row))
+                queries.append((first_query, stop_query - first_query, row))
+                row += max(stop - first, stop_query - first_query)
             self.rows.append(row - before)
-        self.max_length = min(C, max(stop - start for start, stop in spans))
+        self.max_length = max(1, *(number for _, number, _ in keys + queries))
         table = torch.tensor([keys, queries], dtype=torch.int32).to(device, non_blocking=True)
         self.key_table, self.query_table = table.unbind()
         self.order = torch.tensor(order).to(device, non_blocking=True)

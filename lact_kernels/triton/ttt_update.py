@@ -153,9 +153,7 @@ def _ttt_mean_momentum_kernel(
     for start in range(0, number, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
         total += tl.load(momentum_ptr + tokens, mask=tokens < number, other=0.0)
-    tl.store(
-        betas_ptr + tl.program_id(0), tl.div_rn(tl.sum(total), tl.maximum(number, 1).to(tl.float32))
-    )
+    tl.store(betas_ptr + tl.program_id(0), tl.div_rn(tl.sum(total), chunk_size.to(tl.float32)))
 
 
 def ttt_update(
@@ -187,7 +185,7 @@ def ttt_update(
 
 
 def ttt_mean_momentum(momentum: Tensor, betas: Tensor, run: Run) -> None:
-    """The mean of momentum `[B, H, T]` over each chunk's tokens, into betas `[chunks, H]`."""
+    """The sum of momentum `[B, H, T]` over each chunk's tokens by the chunk's size, into betas `[chunks, H]`."""
     B, H, T = momentum.shape
     _ttt_mean_momentum_kernel[(run.num_chunks * H,)](
         momentum, betas, run.table, run.first_chunk, B, T, run.chunk_size, H, BLOCK=TOKEN_BLOCK

@@ -174,9 +174,7 @@ def _ttt_rates_bwd_kernel(
         tl.store(dlr_ptr + i * tl.cast(B, tl.int64) * H * T + place, total, mask=inside)
     if dbetas_ptr is not None:
         dbeta = matrix_total(dbetas_ptr + tl.cast(chunk_head, tl.int64) * ROWS, ROWS, BLOCK_TOTAL)
-        share = tl.full([BLOCK_T], 0.0, tl.float32) + tl.div_rn(
-            dbeta, tl.maximum(number, 1).to(tl.float32)
-        )
+        share = tl.full([BLOCK_T], 0.0, tl.float32) + tl.div_rn(dbeta, chunk_size.to(tl.float32))
         tl.store(dmomentum_ptr + place, share, mask=inside)
 
 
