@@ -13,7 +13,8 @@ from lact_kernels import TTTState, block_causal_ttt, window_attn
 from lact_kernels.autograd import block_causal_ttt as ttt_ops
 from lact_kernels.autograd import window_attn as attn_ops
 from lact_kernels.eager import block_causal_ttt as eager
-from lact_kernels.ops.block_causal_ttt import _initial_state
+from lact_kernels.ops.block_causal_ttt import new_state
+from lact_kernels.ops.ttt_types import Tokens
 from tests.cases import TTTCase, WindowCase, check_window_attn
 
 WINDOW = [

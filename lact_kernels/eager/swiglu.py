@@ -180,9 +180,7 @@ def gradients_bwd(
     return tuple(dweights)
 
 
-def _pieces(
-    x: Tensor, hidden_dim: int, borders: Sequence[int] | None = None
-) -> Iterator[_Piece]:
+def _pieces(x: Tensor, hidden_dim: int, borders: Sequence[int] | None = None) -> Iterator[_Piece]:
     """Cut the tokens of `[B, T, H, D]` at chunk borders, and further or less far by the piece's size."""
     B, T, H, _ = x.shape
     borders = [0, T] if borders is None else borders

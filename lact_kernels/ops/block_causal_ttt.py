@@ -15,7 +15,7 @@ from lact_kernels.ops.ttt_state import (
     joined_tokens,
     packed_tokens,
 )
-from lact_kernels.ops.ttt_types import FastWeights, num_updates
+from lact_kernels.ops.ttt_types import FastWeights, Tokens, num_updates
 
 __all__ = ["TTTState", "TTTTokens", "block_causal_ttt"]
 
@@ -115,16 +115,15 @@ def block_causal_ttt(
     Source: arXiv 2505.23884, sections 3.1 and 3.2, and its shifted block-causal order, section 3.3.
     """
     checks.check_flag("return_state", return_state)
-    _check_inputs(q, k, v, (w0, w1, w2), (lr0, lr1, lr2), momentum, cu_seqlens)
-    _check_options(chunk_size, muon, prenorm, checkpoint_interval)
-    backend = checks.choose_backend(backend, q, _triton_obstacle(q, v, w0))
-    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    weights = tuple(w.expand(N, *w.shape[-3:]) for w in (w0, w1, w2))
-    if initial_state is not None:
-        _check_state(initial_state, k, v, weights, chunk_size, muon, prenorm, momentum)
-    options = (chunk_size, muon, q.dtype)
-    state = initial_state or _initial_state(weights, prenorm, momentum, options)
-    tokens = (k, v, lr0, lr1, lr2, momentum)
+    checks.check_floating("q", q, "[B, T, H, Dk]")
+    N = q.shape[0]
+    if cu_seqlens is not None:
+        checks.check_cu_seqlens(cu_seqlens, q)
+        N = cu_seqlens.shape[0] - 1
+    tokens, weights = Tokens(k, v, lr0, lr1, lr2, momentum), (w0, w1, w2)
+    check_call(q, tokens, weights, N, initial_state, chunk_size, muon, prenorm, checkpoint_interval)
+    backend = checks.choose_backend(backend, q, triton_obstacle(q, v, w0))
+    state = initial_state or new_state(weights, N, tokens, chunk_size, muon, prenorm)
     if cu_seqlens is not None:
         cu_seqlens = on_host(cu_seqlens, q.shape[1])  # from here on nothing waits for the device
     how = (checkpoint_interval, backend)
@@ -136,10 +135,15 @@ def block_causal_ttt(
     return (o, state) if return_state else o
 
 
-def _initial_state(weights, prenorm, momentum, options) -> TTTState:
+def new_state(weights, N: int, tokens: Tokens, chunk_size, muon, prenorm) -> TTTState:
+    """The state before the first token of N sequences, which shares the memory of the weights."""
+    weights = tuple(w.expand(N, *w.shape[-3:]) for w in weights)
     norms = tuple(torch.linalg.vector_norm(w, dim=-1) for w in weights)
-    buffers = () if momentum is None else tuple(w.new_zeros(()).expand(w.shape) for w in weights)
-    return TTTState(weights, norms, weights if prenorm else (), buffers, (), *options)
+    buffers = ()
+    if tokens.momentum is not None:
+        buffers = tuple(w.new_zeros(()).expand(w.shape) for w in weights)
+    masters = weights if prenorm else ()
+    return TTTState(weights, norms, masters, buffers, (), chunk_size, muon, tokens.k.dtype)
 
 
 def _run(q, tokens, state: TTTState, cu_seqlens_q, cu_seqlens_k, return_end: bool, how):
@@ -207,20 +211,31 @@ def _split(tokens, lengths):
     return [None if x is None else x[0].split(lengths) for x in tokens]
 
 
-def _check_inputs(q, k, v, weights, lrs, momentum, cu_seqlens) -> None:
+def check_call(
+    q, tokens: Tokens, weights, rows: int, state, chunk_size, muon, prenorm, checkpoint_interval
+) -> None:
+    """What every call must fulfil; `rows` is the number of its sequences."""
+    checks.check_positive_int("chunk_size", chunk_size)
+    checks.check_flags(muon=muon, prenorm=prenorm)
+    checks.check_positive_int("checkpoint_interval", checkpoint_interval)
+    _check_tensors(q, tokens, weights, rows)
+    if state is not None:
+        options = StateOptions(chunk_size, muon, prenorm, tokens.momentum is not None)
+        _check_state(state, tokens, weights, rows, options)
+
+
+def _check_tensors(q, tokens: Tokens, weights, rows: int) -> None:
+    k, v, *lrs, momentum = tokens
     checks.check_floating("q", q, "[B, T, H, Dk]")
     checks.check_floating("v", v, "[B, T, H, Dv]")
     B, T, H, Dk = q.shape
     Dv = v.shape[-1]
     checks.check_tensor("k", k, (B, T, H, Dk), "[B, T, H, Dk]", q.dtype, q.device)
     checks.check_tensor("v", v, (B, T, H, Dv), "[B, T, H, Dv]", q.dtype, q.device)
-    if cu_seqlens is not None:
-        checks.check_cu_seqlens(cu_seqlens, q)
 
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     checks.check_floating("w0", weights[0], "[H, Dh, Dk]", "[B, H, Dh, Dk]")
     Dh = weights[0].shape[-2]
-    rows = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shapes = {
         "w0": ((H, Dh, Dk), "H, Dh, Dk"),
         "w1": ((H, Dv, Dh), "H, Dv, Dh"),
@@ -235,35 +250,29 @@ def _check_inputs(q, k, v, weights, lrs, momentum, cu_seqlens) -> None:
             checks.check_tensor(name, x, (B, T, H), "[B, T, H]", wide, q.device)
 
 
-def _check_options(chunk_size, muon, prenorm, checkpoint_interval) -> None:
-    checks.check_positive_int("chunk_size", chunk_size)
-    checks.check_flag("muon", muon)
-    checks.check_flag("prenorm", prenorm)
-    checks.check_positive_int("checkpoint_interval", checkpoint_interval)
-
-
-def _triton_obstacle(q, v, w0) -> str | None:
+def triton_obstacle(q, v, w0) -> str | None:
     for name, size in (("Dk", q.shape[-1]), ("Dv", v.shape[-1]), ("Dh", w0.shape[-2])):
         if size > MAX_TRITON_DIM:
             return f"Dk, Dv and Dh go up to {MAX_TRITON_DIM}, got {name} = {size} (choose a smaller one)"
     return None
 
 
-def _check_state(state, k, v, weights, chunk_size, muon, prenorm, momentum) -> None:
+def _check_state(state, tokens: Tokens, weights, rows: int, options: StateOptions) -> None:
     if not isinstance(state, TTTState):
         raise TypeError(f"initial_state must be a TTTState, got {type(state).__name__}")
-    options = StateOptions(chunk_size, muon, prenorm, momentum is not None)
     if state.options != options:
         raise ValueError(f"initial_state was made with {state.options}; this call has {options}")
     for i, (ours, w) in enumerate(zip(state.weights, weights)):
         layout = f"[N, H, {('Dh, Dk', 'Dv, Dh', 'Dh, Dk')[i]}] of this call"
-        checks.check_tensor(f"initial_state.weights[{i}]", ours, w.shape, layout, w.dtype, w.device)
-    for name, i, x in (("k", 0, k), ("v", 1, v)):
+        shape = (rows, *w.shape[-3:])
+        checks.check_tensor(f"initial_state.weights[{i}]", ours, shape, layout, w.dtype, w.device)
+    for name, i, x in (("k", 0, tokens.k), ("v", 1, tokens.v)):
         for piece in state.pending[:1]:
-            shape = (len(weights[0]), piece[i].shape[1], *x.shape[2:])
+            shape = (rows, piece[i].shape[1], *x.shape[2:])
             layout = "[N, pending, H, D] of this call"
             checks.check_tensor(
                 f"initial_state.pending.{name}", piece[i], shape, layout, x.dtype, x.device
             )
-    if state.dtype != k.dtype:
-        raise TypeError(f"initial_state was made of {state.dtype} tokens; this call has {k.dtype}")
+    if state.dtype != tokens.k.dtype:
+        dtype = tokens.k.dtype
+        raise TypeError(f"initial_state was made of {state.dtype} tokens; this call has {dtype}")

@@ -73,7 +73,9 @@ class Ranks:
     ranks that have the chunks in turn (they hand fast weights on, and gradients back).
     """
 
-    share_chunks = False  # this rank has a part of each chunk's tokens, and all know all fast weights
+    share_chunks = (
+        False  # this rank has a part of each chunk's tokens, and all know all fast weights
+    )
 
     def sum_(self, *tensors: Tensor) -> None:
         """Sum each tensor over the ranks that share chunks, in place."""

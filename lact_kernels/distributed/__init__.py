@@ -1,0 +1,7 @@
+"""Long sequences and wide layers on several devices, on PyTorch's own process groups and meshes."""
+
+from lact_kernels.distributed.block_causal_ttt import block_causal_ttt
+from lact_kernels.distributed.pieces import SequencePieces
+from lact_kernels.distributed.window_attn import window_attn
+
+__all__ = ["SequencePieces", "block_causal_ttt", "window_attn"]

@@ -1,0 +1,111 @@
+"""Processes that run functions of the tests as the ranks of a gloo group.
+
+The processes are started once for many tests: importing torch takes them seconds. A function must be at the
+top of its module; it is called on every rank with the same arguments, and checks its own results:
+
+    def equals_one_process(size):
+        mesh = init_device_mesh("cpu", (dist.get_world_size() // size, size))
+        ...
+        assert ...
+
+    def test_it(ranks):
+        ranks.run(equals_one_process, 2)
+"""
+
+import datetime
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+TIMEOUT = 30  # seconds that a rank waits for another, in the group itself
+PATIENCE = 240  # seconds that a test waits for its ranks
+
+
+class RankError(AssertionError):
+    """What the ranks raised: `errors` has the text of each, None where there was none."""
+
+    def __init__(self, errors: list[str | None]):
+        self.errors = errors
+        super().__init__("\n".join(f"rank {r}: {e}" for r, e in enumerate(errors) if e))
+
+
+class Ranks:
+    """`size` processes in one gloo group, which wait for functions to run."""
+
+    def __init__(self, size: int, timeout: float = TIMEOUT):
+        self.size = size
+        self._folder = tempfile.TemporaryDirectory()
+        context = multiprocessing.get_context("spawn")
+        self._pipes, self.processes = [], []
+        for rank in range(size):
+            here, there = context.Pipe()
+            process = context.Process(
+                target=_serve,
+                args=(there, rank, size, f"{self._folder.name}/store", timeout),
+                daemon=True,
+            )
+            process.start()
+            there.close()
+            self._pipes.append(here)
+            self.processes.append(process)
+
+    def run(self, function: Callable, *args: Any) -> list[Any]:
+        """What `function(*args)` returns on each rank; `RankError` if it raises on one, or if one dies."""
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        answers = [self._answer(pipe) for pipe in self._pipes]
+        errors = [error for _, error in answers]
+        if any(errors):
+            raise RankError(errors)
+        return [result for result, _ in answers]
+
+    def _answer(self, pipe) -> tuple[Any, str | None]:
+        if not pipe.poll(PATIENCE):
+            return None, f"no answer within {PATIENCE} s"
+        try:
+            return pipe.recv()
+        except EOFError:
+            return None, "died"
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join(5)
+            process.kill()
+        self._folder.cleanup()
+
+
+def _serve(pipe, rank: int, size: int, store: str, timeout: float) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, size),
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=timeout),
+    )
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        torch.manual_seed(0)
+        try:
+            pipe.send((function(*args), None))
+        except BaseException:
+            pipe.send((None, traceback.format_exc()))
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Four ranks, for all tests of one worker: mark their modules `xdist_group("ranks")`."""
+    four = Ranks(4)
+    yield four
+    four.close()
