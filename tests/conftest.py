@@ -6,6 +6,8 @@ import os
 import pytest
 import torch
 
+pytest_plugins = ["tests.ranks"]
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -4,7 +4,7 @@ The processes are started once for many tests: importing torch takes them second
 top of its module; it is called on every rank with the same arguments, and checks its own results:
 
     def equals_one_process(size):
-        mesh = init_device_mesh("cpu", (dist.get_world_size() // size, size))
+        mesh = mesh_of(size)
         ...
         assert ...
 
@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 TIMEOUT = 30  # seconds that a rank waits for another, in the group itself
 PATIENCE = 240  # seconds that a test waits for its ranks
@@ -101,6 +102,12 @@ def _serve(pipe, rank: int, size: int, store: str, timeout: float) -> None:
             pipe.send((function(*args), None))
         except BaseException:
             pipe.send((None, traceback.format_exc()))
+
+
+def mesh_of(size: int) -> DeviceMesh:
+    """The mesh of `size` ranks that this rank is in; all ranks make theirs at once."""
+    shape = (dist.get_world_size() // size, size)
+    return init_device_mesh("cpu", shape, mesh_dim_names=("data", "sequence"))["sequence"]
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,17 @@
 """`LaCTForCTC`: from a waveform to the logits of CTC, through blocks of LaCT layers."""
 
+import contextlib
 import math
 import warnings
+from collections.abc import Iterator
 from inspect import signature
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig, AutoModelForCTC, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutput
@@ -18,6 +22,7 @@ from lact_kernels.asr.config import LaCTASRConfig
 from lact_kernels.asr.encoder import ConvEncoder
 from lact_kernels.asr.features import LogMel, SpecAugment
 from lact_kernels.asr.text import WordCTCTokenizer
+from lact_kernels.distributed import SequencePieces
 from lact_kernels.layers import LaCTCache, LaCTLayer
 from lact_kernels.layers.lact import BASE_LR
 from lact_kernels.layers.mlp import SwiGLUMLP
@@ -46,8 +51,10 @@ class LaCTASRBlock(GradientCheckpointingLayer):
         self.mlp = SwiGLUMLP(config.hidden_size, config.intermediate_size, config.hidden_ratio)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: LaCTCache | None = None) -> Tensor:
-        x = x + self.dropout(self.attn(self.attn_norm(x), cache=cache))
+    def forward(
+        self, x: Tensor, cache: LaCTCache | None = None, pieces: SequencePieces | None = None
+    ) -> Tensor:
+        x = x + self.dropout(self.attn(self.attn_norm(x), cache=cache, pieces=pieces))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -61,8 +68,14 @@ class LaCTForCTC(PreTrainedModel):
 
     A warning says so if a chunk is longer than `max_utterance_seconds`: then no utterance reaches an
     update of its fast weights.
+
+    Attributes:
+        sequence_mesh: a 1-D `DeviceMesh`, or None. With one, its ranks are each given the same recordings; each
+            computes the features and convolutions of all, and the blocks of a piece. All get all logits, and
+            the same loss.
     """
 
+    sequence_mesh: DeviceMesh | None = None
     config_class = LaCTASRConfig
     main_input_name = "input_values"
     base_model_prefix = "model"
@@ -113,7 +126,8 @@ class LaCTForCTC(PreTrainedModel):
                 are of this length.
             labels: int64 `[B, n]`, the tokens of each row, -100 behind their end: adds the CTC `loss`,
                 per token, the mean over rows.
-            output_hidden_states: return the inputs of all blocks, and the last output.
+            output_hidden_states: return the inputs of all blocks, and the last output; with a
+                `sequence_mesh` those of this rank's piece.
 
         Returns:
             `logits [B, ceil(samples / inputs_to_logits_ratio), vocab_size]`, in which frames behind the end
@@ -131,12 +145,20 @@ class LaCTForCTC(PreTrainedModel):
         samples = torch.arange(input_values.shape[1], device=lengths.device)
         waveform = torch.where(samples < lengths[:, None], input_values, 0)
         waveform = F.pad(waveform, (0, T * ratio - waveform.shape[1]))
-        frames = self.spec_augment(self.features(waveform))
         states = [] if output_hidden_states else None
-        x, _ = self.encode(frames, num_frames, hidden_states=states)
+        pieces = None
+        with _same_draws(self.sequence_mesh if self.training else None, waveform.device):
+            x, _ = self._convolve(self.spec_augment(self.features(waveform)), num_frames)
+        if self.sequence_mesh is not None:
+            group = self.config.temporal_reduction
+            pieces = SequencePieces.even(self.sequence_mesh, x.shape[1], multiple_of=group)
+            x = pieces.take(x)
+        logits = self.ctc_head(self._mix(x, None, states, pieces))
+        if pieces is not None:
+            logits = pieces.gather(logits)
+        logits = logits[:, shift : shift + T]
 
         exists = torch.arange(T, device=lengths.device) < num_frames[:, None]  # [B, T]
-        logits = self.ctc_head(x[:, shift : shift + T])
         blank = torch.full_like(logits[0, :1], IMPOSSIBLE)
         blank[:, self.config.pad_token_id] = 0
         logits = torch.where(exists[..., None], logits, blank)
@@ -151,7 +173,6 @@ class LaCTForCTC(PreTrainedModel):
         state: EncoderState | None = None,
         *,
         ends: bool = True,
-        hidden_states: list[Tensor] | None = None,
     ) -> tuple[Tensor, EncoderState | None]:
         """Normalised log-mel frames through convolutions and blocks.
 
@@ -164,11 +185,22 @@ class LaCTForCTC(PreTrainedModel):
             state: go on behind an earlier piece, and keep the state; None for whole recordings.
             ends: the recording ends here: silence (mean features) follows, `look_ahead` frames and what
                 fills a group of `temporal_reduction`.
-            hidden_states: where to append the inputs of all blocks and the last output.
 
         Returns:
             `[B, T (+ silence), C]`, and the next `state`.
         """
+        past, cache = (None, None) if state is None else state
+        x, past = self._convolve(frames, num_frames, past, ends)
+        x = self._mix(x, cache)
+        return x, None if cache is None else EncoderState(past, cache)
+
+    def _convolve(
+        self,
+        frames: Tensor,
+        num_frames: Tensor | None,
+        past: list[Tensor] | None = None,
+        ends: bool = True,
+    ) -> tuple[Tensor, list[Tensor]]:
         config, T = self.config, frames.shape[1] // self.config.mel_frames_per_frame
         if num_frames is not None:
             places = torch.arange(frames.shape[1], device=frames.device)
@@ -178,16 +210,24 @@ class LaCTForCTC(PreTrainedModel):
         if ends:
             silence = config.look_ahead + -(T + config.look_ahead) % config.temporal_reduction
             frames = F.pad(frames, (0, 0, 0, silence * config.mel_frames_per_frame))
-        past, cache = (None, None) if state is None else state
-        x, past = self.encoder(frames.to(self.ctc_head.weight.dtype), num_frames, past)
+        return self.encoder(frames.to(self.ctc_head.weight.dtype), num_frames, past)
+
+    def _mix(
+        self,
+        x: Tensor,
+        cache: LaCTCache | None,
+        hidden_states: list[Tensor] | None = None,
+        pieces: SequencePieces | None = None,
+    ) -> Tensor:
+        """The blocks; their inputs and the last output are appended to `hidden_states`."""
         for layer in self.layers:
             if hidden_states is not None:
                 hidden_states.append(x)
-            x = layer(x, cache)
+            x = layer(x, cache, pieces)
         x = self.norm(x)
         if hidden_states is not None:
             hidden_states.append(x)
-        return x, None if cache is None else EncoderState(past, cache)
+        return x
 
     def _loss(self, logits: Tensor, num_frames: Tensor, labels: Tensor) -> Tensor:
         blank, size, exists = self.config.pad_token_id, self.config.vocab_size, labels >= 0
@@ -241,6 +281,19 @@ def _lengths(input_values: Tensor, attention_mask: Tensor | None) -> Tensor:
     if (exists[:, 1:] > exists[:, :-1]).any():
         raise ValueError("attention_mask must be 0 at the end of a row only, got a hole")
     return exists.sum(dim=1)
+
+
+@contextlib.contextmanager
+def _same_draws(mesh: DeviceMesh | None, device: torch.device) -> Iterator[None]:
+    """All ranks of the mesh draw the same random numbers, from a seed of the first."""
+    if mesh is None:
+        yield
+        return
+    seed = [int(torch.randint(2**31, ()))]
+    dist.broadcast_object_list(seed, group=mesh.get_group(), group_src=0)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed[0])
+        yield
 
 
 def _inverse_softplus(y: float) -> float:

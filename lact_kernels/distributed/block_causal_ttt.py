@@ -301,8 +301,10 @@ def _scan_across(q, tokens: Tokens, state: TTTState, pieces, return_state: bool,
         rows = slice(n, n + 1) if pieces.packed else slice(None)
         hands_on = links.hands_on and not links.new
         scan(q_old, joined, None, rows, receives=True, hands_on=hands_on)
-    if not outputs:  # of a rank without a token
-        outputs.append(tokens.v[:, :0])
+    if not outputs:  # a rank without a token, but with a part in the gradients
+        one = FastWeights(*state[:4]).at(slice(0, 1) if pieces.packed else slice(None))
+        alone = Scan.of(Chain(pieces, False, False, False), None, state, False, how, gradients)
+        outputs.append(alone(q, tokens, one)[0])
     o = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
     end = _shared_ends(ends, o, links.ends, state, pieces, gradients) if return_state else None
     return o, end

@@ -95,15 +95,24 @@ class SequencePieces:
 
     @classmethod
     def even(
-        cls, mesh: DeviceMesh, num_tokens: int, cu_seqlens: Tensor | None = None
+        cls,
+        mesh: DeviceMesh,
+        num_tokens: int,
+        cu_seqlens: Tensor | None = None,
+        *,
+        multiple_of: int = 1,
     ) -> "SequencePieces":
-        """Contiguous pieces of T = `num_tokens` tokens, which differ in length by one at most.
+        """Contiguous pieces of T = `num_tokens` tokens, of as nearly the same length as can be.
+
+        All pieces begin at multiples of `multiple_of` tokens: of the chunk size, where no tokens are to travel
+        for chunks that two ranks share, or of a layer's `temporal_reduction`.
 
         Raises:
             TypeError, ValueError: as `of`.
         """
-        borders = _agreed_total(mesh, num_tokens, cu_seqlens, None)
-        cuts = _cuts(0, num_tokens, mesh.size())
+        borders = _agreed_total(mesh, num_tokens, cu_seqlens, multiple_of=multiple_of)
+        groups = -(-num_tokens // multiple_of)
+        cuts = [min(cut * multiple_of, num_tokens) for cut in _cuts(0, groups, mesh.size())]
         return cls(mesh, [[piece] for piece in itertools.pairwise(cuts)], borders)
 
     @classmethod
@@ -117,7 +126,7 @@ class SequencePieces:
         Raises:
             TypeError, ValueError: as `of`.
         """
-        borders = _agreed_total(mesh, num_tokens, cu_seqlens, chunk_size)
+        borders = _agreed_total(mesh, num_tokens, cu_seqlens, chunk_size=chunk_size)
         ranges = [[] for _ in range(mesh.size())]
         for start, stop in itertools.pairwise(borders or [0, num_tokens]):
             for first in range(start, stop, chunk_size):
@@ -167,6 +176,31 @@ class SequencePieces:
             return (places - starts).to(device)
 
         return self.once(("positions", device), compute)
+
+    def of_groups(self, size: int) -> "SequencePieces":
+        """The pieces of tokens each of which stands for `size` of these, counted from its sequence's start.
+
+        Raises:
+            ValueError: a piece begins within a group.
+        """
+        return self.once(("groups", size), lambda: self._grouped(size))
+
+    def _grouped(self, size: int) -> "SequencePieces":
+        lengths = (-(-(stop - start) // size) for start, stop in itertools.pairwise(self.borders))
+        borders = [0, *itertools.accumulate(lengths)]
+
+        def group(position: int) -> int:
+            n = bisect.bisect_right(self.borders, position, hi=len(self.borders) - 1) - 1
+            groups, rest = divmod(position - self.borders[n], size)
+            if rest and position < self.num_tokens:
+                raise ValueError(
+                    f"pieces must begin at multiples of temporal_reduction = {size} tokens of a"
+                    f" sequence, got one that begins at token {position - self.borders[n]}"
+                )
+            return borders[n] + groups + (rest > 0)
+
+        ranges = [[(group(start), group(stop))] for start, stop in self.spans]
+        return SequencePieces(self.mesh, ranges, borders if self.packed else None)
 
     def take(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's tokens of a tensor that has all T of them in the axis `dim`."""
@@ -275,16 +309,18 @@ def _compare(operation: str, answers: Sequence[dict[str, Any]]) -> None:
             raise ValueError(f"the ranks call {operation} with different {name}: {each}")
 
 
-def _agreed_total(mesh, num_tokens, cu_seqlens, chunk_size) -> list[int] | None:
+def _agreed_total(mesh, num_tokens, cu_seqlens, **sizes: int) -> list[int] | None:
+    """The borders of packed sequences, when all ranks have said the same."""
+
     def facts():
         checks.check_int("num_tokens", num_tokens)
         if num_tokens < 0:
             raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
-        if chunk_size is not None:
-            checks.check_positive_int("chunk_size", chunk_size)
+        for name, size in sizes.items():
+            checks.check_positive_int(name, size)
         borders = _on_host(cu_seqlens)
         _check_borders(borders, num_tokens)
-        return {"num_tokens": num_tokens, "cu_seqlens": borders, "chunk_size": chunk_size}
+        return {"num_tokens": num_tokens, "cu_seqlens": borders} | sizes
 
     answers = _shared(_checked(mesh).get_group(), *_attempt(facts))
     _compare("SequencePieces", answers)

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,11 @@ from lact_kernels.ops.block_causal_ttt import block_causal_ttt
 from lact_kernels.ops.branches import branch_qkv, branch_sum
 from lact_kernels.ops.offsets import packed_offsets
 from lact_kernels.ops.window_attn import window_attn
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from lact_kernels.distributed import SequencePieces
 
 BASE_LR = 0.001  # of every token before training
 NORM_EPS = 1e-5
@@ -231,6 +237,7 @@ class LaCTLayer(nn.Module):
         attention_mask: Tensor | None = None,
         cache: LaCTCache | None = None,
         cu_seqlens: Tensor | None = None,
+        pieces: "SequencePieces | DeviceMesh | None" = None,
     ) -> Tensor:
         """Mix the tokens of each sequence.
 
@@ -244,9 +251,14 @@ class LaCTLayer(nn.Module):
                 frames that the reduction does not divide.
             cu_seqlens: int32 `[N+1]`, the borders of N sequences laid end to end in one row (`B = 1`),
                 none of which sees another; with a cache they are its rows. It is read on the host.
+            pieces: which tokens of the sequences these are, of those that the ranks of a mesh hold in contiguous
+                pieces (`lact_kernels.distributed.SequencePieces`, made once for all layers); or the 1-D mesh
+                itself, whose ranks then tell each other in this call how many tokens of each row they have.
+                With `temporal_reduction` it divides the tokens before each piece.
 
         Returns:
-            `[B, T, C]`. Gradients flow to `hidden_states` and all parameters, not into earlier calls.
+            `[B, T, C]`. Gradients flow to `hidden_states` and all parameters, not into earlier calls. With
+            `pieces` those of the parameters are a part, whose sum over the ranks is the whole.
 
         Raises:
             TypeError: an argument of the wrong type or dtype.
@@ -262,6 +274,8 @@ class LaCTLayer(nn.Module):
             )
         if cache is not None and not isinstance(cache, LaCTCache):
             raise TypeError(f"cache must be a LaCTCache, got {type(cache).__name__}")
+        if pieces is not None:
+            return self._mix_piece(hidden_states, attention_mask, cache, cu_seqlens, pieces)
         if attention_mask is None:
             if cu_seqlens is not None:
                 checks.check_cu_seqlens(cu_seqlens, hidden_states)
@@ -299,17 +313,40 @@ class LaCTLayer(nn.Module):
         with past.advance(lengths, max(lengths) if places is None else places):
             return self._mix(x, cu_seqlens, past, lengths)
 
+    def _mix_piece(self, x, attention_mask, cache, cu_seqlens, pieces) -> Tensor:
+        """The layer, on this rank's piece of the sequences."""
+        from lact_kernels.distributed import SequencePieces
+
+        for name, value in (("attention_mask", attention_mask), ("cache", cache)):
+            if value is not None:
+                raise ValueError(
+                    f"{name} and pieces exclude each other, got both: pack what has padding"
+                )
+        if not isinstance(pieces, SequencePieces):
+            pieces = SequencePieces.of(pieces, x.shape[1], cu_seqlens)
+        elif cu_seqlens is not None:
+            raise ValueError("cu_seqlens and pieces exclude each other: pieces have borders")
+        if x.shape[1] != pieces.num_local_tokens:
+            raise ValueError(
+                f"hidden_states must have the {pieces.num_local_tokens} tokens of this rank's piece,"
+                f" got {tuple(x.shape)}"
+            )
+        return self._mix(x, pieces.cu_seqlens, None, (), pieces)
+
     def _mix(
         self,
         x: Tensor,
         cu_seqlens: Tensor | None,
         past: LayerCache | None,
         lengths: tuple[int, ...],
+        pieces: "SequencePieces | None" = None,
     ) -> Tensor:
         """The layer, on a batch or packed sequences without padding, `[B, T, C]`."""
         T, borders = x.shape[1], cu_seqlens
         if self.temporal_conv is not None:
             x, cu_seqlens = self.temporal_conv(x, cu_seqlens)
+            if pieces is not None:
+                pieces = pieces.of_groups(self.temporal_reduction)
             lengths = tuple(-(-length // self.temporal_reduction) for length in lengths)
 
         q, k, v = self.qkv(x).chunk(3, dim=-1)
@@ -317,7 +354,7 @@ class LaCTLayer(nn.Module):
             dtype = self.q_norm.weight.dtype  # wider than that of q under autocast
             q, k = self.q_norm(q.to(dtype)).to(v.dtype), self.k_norm(k.to(dtype)).to(v.dtype)
         wide = torch.float64 if v.dtype == torch.float64 else torch.float32
-        positions = _positions(x, cu_seqlens, past)
+        positions = _positions(x, cu_seqlens, past, pieces)
         q, k, fast_q, fast_k, fast_v = branch_qkv(
             q,
             k,
@@ -333,13 +370,19 @@ class LaCTLayer(nn.Module):
             backend=self.backend,
         )
         v = v.unflatten(-1, (self.num_attn_heads, self.head_dim))
-        if past is None:
+        if pieces is not None:
+            from lact_kernels import distributed
+
+            attn = distributed.window_attn(
+                q, k, v, self.window_size, pieces=pieces, backend=self.backend
+            )
+        elif past is None:
             attn = window_attn(
                 q, k, v, self.window_size, cu_seqlens=cu_seqlens, backend=self.backend
             )
         else:
             attn = past.window_attn(q, k, v, cu_seqlens, lengths, self.backend)
-        ttt = self._train_fast_weights(x, fast_q, fast_k, fast_v, cu_seqlens, past, wide)
+        ttt = self._train_fast_weights(x, fast_q, fast_k, fast_v, cu_seqlens, past, pieces, wide)
         scale = None
         if self.ttt_scale_proj is not None:
             scale = F.silu(self.ttt_scale_proj(x)).to(v.dtype)
@@ -349,7 +392,9 @@ class LaCTLayer(nn.Module):
         o = self.o_proj(o)
         return o if self.temporal_conv is None else self.temporal_conv.expand(o, T, borders)
 
-    def _train_fast_weights(self, x, q, k, v, cu_seqlens, past, wide: torch.dtype) -> Tensor:
+    def _train_fast_weights(
+        self, x, q, k, v, cu_seqlens, past, pieces, wide: torch.dtype
+    ) -> Tensor:
         """The outputs of the fast weights `[B, T, H, D]`, which go on where `past` left them."""
         w0, w1, w2 = (
             w(wide) if isinstance(w, LowRankFastWeight) else w.to(wide)
@@ -360,22 +405,24 @@ class LaCTLayer(nn.Module):
         momentum = None
         if self.momentum_proj is not None:
             momentum = self.momentum_proj[0](x).to(wide).sigmoid()
-        o = block_causal_ttt(
-            q,
-            k,
-            v,
-            w0,
-            w1,
-            w2,
-            *rates.unbind(-1),
+        tensors = (q, k, v, w0, w1, w2, *rates.unbind(-1))
+        options = dict(
             chunk_size=self.lact_chunk_size,
             momentum=momentum,
             muon=self.use_muon,
             prenorm=self.ttt_prenorm,
+            backend=self.backend,
+        )
+        if pieces is not None:
+            from lact_kernels import distributed
+
+            return distributed.block_causal_ttt(*tensors, pieces=pieces, **options)
+        o = block_causal_ttt(
+            *tensors,
             cu_seqlens=cu_seqlens,
             initial_state=None if past is None else past.ttt,
             return_state=past is not None,
-            backend=self.backend,
+            **options,
         )
         if past is not None:
             o, state = o
@@ -383,8 +430,15 @@ class LaCTLayer(nn.Module):
         return o
 
 
-def _positions(x: Tensor, cu_seqlens: Tensor | None, past: LayerCache | None) -> Tensor:
+def _positions(
+    x: Tensor,
+    cu_seqlens: Tensor | None,
+    past: LayerCache | None,
+    pieces: "SequencePieces | None",
+) -> Tensor:
     """The position of each token in its sequence, `[1, T]` or `[B, T]`."""
+    if pieces is not None:
+        return pieces.positions(x.device)[None]
     T = x.shape[1]
     before = None if past is None or past.kv is None else past.kv.seqlens
     if cu_seqlens is None:

@@ -3,7 +3,9 @@
 import dataclasses
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -18,6 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from lact_kernels.compat.lact import AUTHORS_OPTIONS
+from lact_kernels.distributed import SequencePieces
 from lact_kernels.layers import LaCTCache, LaCTLayer
 from lact_kernels.layers.mlp import SwiGLUMLP
 from lact_kernels.layers.padding import Padding, borders, mask_of_last, sequences_of
@@ -114,6 +117,20 @@ class LaCTSWIGLUConfig(PretrainedConfig):
         )
 
 
+@dataclasses.dataclass
+class LaCTModelOutput(BaseModelOutputWithPast):
+    """And with a `sequence_mesh` the places of this rank's tokens in the flattened batch, int64 `[.., t]`."""
+
+    places: Tensor | None = None
+
+
+@dataclasses.dataclass
+class LaCTCausalLMOutput(CausalLMOutputWithPast):
+    """And with a `sequence_mesh` the places of this rank's tokens in the flattened batch, int64 `[.., t]`."""
+
+    places: Tensor | None = None
+
+
 class LaCTBlock(GradientCheckpointingLayer):
     """A LaCT layer and an MLP, each behind a norm and beside a residual."""
 
@@ -130,9 +147,13 @@ class LaCTBlock(GradientCheckpointingLayer):
         )
 
     def forward(
-        self, x: Tensor, cache: LaCTCache | None = None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        cache: LaCTCache | None = None,
+        cu_seqlens: Tensor | None = None,
+        pieces: SequencePieces | None = None,
     ) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), cache=cache, cu_seqlens=cu_seqlens)
+        x = x + self.attn(self.attn_norm(x), cache=cache, cu_seqlens=cu_seqlens, pieces=pieces)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -165,7 +186,14 @@ class LaCTPreTrainedModel(PreTrainedModel):
 
 
 class LaCTModel(LaCTPreTrainedModel):
-    """Embeddings, blocks and a final norm."""
+    """Embeddings, blocks and a final norm.
+
+    Attributes:
+        sequence_mesh: a 1-D `DeviceMesh`, or None. With one, its ranks are each given the same whole batch, and
+            each computes a piece of every sequence: outputs are those of its own tokens, at `places`.
+    """
+
+    sequence_mesh: DeviceMesh | None = None
 
     def __init__(self, config: LaCTSWIGLUConfig):
         if config.hidden_act not in ("swish", "silu"):
@@ -196,7 +224,7 @@ class LaCTModel(LaCTPreTrainedModel):
         past_key_values: LaCTCache | None = None,
         cu_seqlens: Tensor | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> LaCTModelOutput:
         """Read tokens, or their embeddings.
 
         Args:
@@ -221,12 +249,16 @@ class LaCTModel(LaCTPreTrainedModel):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if kwargs.get("output_attentions"):
             raise NotImplementedError("output_attentions is not supported: no probabilities exist")
-        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        x = input_ids if inputs_embeds is None else inputs_embeds  # embedded when few are left
         cache = past_key_values if cache is None else cache
         if cache is not None and not isinstance(cache, LaCTCache):
             raise TypeError(f"cache must be a LaCTCache, got {type(cache).__name__}")
         if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+            use_cache = self.config.use_cache and not self.training and self.sequence_mesh is None
+        if self.sequence_mesh is not None and (use_cache or cache is not None):
+            raise ValueError(
+                "a sequence_mesh computes whole sequences: pass no cache, and use_cache=False"
+            )
         if self.gradient_checkpointing and self.training and (use_cache or cache is not None):
             raise ValueError("gradient checkpointing computes a call twice: pass use_cache=False")
         if cache is None and use_cache:
@@ -238,25 +270,35 @@ class LaCTModel(LaCTPreTrainedModel):
         if cu_seqlens is None and position_ids is not None and attention_mask is None:
             cu_seqlens = None if cache is not None and cache.layers else _packed(position_ids)
 
-        places = x.shape[1] + (0 if cache is None else cache.get_seq_length())
+        length = x.shape[1] + (0 if cache is None else cache.get_seq_length())
         padding = None
         if attention_mask is not None:
             padding = Padding.of(mask_of_last(attention_mask, x))
+        shape = x.shape[:2]
         if padding is not None:
             x, cu_seqlens = padding.remove(x), padding.cu_seqlens
+        pieces = places = None
+        if self.sequence_mesh is not None:
+            pieces = SequencePieces.even(self.sequence_mesh, x.shape[1], cu_seqlens)
+            everywhere = torch.arange(shape.numel(), device=x.device).view(shape)
+            places = pieces.take(everywhere if padding is None else padding.indices[None])
+            x, cu_seqlens, padding = pieces.take(x), None, None
+        if inputs_embeds is None:
+            x = self.embeddings(x)
         states = []
         for layer in self.layers:
             states.append(x)
-            x = layer(x, cache=cache, cu_seqlens=cu_seqlens)
+            x = layer(x, cache=cache, cu_seqlens=cu_seqlens, pieces=pieces)
         x = self.norm(x)
         states = [*states, x] if output_hidden_states else []
         if padding is not None:
             x, *states = (padding.restore(state) for state in (x, *states))
             if cache is not None:
-                cache.set_seq_length(places)
-        return BaseModelOutputWithPast(
+                cache.set_seq_length(length)
+        return LaCTModelOutput(
             last_hidden_state=x,
             hidden_states=tuple(states) or None,
+            places=places,
             **{CACHE_FIELD: cache if use_cache else None},
         )
 
@@ -277,6 +319,15 @@ class LaCTForCausalLM(LaCTPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @property
+    def sequence_mesh(self) -> DeviceMesh | None:
+        """As that of `LaCTModel`; with one, the mean of `loss` over all ranks is the loss of the batch."""
+        return self.model.sequence_mesh
+
+    @sequence_mesh.setter
+    def sequence_mesh(self, mesh: DeviceMesh | None) -> None:
+        self.model.sequence_mesh = mesh
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.embeddings
@@ -305,7 +356,7 @@ class LaCTForCausalLM(LaCTPreTrainedModel, GenerationMixin):
         past_key_values: LaCTCache | None = None,
         cu_seqlens: Tensor | None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> LaCTCausalLMOutput:
         """`LaCTModel.forward`, and the logits of the next tokens.
 
         Args:
@@ -327,18 +378,42 @@ class LaCTForCausalLM(LaCTPreTrainedModel, GenerationMixin):
             cu_seqlens=cu_seqlens,
             **{k: x for k, x in kwargs.items() if k in ("cu_seq_lens_q", "output_attentions")},
         )
+        if outputs.places is not None:
+            if logits_to_keep:
+                raise ValueError(
+                    "logits_to_keep must be 0 with a sequence_mesh: each rank has others"
+                )
+            if labels is not None:
+                shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
+                if attention_mask is not None:  # what is computed nowhere predicts nothing
+                    shifted = shifted.masked_fill(attention_mask == 0, -100)
+                kwargs |= self._labels_of_piece(shifted, outputs.places, kwargs)
         logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
         loss = None
         if labels is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
-        return CausalLMOutputWithPast(
+        return LaCTCausalLMOutput(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
+            places=outputs.places,
             **{CACHE_FIELD: outputs[CACHE_FIELD] if CACHE_FIELD in outputs else None},
         )
+
+    def _labels_of_piece(self, shifted: Tensor, places: Tensor, kwargs: dict) -> dict:
+        """Arguments of the loss function: this rank's sum, by its share of the batch's labels.
+
+        DDP and FSDP take the mean of gradients over all ranks, of which those of a mesh give parts of a sum.
+        """
+        count = kwargs.get("num_items_in_batch")
+        if count is None:
+            count = (shifted != -100).sum()
+        return {
+            "shift_labels": shifted.flatten()[places],
+            "num_items_in_batch": count / self.sequence_mesh.size(),
+        }
 
 
 def _packed(position_ids: Tensor) -> Tensor | None:
