@@ -12,11 +12,13 @@ top of its module; it is called on every rank with the same arguments, and check
         ranks.run(equals_one_process, 2)
 """
 
+import collections
+import contextlib
 import datetime
 import multiprocessing
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -40,15 +42,18 @@ class Ranks:
     """`size` processes in one gloo group, which wait for functions to run."""
 
     def __init__(self, size: int, timeout: float = TIMEOUT):
-        self.size = size
+        self.size, self.timeout = size, timeout
+        self._start()
+
+    def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("spawn")
         self._pipes, self.processes = [], []
-        for rank in range(size):
+        for rank in range(self.size):
             here, there = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(there, rank, size, f"{self._folder.name}/store", timeout),
+                args=(there, rank, self.size, f"{self._folder.name}/store", self.timeout),
                 daemon=True,
             )
             process.start()
@@ -63,6 +68,8 @@ class Ranks:
         answers = [self._answer(pipe) for pipe in self._pipes]
         errors = [error for _, error in answers]
         if any(errors):
+            self.close()  # a group in which a rank has failed is of no use any more
+            self._start()
             raise RankError(errors)
         return [result for result, _ in answers]
 
@@ -108,6 +115,50 @@ def mesh_of(size: int) -> DeviceMesh:
     """The mesh of `size` ranks that this rank is in; all ranks make theirs at once."""
     shape = (dist.get_world_size() // size, size)
     return init_device_mesh("cpu", shape, mesh_dim_names=("data", "sequence"))["sequence"]
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[collections.Counter]:
+    """Elements that this rank gives to each kind of communication, their bytes, and calls.
+
+    Those for the rank itself do not count. Objects count once each, as their size is not fixed.
+    """
+    counts = collections.Counter()
+
+    def count(name: str, x: torch.Tensor, elements: int) -> None:
+        if elements:
+            counts[name] += elements
+            counts[f"{name} bytes"] += elements * x.element_size()
+
+    def all_to_all_single(output, input, output_split_sizes, input_split_sizes, group, async_op):
+        mine = input_split_sizes[dist.get_rank(group)]
+        count("all_to_all_single", input, sum(input_split_sizes) - mine)
+        return before["all_to_all_single"](
+            output, input, output_split_sizes, input_split_sizes, group=group, async_op=async_op
+        )
+
+    def all_gather_object(*args, **kwargs):
+        counts["all_gather_object"] += 1
+        return before["all_gather_object"](*args, **kwargs)
+
+    def of_tensor(name):
+        def call(x, *args, **kwargs):
+            counts[f"{name} calls"] += 1
+            count(name, x, x.numel())
+            return before[name](x, *args, **kwargs)
+
+        return call
+
+    fakes = {"all_to_all_single": all_to_all_single, "all_gather_object": all_gather_object}
+    fakes |= {name: of_tensor(name) for name in ("all_reduce", "isend", "broadcast", "reduce")}
+    before = {name: getattr(dist, name) for name in fakes}
+    for name, fake in fakes.items():
+        setattr(dist, name, fake)
+    try:
+        yield counts
+    finally:
+        for name, function in before.items():
+            setattr(dist, name, function)
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,6 @@ class SequencePieces:
         ]
         self._agreed: set[Any] = set()
         self._memo: dict[Any, Any] = {}
-        self._sent: tuple[dist.Work, Tensor] | None = None
 
     @classmethod
     def of(
@@ -259,15 +258,19 @@ class SequencePieces:
         return self._memo[key]
 
     def send(self, x: Tensor, rank: int) -> None:
-        """Send to a rank of the mesh, without waiting for it."""
-        if self._sent is not None:
-            self._sent[0].wait()
-        self._sent = dist.isend(x, group=self.group, group_dst=rank), x
+        """Send to a rank of the mesh, without waiting for it: only for what was sent before."""
+        if self.group in _SENT:
+            _SENT[self.group][0].wait()
+        _SENT[self.group] = dist.isend(x, group=self.group, group_dst=rank), x
 
     def receive(self, x: Tensor, rank: int) -> Tensor:
         """Fill `x` with what that rank sends."""
         dist.recv(x, group=self.group, group_src=rank)
         return x
+
+
+# The last message of each group, on its way perhaps. It must outlive the pieces: who drops it calls it back.
+_SENT: dict[dist.ProcessGroup, tuple[dist.Work, Tensor]] = {}
 
 
 def intersections(ranges: Sequence[Range], others: Sequence[Range]) -> Iterator[Range]:
