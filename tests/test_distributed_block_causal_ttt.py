@@ -1,4 +1,4 @@
-"""`block_causal_ttt` of sequences in pieces, against one process: values, gradients, states, and what is sent."""
+"""`block_causal_ttt` of sequences in pieces, against one process: values, gradients, states, messages."""
 
 import dataclasses
 import itertools
@@ -224,7 +224,7 @@ def is_as_exact(name, backend):
 
 
 def with_pending(grads, state):
-    """The few pending tokens of a state beside the new ones: alone they are too small a sample of rounding."""
+    """The few pending tokens of a state beside the new ones: alone they are too few to judge rounding by."""
     grads = dict(grads)
     names = [name for name in TOKENS[1:] if name in grads]
     pending = [] if state is None else [x for piece in state.pending for x in piece.tensors]
@@ -246,7 +246,7 @@ KERNELS = {
                            before=(3, 0, 9, 5), options="momentum prenorm"),
     "within-kernels": Case(4, (3, 10, 0, 2), "within_chunks", T=15, before=(2,), options="momentum prenorm"),
     "rows-kernels": Case(2, (3, 17), "within_chunks", T=20, B=2, before=(9,), options="momentum"),
-    "slices-kernels": Case(2, None, "within_chunks", T=20, cu_seqlens=(0, 17, 20), options="prenorm interval"),
+    "slices-kernels": Case(2, None, "auto", T=20, cu_seqlens=(0, 17, 20), options="prenorm interval"),
 }  # fmt: skip
 CASES |= KERNELS
 

@@ -14,7 +14,7 @@ from tests.ranks import Ranks, mesh_of
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
-# Pieces that are no multiples of the chunk (8), one of them without a token, shorter than the window (5) or not.
+# Pieces that are no multiples of the chunk (8), shorter than the window (5) or not, one without a token.
 LENGTHS = {2: (19, 22), 4: (13, 0, 3, 25)}
 PACKED = (0, 9, 9, 12, 41)
 

@@ -413,7 +413,7 @@ def pieces_and_heads_equal_one_process(case):
     mine = pieces.take(x.detach()).requires_grad_()
     my_y = ours(mine, pieces=pieces)
     actual = gradients(ours, mine, my_y, pieces.take(dy))
-    for name, p in ours.named_parameters():  # parts of a sum over the pieces
+    for name, _ in ours.named_parameters():  # parts of a sum over the pieces
         dist.all_reduce(actual[name].to_local(), group=mesh["sequence"].get_group())
     expected["x"] = pieces.take(expected["x"])
     assert_equal({"y": my_y} | actual, {"y": pieces.take(y)} | expected)

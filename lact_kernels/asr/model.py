@@ -70,9 +70,9 @@ class LaCTForCTC(PreTrainedModel):
     update of its fast weights.
 
     Attributes:
-        sequence_mesh: a 1-D `DeviceMesh`, or None. With one, its ranks are each given the same recordings; each
-            computes the features and convolutions of all, and the blocks of a piece. All get all logits, and
-            the same loss.
+        sequence_mesh: a 1-D `DeviceMesh`, or None. With one, its ranks are all given the same recordings;
+            each computes the features and convolutions of all, and the blocks of a piece. All get all
+            logits, and the same loss.
     """
 
     sequence_mesh: DeviceMesh | None = None

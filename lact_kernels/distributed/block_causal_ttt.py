@@ -1,12 +1,12 @@
 """`block_causal_ttt` of sequences in pieces, in two ways.
 
-*Across chunks.* Each rank scans the chunks of its piece, and hands the fast weights on to the next, before it
-applies its queries. Scans follow one another; all else is parallel, and so are different layers: while a rank
-waits for the fast weights of one, those before it are in the next. The tokens of a chunk that has begun on an
-earlier rank are fetched from there.
+*Across chunks.* Each rank scans the chunks of its piece, and hands the fast weights on to the next before it
+applies its queries. Scans follow one another; all else is parallel, and so are different layers: while a
+rank waits for the fast weights of one, those before it are in the next. The tokens of a chunk that has begun
+on an earlier rank are fetched from there.
 
-*Within chunks.* Each rank has a part of the tokens of a chunk. The weight gradients are summed over the ranks,
-once per chunk, and every rank makes the same update.
+*Within chunks.* Each rank has a part of the tokens of a chunk. The weight gradients are summed over the
+ranks, once per chunk, and every rank makes the same update.
 """
 
 import itertools
@@ -311,7 +311,7 @@ def _scan_across(q, tokens: Tokens, state: TTTState, pieces, return_state: bool,
 
 
 def _packed_offsets(pieces, links: _Links, pending, chunk_size: int, return_state: bool):
-    """The chunks of the sequences that begin here; the last one may hand on what follows its last full one."""
+    """The chunks of the sequences that begin here; the last one may hand on what follows its full ones."""
     borders = [pieces.local_index(b) for b in pieces.borders[links.new.start : links.new.stop + 1]]
     queries = [border - borders[0] for border in borders]
     before = [0, *itertools.accumulate(pending[n] for n in links.new)]

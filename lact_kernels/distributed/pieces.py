@@ -24,10 +24,10 @@ class SequencePieces:
         pieces = SequencePieces.even(mesh["sequence"], T)
         x = pieces.take(tokens)                     # [B, T, ...] -> [B, t, ...] of this rank
 
-    Making one is a collective call: every rank of the mesh makes the same one, and so is each of the operations
-    that take it. Where they are called with different arguments, or an argument is wrong on one rank, every
-    rank raises. What the ranks have agreed on is remembered here, so one object should serve all layers of
-    a model, and all batches of the same lengths.
+    Making one is a collective call, as are the operations that take it: every rank of the mesh takes part.
+    Where the ranks give different arguments, or one a wrong one, every rank raises. What they have agreed
+    on is remembered here, so one object should serve all layers of a model, and all batches of the same
+    lengths.
 
     Attributes:
         mesh: the 1-D mesh.
@@ -71,9 +71,9 @@ class SequencePieces:
 
         Args:
             mesh: 1-D.
-            num_tokens: how many tokens of every row this rank has; other ranks may have other numbers, or 0.
-            cu_seqlens: int32 `[N+1]`, the borders of N sequences laid end to end in the whole row, the same on
-                every rank; None if each row is one sequence.
+            num_tokens: how many tokens of every row this rank has; others may have other numbers, or 0.
+            cu_seqlens: int32 `[N+1]`, the borders of N sequences laid end to end in the whole row, the same
+                on every rank; None if each row is one sequence.
 
         Raises:
             TypeError, ValueError: a wrong argument on any rank, or ranks that disagree.
@@ -103,8 +103,8 @@ class SequencePieces:
     ) -> "SequencePieces":
         """Contiguous pieces of T = `num_tokens` tokens, of as nearly the same length as can be.
 
-        All pieces begin at multiples of `multiple_of` tokens: of the chunk size, where no tokens are to travel
-        for chunks that two ranks share, or of a layer's `temporal_reduction`.
+        All begin at multiples of `multiple_of` tokens: of the chunk size, where no tokens are to travel for
+        chunks that two ranks share, or of a layer's `temporal_reduction`.
 
         Raises:
             TypeError, ValueError: as `of`.

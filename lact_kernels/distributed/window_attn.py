@@ -1,9 +1,9 @@
 """`window_attn` of sequences in pieces: each rank fetches the keys that its first queries still see.
 
-A rank's piece begins with up to `window_size - 1` queries that see keys of the ranks before it, the *edge*. All
-others see its own keys only, the *interior*. So the keys and values before the piece, the *halo*, travel while
-the interior is computed; in the backward the edge comes first, and the gradients of the halo travel home while
-the interior is computed.
+A rank's piece begins with up to `window_size - 1` queries that see keys of the ranks before it, the *edge*.
+All others see its own keys only, the *interior*. So the keys and values before the piece, the *halo*, travel
+while the interior is computed; in the backward the edge comes first, and the gradients of the halo travel
+home while the interior is computed.
 
         keys    halo | own piece
                 . . . x x x x x
@@ -53,11 +53,11 @@ def window_attn(
         softmax_scale, return_lse, backend: as in `lact_kernels.window_attn`.
 
     Returns:
-        The outputs `[B, t, Hq, Dv]`, and with `return_lse` also lse `[B, Hq, t]`. Gradients flow to q, k and v
-        of all ranks; the objective is the sum of what the ranks derive. A rank receives the keys and values
-        of the `window_size - 1` tokens before its piece, from as many ranks as hold them: B (W - 1) Hkv
-        (D + Dv) elements of their dtype whatever T is, fewer near the start of a sequence, and sends
-        as many gradients back.
+        The outputs `[B, t, Hq, Dv]`, and with `return_lse` also lse `[B, Hq, t]`. Gradients flow to q, k
+        and v of all ranks; the objective is the sum of what the ranks derive. A rank receives the keys and
+        values of the `window_size - 1` tokens before its piece, from as many ranks as hold them:
+        B (W - 1) Hkv (D + Dv) elements of their dtype whatever T is, fewer near the start of a sequence, and
+        sends as many gradients back.
 
     Raises:
         TypeError, ValueError: as `lact_kernels.window_attn`, or what the ranks give does not fit together.

@@ -251,9 +251,9 @@ class LaCTLayer(nn.Module):
                 frames that the reduction does not divide.
             cu_seqlens: int32 `[N+1]`, the borders of N sequences laid end to end in one row (`B = 1`),
                 none of which sees another; with a cache they are its rows. It is read on the host.
-            pieces: which tokens of the sequences these are, of those that the ranks of a mesh hold in contiguous
-                pieces (`lact_kernels.distributed.SequencePieces`, made once for all layers); or the 1-D mesh
-                itself, whose ranks then tell each other in this call how many tokens of each row they have.
+            pieces: which tokens of the sequences these are, of those that the ranks of a mesh hold in
+                contiguous pieces (`lact_kernels.distributed.SequencePieces`, made once for all layers); or
+                the 1-D mesh itself, whose ranks then tell each other in this call how many tokens they have.
                 With `temporal_reduction` it divides the tokens before each piece.
 
         Returns:

@@ -25,8 +25,8 @@ class Offsets(NamedTuple):
 class ChunkOffsets(NamedTuple):
     """Borders of the chunks of each sequence in the one row of queries, and of keys.
 
-    Chunk c of sequence n has the queries `queries[n][c]:queries[n][c+1]`, and the keys likewise. All chunks but
-    a sequence's last are followed by an update; the last one may be empty.
+    Chunk c of sequence n has the queries `queries[n][c]:queries[n][c+1]`, and the keys likewise. All chunks
+    but a sequence's last are followed by an update; the last one may be empty.
     """
 
     queries: list[list[int]]

@@ -185,7 +185,7 @@ def ttt_update(
 
 
 def ttt_mean_momentum(momentum: Tensor, betas: Tensor, run: Run) -> None:
-    """The sum of momentum `[B, H, T]` over each chunk's tokens by the chunk's size, into betas `[chunks, H]`."""
+    """Momentum `[B, H, T]`, summed over each chunk's tokens and by its size, into betas `[chunks, H]`."""
     B, H, T = momentum.shape
     _ttt_mean_momentum_kernel[(run.num_chunks * H,)](
         momentum, betas, run.table, run.first_chunk, B, T, run.chunk_size, H, BLOCK=TOKEN_BLOCK

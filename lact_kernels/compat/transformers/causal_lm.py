@@ -189,8 +189,8 @@ class LaCTModel(LaCTPreTrainedModel):
     """Embeddings, blocks and a final norm.
 
     Attributes:
-        sequence_mesh: a 1-D `DeviceMesh`, or None. With one, its ranks are each given the same whole batch, and
-            each computes a piece of every sequence: outputs are those of its own tokens, at `places`.
+        sequence_mesh: a 1-D `DeviceMesh`, or None. With one, its ranks are all given the same whole batch,
+            and each computes a piece of every sequence: outputs are those of its own tokens, at `places`.
     """
 
     sequence_mesh: DeviceMesh | None = None
