@@ -121,7 +121,7 @@ def test_sends_the_halo_and_nothing_else(ranks: Ranks, backward):
 
 
 def test_sends_to_several_ranks(ranks: Ranks):
-    """Pieces of 10 tokens, a window of 25: the last rank wants the two pieces before its own, and 4 tokens."""
+    """Pieces of 10 tokens, a window of 25: the last rank wants the two pieces before it, and 4 tokens."""
     sent = ranks.run(elements_sent, 40, 25, False)
     tokens = (10 + 10 + 4, 10 + 10, 10, 0)  # of each rank, wanted by later ones
     elements = [3 * 2 * 2 * 8 * n for n in tokens]
