@@ -245,7 +245,7 @@ KERNELS = {
     "across-kernels": Case(4, (3, 10, 0, 11), "across_chunks", T=24, cu_seqlens=(0, 5, 5, 20, 24),
                            before=(3, 0, 9, 5), options="momentum prenorm"),
     "within-kernels": Case(4, (3, 10, 0, 2), "within_chunks", T=15, before=(2,), options="momentum prenorm"),
-    "rows-kernels": Case(2, (3, 17), "within_chunks", T=20, B=2, before=(9,), options="momentum"),
+    "rows-kernels": Case(2, (17, 0), "within_chunks", 4, 17, 2, before=(5,), options="momentum"),
     "slices-kernels": Case(2, None, "auto", T=20, cu_seqlens=(0, 17, 20), options="prenorm interval"),
 }  # fmt: skip
 CASES |= KERNELS
