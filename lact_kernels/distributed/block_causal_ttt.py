@@ -10,20 +10,18 @@ ranks, once per chunk, and every rank makes the same update.
 """
 
 import itertools
-from typing import NamedTuple
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from lact_kernels.distributed.across_chunks import scan_across_chunks
 from lact_kernels.distributed.exchange import TokenExchange, exchanged
+from lact_kernels.distributed.pending import joined, pending_lengths, pending_tokens
 from lact_kernels.distributed.pieces import SequencePieces
-from lact_kernels.distributed.scan import Chain, Scan, SharedChunks, needs_gradient
+from lact_kernels.distributed.within_chunks import scan_within_chunks
 from lact_kernels.ops import block_causal_ttt as ops
 from lact_kernels.ops import checks
-from lact_kernels.ops.offsets import ChunkOffsets, Offsets
 from lact_kernels.ops.ttt_state import TTTState, TTTTokens
-from lact_kernels.ops.ttt_types import FastWeights, Tokens, num_updates
+from lact_kernels.ops.ttt_types import FastWeights, Tokens
 
 SCHEMES = ("auto", "across_chunks", "within_chunks")
 
@@ -127,7 +125,7 @@ def block_causal_ttt(
         contiguous = pieces.chunk_size is None
         across = contiguous and pieces.num_tokens >= pieces.size * chunk_size
         scheme = "across_chunks" if across else "within_chunks"
-    scan = _scan_across if scheme == "across_chunks" else _scan_within
+    scan = scan_across_chunks if scheme == "across_chunks" else scan_within_chunks
     o, end = scan(q, tokens, state, pieces, return_state, (checkpoint_interval, backend))
     if not return_state:
         return o
@@ -164,216 +162,9 @@ def _check_pieces(q, pieces, scheme, chunk_size, state) -> None:
             )
 
 
-def _scan_within(q, tokens: Tokens, state: TTTState, pieces, return_state: bool, how):
-    """Outputs and end (if asked for) of ranks that share the chunks. The first has the pending tokens."""
-    B, t = q.shape[:2]
-    pending = _pending_lengths(state, pieces)
-    offsets = pieces.once(
-        ("within", state.chunk_size, pending, return_state),
-        lambda: _shared_offsets(pieces, pending, state.chunk_size, return_state),
-    )
-    if any(pending) and pieces.rank == 0:
-        tokens = _behind_pending(state, tokens, pieces, range(len(pending)))
-    if how[1] == "triton" and B > 1:  # whose kernels find chunks of such borders in one row only
-        q, tokens, offsets = _as_one_row(q, tokens, offsets)
-    gradients = needs_gradient(q, tokens, state)
-    scan = Scan.of(SharedChunks(pieces), offsets, state, return_state, how, gradients)
-    o, end = scan(q, tokens, FastWeights(*state[:4]))
-    return o.view(B, t, *o.shape[2:]), end
-
-
-def _shared_offsets(pieces, pending, chunk_size: int, return_end: bool) -> ChunkOffsets:
-    """Where the chunks of every sequence are among this rank's tokens."""
-    queries, keys, shift = [], [], 0
-    for (start, stop), before in zip(itertools.pairwise(pieces.borders), pending):
-        updates = num_updates(before + stop - start, chunk_size, return_end)
-        firsts = (start - before + c * chunk_size for c in range(updates + 1))
-        places = [*(min(max(first, start), stop) for first in firsts), stop]
-        borders = [pieces.local_index(place) for place in places]
-        queries.append(borders)
-        if pieces.rank > 0:
-            before = 0
-        keys.append([borders[0] + shift, *(border + shift + before for border in borders[1:])])
-        shift += before
-    return ChunkOffsets(queries, keys)
-
-
-def _as_one_row(q, tokens: Tokens, offsets: ChunkOffsets):
-    B = q.shape[0]
-
-    def repeated(borders: list[int], t: int) -> list[list[int]]:
-        return [[border + b * t for border in borders] for b in range(B)]
-
-    (queries,), (keys,) = offsets
-    offsets = ChunkOffsets(repeated(queries, q.shape[1]), repeated(keys, tokens.k.shape[1]))
-    tokens = Tokens(*(None if x is None else x.flatten(0, 1)[None] for x in tokens))
-    return q.flatten(0, 1)[None], tokens, offsets
-
-
-class _Links(NamedTuple):
-    """What one rank has to do with the others across chunks. Numbers are those of sequences."""
-
-    halo: TokenExchange  # the tokens of the chunk that is unfinished where each piece begins
-    continuing: int | None  # the sequence that has begun on an earlier rank
-    from_pending: bool  # the pending tokens of that sequence are in its unfinished chunk, too
-    tokens: int  # of this rank in that sequence
-    new: range  # the sequences that begin here
-    hands_on: bool  # the last sequence goes on on the next rank
-    ends: list[range]  # for each rank, the sequences that end there
-
-    @classmethod
-    def of(cls, pieces: SequencePieces, pending, chunk_size: int) -> "_Links":
-        sequences = list(enumerate(itertools.pairwise(pieces.borders)))
-        wanted, ends, mine = [], [], None
-        for rank, (start, stop) in enumerate(pieces.spans):
-            is_last = rank == pieces.size - 1
-            continuing = next((n for n, (a, b) in sequences if a < start < b), None)
-            here = [
-                n
-                for n, (a, _) in sequences
-                if start <= a < stop or (is_last and a == pieces.num_tokens)
-            ]
-            new = range(here[0], here[-1] + 1) if here else range(0)
-            hands_on = any(a < stop < b for _, (a, b) in sequences)
-            fetched, from_pending, tokens = 0, False, 0
-            if continuing is not None:
-                begin, end = sequences[continuing][1]
-                unfinished = (pending[continuing] + start - begin) % chunk_size
-                fetched = min(unfinished, start - begin)
-                from_pending = unfinished > fetched
-                tokens = min(end, stop) - start
-            wanted.append([(start - fetched, start)] if fetched else [])
-            present = ([] if continuing is None else [continuing]) + list(new)
-            done = present[: len(present) - hands_on]
-            ends.append(range(done[0], done[-1] + 1) if done else range(0))
-            if rank == pieces.rank:
-                mine = (continuing, from_pending, tokens, new, hands_on)
-        return cls(TokenExchange(pieces, wanted), *mine, ends)
-
-
-def _scan_across(q, tokens: Tokens, state: TTTState, pieces, return_state: bool, how):
-    """Outputs and end (if asked for, on every rank) of ranks that have the chunks in turn.
-
-    The sequences that begin here are scanned before the one that goes on: the next rank may wait for them.
-    """
-    pending = _pending_lengths(state, pieces)
-    links = pieces.once(
-        ("across", state.chunk_size, pending), lambda: _Links.of(pieces, pending, state.chunk_size)
-    )
-    gradients = needs_gradient(q, tokens, state)
-    halo = None if links.halo.is_empty else exchanged(links.halo, tokens)
-    if halo is not None and links.continuing is None:
-        # Nothing comes to this rank, but its backward has a part in sending gradients home.
-        tokens = tokens._replace(v=torch.cat([halo[1], tokens.v], dim=1))
-    lengths = [links.tokens, q.shape[1] - links.tokens]
-    (q_old, q_new), *split = (
-        (None, None) if x is None else x.split(lengths, dim=1) for x in (q, *tokens)
-    )
-    old_tokens, new_tokens = (Tokens(*x) for x in zip(*split))
-    outputs, ends = [], []
-
-    def scan(q, tokens, offsets, rows: slice, receives: bool, hands_on: bool):
-        ranks = Chain(pieces, receives, hands_on, packed=offsets is not None)
-        return_end = return_state or hands_on
-        compute = Scan.of(ranks, offsets, state, return_end, how, gradients)
-        o, end = compute(q, tokens, FastWeights(*state[:4]).at(rows))
-        outputs.insert(0, o)
-        if return_state:
-            entries = slice(0, -1) if hands_on and pieces.packed else slice(None)
-            if not hands_on or pieces.packed:
-                ends.insert(0, end.at(entries))
-
-    if links.new:
-        joined = _behind_pending(state, new_tokens, pieces, links.new)
-        offsets, rows = None, slice(None)
-        if pieces.packed:
-            offsets = _packed_offsets(pieces, links, pending, state.chunk_size, return_state)
-            rows = slice(links.new.start, links.new.stop)
-        scan(q_new, joined, offsets, rows, receives=False, hands_on=links.hands_on)
-    if links.continuing is not None:
-        n = links.continuing
-        before = [] if halo is None else [halo]
-        if links.from_pending:
-            before.insert(0, _pending(state, n if pieces.packed else None))
-        joined = Tokens(
-            *(None if x[0] is None else torch.cat(x, dim=1) for x in zip(*before, old_tokens))
-        )
-        rows = slice(n, n + 1) if pieces.packed else slice(None)
-        hands_on = links.hands_on and not links.new
-        scan(q_old, joined, None, rows, receives=True, hands_on=hands_on)
-    if not outputs:  # a rank without a token, but with a part in the gradients
-        one = FastWeights(*state[:4]).at(slice(0, 1) if pieces.packed else slice(None))
-        alone = Scan.of(Chain(pieces, False, False, False), None, state, False, how, gradients)
-        outputs.append(alone(q, tokens, one)[0])
-    o = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-    end = _shared_ends(ends, o, links.ends, state, pieces, gradients) if return_state else None
-    return o, end
-
-
-def _packed_offsets(pieces, links: _Links, pending, chunk_size: int, return_state: bool):
-    """The chunks of the sequences that begin here; the last one may hand on what follows its full ones."""
-    borders = [pieces.local_index(b) for b in pieces.borders[links.new.start : links.new.stop + 1]]
-    queries = [border - borders[0] for border in borders]
-    before = [0, *itertools.accumulate(pending[n] for n in links.new)]
-    keys = [query + number for query, number in zip(queries, before)]
-    offsets = ChunkOffsets.of(Offsets(queries, keys), chunk_size, return_state)
-    if links.hands_on:
-        last = ChunkOffsets.of(Offsets(queries[-2:], keys[-2:]), chunk_size, True)
-        offsets.queries[-1:], offsets.keys[-1:] = last
-    return offsets
-
-
-def _shared_ends(ends, o, owned: list[range], state, pieces, gradients: bool) -> FastWeights:
-    """The fast weights at the end of every sequence, on every rank."""
-    template = FastWeights(*state[:4])
-    parts = [*template.weights, *template.masters, *template.buffers]
-    N, sizes = len(parts[0]), [x[0].numel() for x in parts]
-    if not pieces.packed:  # one rank has the ends of all rows
-        owned = [range(N) if ranks else range(0) for ranks in owned]
-    mine = [
-        torch.cat([x.flatten(1) for x in (*e.weights, *e.masters, *e.buffers)], dim=1) for e in ends
-    ]
-    flat = torch.cat([parts[0].new_zeros(0, sum(sizes)), *mine])
-    if gradients:  # every rank has a part in the backward, also one that has no ends
-        flat = flat + o.reshape(-1)[:0].sum().to(flat.dtype)
-    flat = _FromOwners.apply(flat, owned, pieces)
-    columns = iter(x.unflatten(1, p.shape[1:]) for x, p in zip(flat.split(sizes, dim=1), parts))
-    weights, masters, buffers = (
-        tuple(next(columns) for _ in triple)
-        for triple in (template.weights, template.masters, template.buffers)
-    )
-    return FastWeights(weights, template.norms, masters, buffers)
-
-
-class _FromOwners(torch.autograd.Function):
-    """Rows of a matrix that each rank has some of, to all; the gradients are summed on the way back."""
-
-    @staticmethod
-    def forward(ctx, mine: Tensor, owned: list[range], pieces: SequencePieces):
-        ctx.owned, ctx.pieces = owned, pieces
-        out = mine.new_empty(sum(map(len, owned)), mine.shape[1])
-        for rank, rows in enumerate(owned):
-            if rows:
-                part = out[rows.start : rows.stop]
-                if rank == pieces.rank:
-                    part.copy_(mine)
-                dist.broadcast(part, group=pieces.group, group_src=rank)
-        return out
-
-    @staticmethod
-    def backward(ctx, dout: Tensor):
-        dout = dout.clone(memory_format=torch.contiguous_format)
-        for rank, rows in enumerate(ctx.owned):
-            if rows:
-                part = dout[rows.start : rows.stop]
-                dist.reduce(part, group=ctx.pieces.group, group_dst=rank)
-        mine = ctx.owned[ctx.pieces.rank]
-        return dout[mine.start : mine.stop], None, None
-
-
 def _end_state(state: TTTState, end: FastWeights, tokens: Tokens, pieces) -> TTTState:
     """The state after the last token: `end`, and the tokens of chunks that are not full."""
-    C, pending = state.chunk_size, _pending_lengths(state, pieces)
+    C, pending = state.chunk_size, pending_lengths(state, pieces)
     spans = list(itertools.pairwise(pieces.borders))
     lengths = [stop - start for start, stop in spans]
     left = [(before + length) % C for before, length in zip(pending, lengths)]
@@ -392,49 +183,14 @@ def _end_state(state: TTTState, end: FastWeights, tokens: Tokens, pieces) -> TTT
     ]  # fmt: skip
     if not pieces.packed:
         if left[0] > fetched[0]:
-            rest = _joined(_pending(state, None), rest)
+            rest = joined(pending_tokens(state, None), rest)
         return new.append(TTTTokens(*rest, (left[0],) * len(state.weights[0])))
     columns = []
     for n, parts in enumerate(
         zip(*(itertools.repeat(None) if x is None else x.split(fetched, dim=1) for x in rest))
     ):
         if left[n] > fetched[n]:
-            parts = _joined(_pending(state, n), parts)
+            parts = joined(pending_tokens(state, n), parts)
         columns.append(parts)
     sequences = [None if x[0] is None else [part[0] for part in x] for x in zip(*columns)]
     return new.append(TTTTokens.padded(sequences))
-
-
-def _joined(first, second) -> list[Tensor | None]:
-    return [None if x is None else torch.cat([x, y], dim=1) for x, y in zip(first, second)]
-
-
-def _pending_lengths(state: TTTState, pieces) -> tuple[int, ...]:
-    """Of each packed sequence, or one number for all rows of a batch."""
-    lengths = state.pending_lengths
-    return lengths if pieces.packed else lengths[:1] or (0,)
-
-
-def _pending(state: TTTState, n: int | None) -> list[Tensor | None]:
-    """The pending tokens of one sequence, or of all rows of a batch, `[.., p, ...]`."""
-    entry = state if n is None else state.entry(n)
-    columns = zip(*(piece.tensors for piece in entry.pending))
-    return [None if column[0] is None else torch.cat(column, dim=1) for column in columns]
-
-
-def _behind_pending(state: TTTState, tokens: Tokens, pieces, numbers: range) -> Tokens:
-    """The tokens of some sequences, each behind its pending ones."""
-    if not any(state.pending_lengths):
-        return tokens
-    if not pieces.packed:
-        return Tokens(*_joined(_pending(state, None), tokens))
-    borders = [pieces.local_index(b) for b in pieces.borders[numbers.start : numbers.stop + 1]]
-    lengths = [stop - start for start, stop in itertools.pairwise(borders)]
-    columns = [[] if x is None else x.split(lengths, dim=1) for x in tokens]
-    parts = [[] for _ in tokens]
-    for i, n in enumerate(numbers):
-        before = _pending(state, n) if state.pending_lengths[n] else None
-        for j, column in enumerate(columns):
-            if column:
-                parts[j] += [column[i]] if before is None else [before[j], column[i]]
-    return Tokens(*(torch.cat(x, dim=1) if x else None for x in parts))

@@ -77,6 +77,10 @@ class Ranks:
         False  # this rank has a part of each chunk's tokens, and all know all fast weights
     )
 
+    def receive(self, start: FastWeights) -> FastWeights:
+        """The fast weights to start from: those given, or what another rank hands on."""
+        return start
+
     def sum_(self, *tensors: Tensor) -> None:
         """Sum each tensor over the ranks that share chunks, in place."""
 
