@@ -160,6 +160,41 @@ def test_language_model(ranks: Ranks, size, masked):
     ranks.run(language_model_equals_one_process, size, masked, size == 4)
 
 
+def checkpointed_language_model(size, chunk_size):
+    """A recomputed forward takes part in all communication once more."""
+    model = language_model()
+    for block in model.model.layers:
+        block.attn.lact_chunk_size = chunk_size
+    model.sequence_mesh = mesh_of(size)
+    ids = torch.randint(3, 50, (2, 45))
+    model(ids, labels=ids).loss.backward()
+    for use_reentrant in (False, True):
+        checkpointed = copy.deepcopy(model)
+        checkpointed.zero_grad()
+        checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        checkpointed(ids, labels=ids).loss.backward()
+        for p, q in zip(checkpointed.parameters(), model.parameters()):
+            torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("size, chunk_size", [(4, 8), (2, 32)], ids=["across", "within"])
+def test_gradient_checkpointing(ranks: Ranks, size, chunk_size):
+    ranks.run(checkpointed_language_model, size, chunk_size)
+
+
+def compiled_layer(size):
+    layer = make_layer("paper")
+    pieces = SequencePieces.even(mesh_of(size), 41)
+    x = pieces.take(torch.randn(2, 41, 32, dtype=torch.float64))
+    expected = torch.autograd.grad(layer(x, pieces=pieces).sum(), layer.parameters())
+    y = torch.compile(layer, backend="aot_eager")(x, pieces=pieces)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), layer.parameters()), expected)
+
+
+def test_compiled_layer(ranks: Ranks):
+    ranks.run(compiled_layer, 2)
+
+
 def recogniser_equals_one_process(size, reduction):
     from lact_kernels.asr import LaCTASRConfig, LaCTForCTC
 

@@ -11,6 +11,7 @@ ranks, once per chunk, and every rank makes the same update.
 
 import itertools
 
+import torch
 from torch import Tensor
 
 from lact_kernels.distributed.across_chunks import scan_across_chunks
@@ -26,6 +27,7 @@ from lact_kernels.ops.ttt_types import FastWeights, Tokens
 SCHEMES = ("auto", "across_chunks", "within_chunks")
 
 
+@torch.compiler.disable  # what is compiled calls it as it is: all ranks must take part in the same order
 def block_causal_ttt(
     q: Tensor,
     k: Tensor,

@@ -64,6 +64,7 @@ class SequencePieces:
         self._memo: dict[Any, Any] = {}
 
     @classmethod
+    @torch.compiler.disable
     def of(
         cls, mesh: DeviceMesh, num_tokens: int, cu_seqlens: Tensor | None = None
     ) -> "SequencePieces":
@@ -93,6 +94,7 @@ class SequencePieces:
         return cls(mesh, [[(stop - n, stop)] for n, stop in zip(lengths, stops)], borders[0])
 
     @classmethod
+    @torch.compiler.disable
     def even(
         cls,
         mesh: DeviceMesh,
@@ -115,6 +117,7 @@ class SequencePieces:
         return cls(mesh, [[piece] for piece in itertools.pairwise(cuts)], borders)
 
     @classmethod
+    @torch.compiler.disable
     def of_chunks(
         cls, mesh: DeviceMesh, num_tokens: int, chunk_size: int, cu_seqlens: Tensor | None = None
     ) -> "SequencePieces":
@@ -146,6 +149,7 @@ class SequencePieces:
         return self._counts[self.rank][-1]
 
     @property
+    @torch.compiler.disable
     def cu_seqlens(self) -> Tensor | None:
         """The borders `[N+1]` of the packed sequences among this rank's tokens, on the host."""
         if not self.packed:
@@ -164,6 +168,7 @@ class SequencePieces:
         start, stop = ranges[n - 1]
         return self._counts[self.rank][n - 1] + min(position, stop) - start
 
+    @torch.compiler.disable
     def positions(self, device: torch.device | str | None = None) -> Tensor:
         """The position of each of this rank's tokens in its sequence, int64 `[t]`."""
 
@@ -176,6 +181,7 @@ class SequencePieces:
 
         return self.once(("positions", device), compute)
 
+    @torch.compiler.disable
     def of_groups(self, size: int) -> "SequencePieces":
         """The pieces of tokens each of which stands for `size` of these, counted from its sequence's start.
 
@@ -212,6 +218,7 @@ class SequencePieces:
             return parts[0]
         return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0)
 
+    @torch.compiler.disable
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
         """All T tokens, on every rank, of a tensor that has this rank's in the axis `dim`. Collective.
 
