@@ -1,5 +1,6 @@
 """Ranks that have the chunks in turn: fast weights go down the chain, their gradients come back up."""
 
+import bisect
 import itertools
 from typing import NamedTuple
 
@@ -8,7 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lact_kernels.distributed.exchange import TokenExchange, exchanged
-from lact_kernels.distributed.pending import behind_pending, pending_lengths, pending_tokens
+from lact_kernels.distributed.pending import (
+    behind_pending,
+    joined_tokens,
+    pending_lengths,
+    pending_tokens,
+)
 from lact_kernels.distributed.pieces import SequencePieces
 from lact_kernels.distributed.scan import Scan, needs_gradient
 from lact_kernels.ops.offsets import ChunkOffsets, Offsets
@@ -88,21 +94,20 @@ class _Links(NamedTuple):
 
     @classmethod
     def of(cls, pieces: SequencePieces, pending, chunk_size: int) -> "_Links":
-        sequences = list(enumerate(itertools.pairwise(pieces.borders)))
-        wanted, ends, mine = [], [], None
+        borders, wanted, ends, mine = pieces.borders, [], [], None
+        N = len(borders) - 1
         for rank, (start, stop) in enumerate(pieces.spans):
-            is_last = rank == pieces.size - 1
-            continuing = next((n for n, (a, b) in sequences if a < start < b), None)
-            here = [
-                n
-                for n, (a, _) in sequences
-                if start <= a < stop or (is_last and a == pieces.num_tokens)
-            ]
-            new = range(here[0], here[-1] + 1) if here else range(0)
-            hands_on = any(a < stop < b for _, (a, b) in sequences)
+            first = bisect.bisect_left(
+                borders, start
+            )  # the first border that is not before the piece
+            continuing = first - 1 if borders[first] > start else None
+            new = range(first, bisect.bisect_left(borders, stop, hi=N))
+            if rank == pieces.size - 1:  # and those without a token at the end of the row
+                new = range(first, N)
+            hands_on = borders[bisect.bisect_left(borders, stop)] > stop
             fetched, from_pending, tokens = 0, False, 0
             if continuing is not None:
-                begin, end = sequences[continuing][1]
+                begin, end = borders[continuing : continuing + 2]
                 unfinished = (pending[continuing] + start - begin) % chunk_size
                 fetched = min(unfinished, start - begin)
                 from_pending = unfinished > fetched
@@ -157,12 +162,12 @@ def scan_across_chunks(q, tokens: Tokens, state: TTTState, pieces, return_state:
         scan(q_new, joined, offsets, rows, receives=False, hands_on=links.hands_on)
     if links.continuing is not None:
         n = links.continuing
-        before = [] if halo is None else [halo]
+        joined = old_tokens
+        if halo is not None:
+            joined = Tokens(*joined_tokens(halo, joined))
         if links.from_pending:
-            before.insert(0, pending_tokens(state, n if pieces.packed else None))
-        joined = Tokens(
-            *(None if x[0] is None else torch.cat(x, dim=1) for x in zip(*before, old_tokens))
-        )
+            pending = pending_tokens(state, n if pieces.packed else None)
+            joined = Tokens(*joined_tokens(pending, joined))
         rows = slice(n, n + 1) if pieces.packed else slice(None)
         hands_on = links.hands_on and not links.new
         scan(q_old, joined, None, rows, receives=True, hands_on=hands_on)

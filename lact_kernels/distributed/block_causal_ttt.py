@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lact_kernels.distributed.across_chunks import scan_across_chunks
 from lact_kernels.distributed.exchange import TokenExchange, exchanged
-from lact_kernels.distributed.pending import joined, pending_lengths, pending_tokens
+from lact_kernels.distributed.pending import joined_tokens, pending_lengths, pending_tokens
 from lact_kernels.distributed.pieces import SequencePieces
 from lact_kernels.distributed.within_chunks import scan_within_chunks
 from lact_kernels.ops import block_causal_ttt as ops
@@ -89,7 +89,7 @@ def block_causal_ttt(
         RuntimeError: a wrong argument on another rank, or a rank that does not answer within the timeout of
             the process group.
 
-    Source: arXiv 2505.23884, section 3.4 (context parallelism), for the scheme within chunks.
+    Source: arXiv 2505.23884, whose context parallelism is the scheme within chunks.
     """
     tokens, weights = Tokens(k, v, lr0, lr1, lr2, momentum), (w0, w1, w2)
 
@@ -179,20 +179,15 @@ def _end_state(state: TTTState, end: FastWeights, tokens: Tokens, pieces) -> TTT
         wanted = [(stop - n, stop) for (_, stop), n in zip(spans, fetched) if n]
         return TokenExchange(pieces, [wanted] * pieces.size)
 
-    exchange = pieces.once(("end", C, pending), exchange)
-    rest = exchanged(exchange, tokens) if not exchange.is_empty else [
-        None if x is None else x[:, :0] for x in tokens
-    ]  # fmt: skip
+    rest = exchanged(pieces.once(("end", C, pending), exchange), tokens)
     if not pieces.packed:
         if left[0] > fetched[0]:
-            rest = joined(pending_tokens(state, None), rest)
+            rest = joined_tokens(pending_tokens(state, None), rest)
         return new.append(TTTTokens(*rest, (left[0],) * len(state.weights[0])))
-    columns = []
-    for n, parts in enumerate(
-        zip(*(itertools.repeat(None) if x is None else x.split(fetched, dim=1) for x in rest))
-    ):
-        if left[n] > fetched[n]:
-            parts = joined(pending_tokens(state, n), parts)
-        columns.append(parts)
-    sequences = [None if x[0] is None else [part[0] for part in x] for x in zip(*columns)]
+    before = {n: pending_tokens(state, n) for n in range(len(spans)) if left[n] > fetched[n]}
+    sequences = []
+    for i, x in enumerate(rest):
+        rows = () if x is None else enumerate(x[0].split(fetched))
+        rows = [torch.cat([before[n][i][0], row]) if n in before else row for n, row in rows]
+        sequences.append(rows or None)
     return new.append(TTTTokens.padded(sequences))

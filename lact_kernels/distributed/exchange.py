@@ -129,8 +129,11 @@ class _Exchanged(torch.autograd.Function):
 def exchanged(exchange: TokenExchange, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     """What this rank wants of each tensor `[B, t, ...]`, `[B, num_tokens, ...]`; None stays None.
 
-    The backward is collective, too: results must have a part in what every rank derives.
+    The backward is collective, too: results must have a part in what every rank derives. Where no rank wants
+    anything there is nothing to do.
     """
+    if exchange.is_empty:
+        return [None if x is None else x[:, :0] for x in tensors]
     given = [x for x in tensors if x is not None]
     results = iter(_Exchanged.apply(exchange, *given))
     return [None if x is None else next(results) for x in tensors]

@@ -9,7 +9,7 @@ from lact_kernels.ops.ttt_state import TTTState
 from lact_kernels.ops.ttt_types import Tokens
 
 
-def joined(first, second) -> list[Tensor | None]:
+def joined_tokens(first, second) -> list[Tensor | None]:
     return [None if x is None else torch.cat([x, y], dim=1) for x, y in zip(first, second)]
 
 
@@ -31,7 +31,7 @@ def behind_pending(state: TTTState, tokens: Tokens, pieces, numbers: range) -> T
     if not any(state.pending_lengths):
         return tokens
     if not pieces.packed:
-        return Tokens(*joined(pending_tokens(state, None), tokens))
+        return Tokens(*joined_tokens(pending_tokens(state, None), tokens))
     borders = [pieces.local_index(b) for b in pieces.borders[numbers.start : numbers.stop + 1]]
     lengths = [stop - start for start, stop in itertools.pairwise(borders)]
     columns = [[] if x is None else x.split(lengths, dim=1) for x in tokens]

@@ -86,7 +86,7 @@ class SequencePieces:
                 raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
             return num_tokens, _on_host(cu_seqlens)
 
-        answers = _shared(_checked(mesh).get_group(), *_attempt(facts))
+        answers = _gathered(_checked(mesh).get_group(), *_attempt(facts))
         lengths, borders = zip(*answers)
         _compare("SequencePieces.of", [{"cu_seqlens": b} for b in borders])
         stops = list(itertools.accumulate(lengths))
@@ -255,7 +255,7 @@ class SequencePieces:
         key = None if error else (operation, *mine.items())
         if key in self._agreed:
             return
-        _compare(operation, _shared(self.group, mine, error))
+        _compare(operation, _gathered(self.group, mine, error))
         self._agreed.add(key)
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
@@ -298,7 +298,7 @@ def _attempt(facts: Callable[[], Any]) -> tuple[Any, Exception | None]:
         return None, error
 
 
-def _shared(group: dist.ProcessGroup, mine: Any, error: Exception | None) -> list[Any]:
+def _gathered(group: dist.ProcessGroup, mine: Any, error: Exception | None) -> list[Any]:
     """`mine` of each rank; if there was an error on one, every rank raises."""
     answers = [None] * group.size()
     text = error and f"{type(error).__name__}: {error}"
@@ -332,7 +332,7 @@ def _agreed_total(mesh, num_tokens, cu_seqlens, **sizes: int) -> list[int] | Non
         _check_borders(borders, num_tokens)
         return {"num_tokens": num_tokens, "cu_seqlens": borders} | sizes
 
-    answers = _shared(_checked(mesh).get_group(), *_attempt(facts))
+    answers = _gathered(_checked(mesh).get_group(), *_attempt(facts))
     _compare("SequencePieces", answers)
     return answers[0]["cu_seqlens"]
 

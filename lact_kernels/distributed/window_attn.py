@@ -14,6 +14,7 @@ home while the interior is computed.
         inside  . . . . x x x x
 """
 
+import bisect
 from typing import NamedTuple
 
 import torch
@@ -124,7 +125,7 @@ class _Plan(NamedTuple):
         )
         edge = 0
         if halo.num_tokens:
-            first_stop = next(b for b in pieces.borders if b > pieces.start)
+            first_stop = pieces.borders[bisect.bisect_right(pieces.borders, pieces.start)]
             edge = min(behind, min(first_stop, pieces.stop) - pieces.start)
         borders = pieces.cu_seqlens
         if borders is None or not edge:
@@ -138,7 +139,7 @@ class _Plan(NamedTuple):
 
 def _sequence_start(pieces: SequencePieces, position: int) -> int:
     """Where the sequence begins that a position is in; a border belongs to the sequence that begins there."""
-    return max(b for b in pieces.borders if b <= position)
+    return pieces.borders[bisect.bisect_right(pieces.borders, position) - 1]
 
 
 class _WindowAttn(torch.autograd.Function):
