@@ -202,6 +202,40 @@ def test_equals_one_process(ranks: Ranks, name):
     ranks.run(equals_one_process, name)
 
 
+def equals_one_process_without_a_state(name):
+    """The last update of a sequence is left out, unless the next rank goes on with it."""
+    case = CASES[name]
+    pieces, borders = pieces_of(case)
+    x = inputs(case, case.T, torch.float64)
+    mine = {key: pieces.take(value) if key in TOKENS else value for key, value in x.items()}
+    results = []
+    for function, tensors, options in (
+        (lact_kernels.block_causal_ttt, x, {"cu_seqlens": borders}),
+        (block_causal_ttt, mine, {"pieces": pieces, "scheme": case.scheme}),
+    ):
+        tensors = {key: value.requires_grad_() for key, value in tensors.items()}
+        o = function(**tensors, **options_of(case), **options)
+        do = cotangent(x["q"][..., :1].expand(-1, -1, -1, DV))
+        loss = (o * (do if function is lact_kernels.block_causal_ttt else pieces.take(do))).sum()
+        results.append((o, dict(zip(tensors, torch.autograd.grad(loss, list(tensors.values()))))))
+    (o, grads), (my_o, my_grads) = results
+    torch.testing.assert_close(my_o, pieces.take(o), rtol=0, atol=1e-10)
+    for key, expected in grads.items():
+        actual = my_grads[key].contiguous()
+        if key in TOKENS:
+            expected = pieces.take(expected)
+        else:
+            dist.all_reduce(actual, group=pieces.group)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "name", ["uneven", "packed", "no-update", "shared-chunks", "slices-packed"]
+)
+def test_equals_one_process_without_a_state(ranks: Ranks, name):
+    ranks.run(equals_one_process_without_a_state, name)
+
+
 def is_as_exact(name, backend):
     """Error against float64 by that of one process in float32."""
     case = CASES[name]
