@@ -78,9 +78,9 @@ def opcheck_block_causal_ttt(case, return_end, checkpoint_interval=1, backend="e
         cu_seqlens = tuple(torch.tensor(x, dtype=torch.int32) for x in borders)
     weights = tuple(x[name].detach().expand(N, -1, -1, -1).clone() for name in ("w0", "w1", "w2"))
     C = case.chunk_size
-    state = _initial_state(weights, case.prenorm, x.get("momentum"), (C, case.muon, torch.float32))
-    start = [w.clone().requires_grad_() for triple in state[:4] for w in triple]
     tokens = [x.get(name) for name in ("q", "k", "v", "lr0", "lr1", "lr2", "momentum")]
+    state = new_state(weights, N, Tokens(*tokens[1:]), C, case.muon, case.prenorm)
+    start = [w.clone().requires_grad_() for triple in state[:4] for w in triple]
     options = (C, case.muon, case.prenorm, return_end, checkpoint_interval, backend)
     torch.library.opcheck(
         ttt_ops.block_causal_ttt_fwd, (*tokens, start, *cu_seqlens, *options), atol=1e-4, rtol=1e-3
