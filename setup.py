@@ -22,8 +22,8 @@ ASR = [
     "tqdm>=4.60",
 ]
 BENCH = ["matplotlib>=3.8", "numpy<2.4", "pytest>=8", "pytest-benchmark>=5"]
-# The Triton interpreter of the tests needs numpy, and fails with 2.4. With pytest 9.2 pytest-xdist 3.8 takes no
-# notice of xdist_group, and every worker would start the processes that distributed tests share.
+# The Triton interpreter of the tests needs numpy, and fails with 2.4. With pytest 9.2 pytest-xdist 3.8 takes
+# no notice of xdist_group, and every worker would start the processes that distributed tests share.
 TEST = [
     "hypothesis>=6.100",
     "numpy<2.4",
