@@ -101,6 +101,9 @@ class LaCTForCTC(PreTrainedModel):
         self.post_init()
         warn_if_never_updated(config, config.max_utterance_seconds)
 
+    def get_input_embeddings(self) -> None:
+        """There are none, as it reads waveforms."""
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, LaCTLayer):

@@ -7,14 +7,18 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizer, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -29,7 +33,7 @@ from lact_kernels.asr.dataset import (
 from lact_kernels.asr.evaluation import error_rate
 from lact_kernels.asr.files import written_whole
 from lact_kernels.asr.manifest import Utterance, read_utterances
-from lact_kernels.asr.model import LaCTForCTC, warn_if_never_updated
+from lact_kernels.asr.model import LaCTASRBlock, LaCTForCTC, warn_if_never_updated
 from lact_kernels.asr.pretrained import Recogniser, save_recogniser
 from lact_kernels.asr.text import normalize_text, words_of
 
@@ -58,6 +62,11 @@ class TrainingOptions:
         gradient_checkpointing: compute blocks again in the backward, instead of keeping what is in them.
         seed: of weights, order, augmentation and dropout.
         workers: processes that read and augment. They have no effect on the result.
+        sequence_parallel: N devices compute the blocks of each recording together, every one a piece of it.
+            Of P devices, P / N groups have a batch each: an update is of `batch_size *
+            gradient_accumulation_steps * P / N` utterances. The development set is dealt to all P as ever.
+        fsdp: share weights and the optimizer's state out to the devices (FSDP2), instead of keeping all on
+            each. It needs GPUs.
     """
 
     epochs: int = 20
@@ -75,6 +84,8 @@ class TrainingOptions:
     gradient_checkpointing: bool = False
     seed: int = 0
     workers: int = 1
+    sequence_parallel: int = 1
+    fsdp: bool = False
 
     def __post_init__(self):
         for f in fields(self):
@@ -92,6 +103,7 @@ class TrainingOptions:
             )
 
     def trainer_arguments(self, out: Path, evaluate: bool) -> TrainingArguments:
+        sharding = {"version": 2, "transformer_layer_cls_to_wrap": [LaCTASRBlock.__name__]}
         return TrainingArguments(
             output_dir=str(out / CHECKPOINTS),
             num_train_epochs=self.epochs,
@@ -113,7 +125,7 @@ class TrainingOptions:
             greater_is_better=False if evaluate else None,
             logging_steps=self.logging_steps,
             logging_first_step=True,
-            bf16=self.bf16,
+            bf16=self.bf16 and not self.fsdp,  # see `_SpeechTrainer`
             use_cpu=not torch.accelerator.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
             dataloader_num_workers=self.workers,
@@ -123,6 +135,7 @@ class TrainingOptions:
             report_to=["tensorboard"],
             disable_tqdm=not sys.stderr.isatty(),
             **({"gradient_checkpointing": True} if self.gradient_checkpointing else {}),
+            **({"fsdp": True, "fsdp_config": sharding} if self.fsdp else {}),
         )
 
 
@@ -140,10 +153,14 @@ def train(
     settings after it was killed, it goes on behind the last one, and computes what it would have computed.
     Ctrl-C and SIGTERM end the step, save a checkpoint and raise KeyboardInterrupt.
 
+    Processes that `torchrun` or `accelerate launch` has started train together. All make the same call, and
+    go on as so many as before.
+
     Args:
         out: a folder, made if it is missing.
         model: what to train, changed in place: `new_model`, or the model of a recogniser. Unless it has the
-            mean and deviation of its features, they are measured.
+            mean and deviation of its features, they are measured. With `fsdp` its weights stay shared out,
+            and the recogniser has a model of its own.
         tokenizer: from `lact_kernels.asr.text`, of the model's `vocab_size`.
         train_set: utterances whose texts are normalised; `usable` has seen them.
         dev_set: the same, to choose the best checkpoint by word error rate; empty for the last one.
@@ -153,11 +170,13 @@ def train(
         The recogniser.
 
     Raises:
-        ValueError: no training utterances, or `out` holds a training with other settings.
+        ValueError: no training utterances, `out` holds a training with other settings, or `processes` does
+            not allow the options.
         OSError: no recording can be read.
         KeyboardInterrupt: it was interrupted; the same call goes on.
     """
     out, options, config = Path(out), options or TrainingOptions(), model.config
+    state = processes(options)
     if not train_set:
         raise ValueError("there are no utterances to train on")
     if len(tokenizer) != config.vocab_size:
@@ -174,8 +193,7 @@ def train(
         seed=options.seed,
     )
     warn_if_never_updated(config, max(*(u.duration for u in train_set), options.join_seconds))
-    with PartialState().main_process_first():
-        checkpoint = _prepare(out, _settings(model, options, train_set))
+    checkpoint = _by_main(state, lambda: _prepare(out, _settings(model, options, train_set)))
     if not model.features.is_measured:
         _measure_features(model, dataset)
     evaluated = None
@@ -191,19 +209,53 @@ def train(
         processing_class=tokenizer,
         compute_metrics=_WordErrorRate(tokenizer),
         preprocess_logits_for_metrics=_most_likely,
+        autocast=options.bf16 and options.fsdp,
     )
-    with _Interruption() as interruption:
+    if (n := options.sequence_parallel) > 1:
+        shape = state.num_processes // n, n
+        mesh = init_device_mesh(state.device.type, shape, mesh_dim_names=("data", "sequence"))
+        model.sequence_mesh = mesh["sequence"]
+    with _Interruption(state.num_processes) as interruption:
         trainer.add_callback(interruption)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        finally:
+            model.sequence_mesh = None  # each process goes its own way
     if trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt(
             f"stopped after step {trainer.state.global_step}, to be gone on with"
         )
+    _share_buffers(model, state.num_processes)
     if dataset.num_broken:
         logger.warning("%d recordings could not be read, and were left out", dataset.num_broken)
+    if options.fsdp:
+        model = _whole(model)
     if trainer.is_world_process_zero():
         save_recogniser(out, model, tokenizer, words)
     return Recogniser(model.eval(), tokenizer, tuple(words))
+
+
+def processes(options: TrainingOptions) -> PartialState:
+    """Those that train together: what `torchrun` or `accelerate launch` has started, or this one alone.
+
+    Raises:
+        ValueError: they are not of the number or on the devices that the options need.
+    """
+    on_cpu = not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu)  # which finds the other processes of a CPU only if it is told
+    n = options.sequence_parallel
+    if state.num_processes % n:
+        raise ValueError(
+            f"the number of processes must be a multiple of sequence_parallel = {n}, got"
+            f" {state.num_processes}"
+        )
+    if options.fsdp and on_cpu:
+        raise ValueError(
+            "fsdp needs GPUs, and there is none: on a CPU Accelerate would pass it over in silence"
+        )
+    if options.fsdp and not state.use_distributed:
+        raise ValueError("fsdp needs processes that torchrun or accelerate launch has started")
+    return state
 
 
 def new_model(config: LaCTASRConfig, seed: int = 0) -> LaCTForCTC:
@@ -249,11 +301,27 @@ def _settings(
     return json.loads(json.dumps(settings))
 
 
+def _by_main(state: PartialState, function: Callable[[], Any]) -> Any:
+    """What the function returns on the main process, or raises there, on all of them."""
+    answer = [None, None]
+    if state.is_main_process:
+        try:
+            answer[0] = function()
+        except Exception as error:
+            answer[1] = error
+    if state.num_processes > 1:
+        dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
 def _prepare(out: Path, settings: dict[str, Any]) -> str | None:
     """Make the folder, and find the checkpoint to go on from, which a kill may have left unfinished."""
     file, checkpoints = out / SETTINGS, out / CHECKPOINTS
     if file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = {"sequence_parallel": 1, "fsdp": False}  # of a version without these options
+        before |= json.loads(file.read_text(encoding="utf-8"))
         changed = [k for k in settings.keys() | before if settings.get(k) != before.get(k)]
         if changed:
             raise ValueError(
@@ -278,8 +346,60 @@ def _measure_features(model: LaCTForCTC, dataset: SpeechDataset) -> None:
     model.features.measure(dataset[i]["input_values"] for i in range(0, len(dataset), step))
 
 
+def _share_buffers(model: LaCTForCTC, num_processes: int) -> None:
+    """The main process's statistics of batch norms to all, which have those of their own batches."""
+    if num_processes > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def _whole(model: LaCTForCTC) -> LaCTForCTC:
+    """A model whose weights are shared out, as one that every process has for itself."""
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    whole = new_model(model.config).to(model.device, model.dtype)
+    whole.load_state_dict(state)
+    return whole
+
+
 class _SpeechTrainer(Trainer):
-    """Trainer with batches of similar length."""
+    """Trainer with batches of similar length, which are those of a whole group if ranks share recordings.
+
+    Args:
+        autocast: bfloat16 as it is without FSDP. Trainer's own, with FSDP, would round weights and waveforms.
+    """
+
+    def __init__(self, *args, autocast: bool, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._autocast = autocast
+
+    def compute_loss(self, *args, **kwargs):
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self._autocast):
+            return super().compute_loss(*args, **kwargs)
+
+    @property
+    def _sequence_parallel(self) -> int:
+        mesh = self.model.sequence_mesh
+        return 1 if mesh is None else mesh.size()
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader, n = super().get_train_dataloader(), self._sequence_parallel
+        if n > 1:
+            shard = loader.batch_sampler  # Accelerate's, which deals whole batches to the processes
+            shard.num_processes //= n
+            shard.process_index //= n
+        return loader
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        return super().get_total_train_batch_size(args) // self._sequence_parallel
+
+    def evaluation_loop(self, *args, **kwargs):
+        """Each process evaluates recordings of its own, on the model that the main process saves."""
+        _share_buffers(self.model, self.args.world_size)
+        mesh, self.model.sequence_mesh = self.model.sequence_mesh, None
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.model.sequence_mesh = mesh
 
     def _get_train_sampler(self, train_dataset=None) -> LengthBucketSampler:
         dataset = train_dataset or self.train_dataset
@@ -302,11 +422,14 @@ class _Epochs(TrainerCallback):
 class _Interruption(TrainerCallback):
     """Ctrl-C and SIGTERM end the training behind the step, with a checkpoint; a second one at once.
 
-    The signals are caught within a `with` block.
+    The signals are caught within a `with` block. Whichever of the processes gets one, all end behind the same
+    step.
     """
 
-    def __init__(self):
+    def __init__(self, num_processes: int):
         self.asked = False
+        # Of gloo, so that nobody waits for a GPU.
+        self._group = dist.new_group(backend="gloo") if num_processes > 1 else None
         self._handlers = {}
 
     def __enter__(self):
@@ -326,7 +449,10 @@ class _Interruption(TrainerCallback):
         logger.warning("the training stops behind this step, and saves a checkpoint")
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.asked:
+        asked = torch.tensor(self.asked, dtype=torch.int32)
+        if self._group is not None:
+            dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group)
+        if asked:
             control.should_save = control.should_training_stop = True
 
 

@@ -17,6 +17,7 @@ OPTIONS = {
     "join_seconds": (float, "join utterances of a speaker up to this length"),
     "seed": (int, "of weights, order, augmentation and dropout"),
     "workers": (int, "processes that read and augment"),
+    "sequence_parallel": (int, "devices that share each recording; --batch-size is then theirs"),
 }
 
 
@@ -56,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gradient-checkpointing", action="store_true", help="less memory, more time"
     )
     parser.add_argument(
+        "--fsdp", action="store_true", help="share the weights out to several GPUs (FSDP2)"
+    )
+    parser.add_argument(
         "--no-augmentation", action="store_true", help="hear recordings as they are"
     )
     parser.add_argument("--threads", type=int, help="of PyTorch on a CPU")
@@ -63,7 +67,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     import torch
-    from accelerate import PartialState
     from transformers.utils.logging import disable_progress_bar
 
     from lact_kernels.asr.config import LaCTASRConfig
@@ -72,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     from lact_kernels.asr.training import (
         TrainingOptions,
         new_model,
+        processes,
         read_training_set,
         train,
         usable,
@@ -83,9 +87,10 @@ def run(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     if args.no_augmentation:
         given["augmentation"] = None
-    options = TrainingOptions(
-        **given, bf16=args.bf16, gradient_checkpointing=args.gradient_checkpointing
-    )
+    for name in ("bf16", "gradient_checkpointing", "fsdp"):
+        given[name] = getattr(args, name)
+    options = TrainingOptions(**given)
+    say = processes(options).print
     train_set, dev_set = (read_training_set(paths) for paths in (args.train, args.dev))
     if args.init:
         model, tokenizer, _ = load_recogniser(args.init)
@@ -98,7 +103,6 @@ def run(args: argparse.Namespace) -> int:
         model = new_model(LaCTASRConfig.named(args.config, **settings), options.seed)
 
     config = model.config
-    say = PartialState().print
     for name, utterances in (("training", train_set), ("development", dev_set)):
         utterances[:], counts = usable(utterances, tokenizer, config, options)
         hours = sum(u.duration for u in utterances) / 3600
