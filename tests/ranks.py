@@ -15,6 +15,7 @@ top of its module; it is called on every rank with the same arguments, and check
 import collections
 import contextlib
 import datetime
+import functools
 import multiprocessing
 import tempfile
 import traceback
@@ -24,7 +25,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed import device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 TIMEOUT = 30  # seconds that a rank waits for another, in the group itself
 PATIENCE = 240  # seconds that a test waits for its ranks
@@ -92,6 +94,8 @@ class Ranks:
 
 def _serve(pipe, rank: int, size: int, store: str, timeout: float) -> None:
     torch.set_num_threads(1)
+    # A group has threads that poll for ever: hundreds of tests must not make one each for the same mesh.
+    device_mesh.init_device_mesh = functools.cache(device_mesh.init_device_mesh)
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(store, size),
@@ -114,7 +118,8 @@ def _serve(pipe, rank: int, size: int, store: str, timeout: float) -> None:
 def mesh_of(size: int) -> DeviceMesh:
     """The mesh of `size` ranks that this rank is in; all ranks make theirs at once."""
     shape = (dist.get_world_size() // size, size)
-    return init_device_mesh("cpu", shape, mesh_dim_names=("data", "sequence"))["sequence"]
+    names = ("data", "sequence")
+    return device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=names)["sequence"]
 
 
 @contextlib.contextmanager
