@@ -161,9 +161,8 @@ def _model() -> LaCTForCausalLM:
         eos_token_id=None,
     )
     model = LaCTForCausalLM(config)
-    for (
-        layer
-    ) in model.model.layers:  # rates of 1, not of 0.001: so short a training has to see them
+    # Rates of 1, not of 0.001: so short a training has to see them.
+    for layer in model.model.layers:
         nn.init.constant_(layer.attn.lr_proj.bias, 7.45)
     return model
 
