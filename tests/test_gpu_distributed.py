@@ -79,10 +79,14 @@ def attention_is_as_exact(mesh, dtype, packed):
         assert_close_to_float64(pieces.gather(a.detach()), s, e, name)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["one-sequence", "packed"])
+def attention_of_both_kinds(mesh, dtype):
+    for packed in (False, True):
+        attention_is_as_exact(mesh, dtype, packed)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_attention(dtype, packed):
-    run_on_ranks(attention_is_as_exact, dtype, packed)
+def test_attention(dtype):
+    run_on_ranks(attention_of_both_kinds, dtype)
 
 
 def fast_weights_are_as_exact(mesh, dtype, scheme, rows):
@@ -125,11 +129,15 @@ def fast_weights_are_as_exact(mesh, dtype, scheme, rows):
         assert_close_to_float64(grad, same[name], exact[name], name)
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("scheme", ["across_chunks", "within_chunks"])
+def fast_weights_of_both_schemes(mesh, dtype):
+    for scheme in ("across_chunks", "within_chunks"):
+        for rows in (1, 2):
+            fast_weights_are_as_exact(mesh, dtype, scheme, rows)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_fast_weights(dtype, scheme, rows):
-    run_on_ranks(fast_weights_are_as_exact, dtype, scheme, rows)
+def test_fast_weights(dtype):
+    run_on_ranks(fast_weights_of_both_schemes, dtype)
 
 
 def layer_equals_one_process(mesh):
