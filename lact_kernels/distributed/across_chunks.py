@@ -9,16 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lact_kernels.distributed.exchange import TokenExchange, exchanged
-from lact_kernels.distributed.pending import (
-    behind_pending,
-    joined_tokens,
-    pending_lengths,
-    pending_tokens,
-)
+from lact_kernels.distributed.pending import behind_pending, pending_lengths
 from lact_kernels.distributed.pieces import SequencePieces
 from lact_kernels.distributed.scan import Scan, needs_gradient
 from lact_kernels.ops.offsets import ChunkOffsets, Offsets
-from lact_kernels.ops.ttt_state import TTTState
+from lact_kernels.ops.ttt_state import TTTState, joined_tokens
 from lact_kernels.ops.ttt_types import FastWeights, Ranks, Tokens
 
 
@@ -69,16 +64,21 @@ class Chain(Ranks):
         parts = _sent_parts(like)
         flat = parts[0].new_empty(sum(x.numel() for x in parts))
         self.pieces.receive(flat, rank)
-        parts = iter(flat.split([x.numel() for x in parts]))
-        weights, masters, buffers = (
-            tuple(next(parts).view(x.shape) for x in triple)
-            for triple in (like.weights, like.masters, like.buffers)
-        )
-        return FastWeights(weights, like.norms, masters, buffers)
+        flats = flat.split([x.numel() for x in parts])
+        return _with_parts(like, [flat.view(x.shape) for flat, x in zip(flats, parts)])
 
 
 def _sent_parts(x: FastWeights) -> list[Tensor]:
     return [*x.weights, *x.masters, *x.buffers]
+
+
+def _with_parts(x: FastWeights, parts: list[Tensor]) -> FastWeights:
+    """With other tensors in the place of `_sent_parts`."""
+    rest = iter(parts)
+    weights, masters, buffers = (
+        tuple(next(rest) for _ in triple) for triple in (x.weights, x.masters, x.buffers)
+    )
+    return FastWeights(weights, x.norms, masters, buffers)
 
 
 class _Links(NamedTuple):
@@ -164,10 +164,10 @@ def scan_across_chunks(q, tokens: Tokens, state: TTTState, pieces, return_state:
         n = links.continuing
         joined = old_tokens
         if halo is not None:
-            joined = Tokens(*joined_tokens(halo, joined))
+            columns = zip(halo, joined)
+            joined = Tokens(*(None if x is None else torch.cat([h, x], dim=1) for h, x in columns))
         if links.from_pending:
-            pending = pending_tokens(state, n if pieces.packed else None)
-            joined = Tokens(*joined_tokens(pending, joined))
+            joined = Tokens(*joined_tokens(state.entry(n) if pieces.packed else state, joined))
         rows = slice(n, n + 1) if pieces.packed else slice(None)
         hands_on = links.hands_on and not links.new
         scan(q_old, joined, None, rows, receives=True, hands_on=hands_on)
@@ -196,23 +196,17 @@ def _packed_offsets(pieces, links: _Links, pending, chunk_size: int, return_stat
 def _shared_ends(ends, o, owned: list[range], state, pieces, gradients: bool) -> FastWeights:
     """The fast weights at the end of every sequence, on every rank."""
     template = FastWeights(*state[:4])
-    parts = [*template.weights, *template.masters, *template.buffers]
+    parts = _sent_parts(template)
     N, sizes = len(parts[0]), [x[0].numel() for x in parts]
     if not pieces.packed:  # one rank has the ends of all rows
         owned = [range(N) if ranks else range(0) for ranks in owned]
-    mine = [
-        torch.cat([x.flatten(1) for x in (*e.weights, *e.masters, *e.buffers)], dim=1) for e in ends
-    ]
+    mine = [torch.cat([x.flatten(1) for x in _sent_parts(end)], dim=1) for end in ends]
     flat = torch.cat([parts[0].new_zeros(0, sum(sizes)), *mine])
     if gradients:  # every rank has a part in the backward, also one that has no ends
         flat = flat + o.reshape(-1)[:0].sum().to(flat.dtype)
     flat = _FromOwners.apply(flat, owned, pieces)
-    columns = iter(x.unflatten(1, p.shape[1:]) for x, p in zip(flat.split(sizes, dim=1), parts))
-    weights, masters, buffers = (
-        tuple(next(columns) for _ in triple)
-        for triple in (template.weights, template.masters, template.buffers)
-    )
-    return FastWeights(weights, template.norms, masters, buffers)
+    columns = zip(flat.split(sizes, dim=1), parts)
+    return _with_parts(template, [x.unflatten(1, part.shape[1:]) for x, part in columns])
 
 
 class _FromOwners(torch.autograd.Function):

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from lact_kernels.distributed.across_chunks import scan_across_chunks
 from lact_kernels.distributed.exchange import TokenExchange, exchanged
-from lact_kernels.distributed.pending import joined_tokens, pending_lengths, pending_tokens
+from lact_kernels.distributed.pending import pending_lengths
 from lact_kernels.distributed.pieces import SequencePieces
 from lact_kernels.distributed.within_chunks import scan_within_chunks
 from lact_kernels.ops import block_causal_ttt as ops
 from lact_kernels.ops import checks
-from lact_kernels.ops.ttt_state import TTTState, TTTTokens
+from lact_kernels.ops.ttt_state import TTTState, TTTTokens, joined_tokens, split_sequences
 from lact_kernels.ops.ttt_types import FastWeights, Tokens
 
 SCHEMES = ("auto", "across_chunks", "within_chunks")
@@ -102,8 +102,9 @@ def block_causal_ttt(
         checks.check_flag("return_state", return_state)
         checks.choose_backend(backend, q, ops.triton_obstacle(q, v, w0))
         _check_pieces(q, pieces, scheme, chunk_size, initial_state)
-        given = initial_state or weights
-        fields = [x for triple in given[:4] for x in triple] if initial_state else weights
+        fields = weights
+        if initial_state is not None:
+            fields = [x for triple in initial_state[:4] for x in triple]
         return {
             "q": (q.shape[0], *q.shape[2:]),
             "v": tuple(v.shape[2:]),
@@ -135,13 +136,7 @@ def block_causal_ttt(
 
 
 def _check_pieces(q, pieces, scheme, chunk_size, state) -> None:
-    if q.shape[1] != pieces.num_local_tokens:
-        raise ValueError(
-            f"q must have the {pieces.num_local_tokens} tokens of this rank's piece, got"
-            f" {tuple(q.shape)}"
-        )
-    if pieces.packed and q.shape[0] != 1:
-        raise ValueError(f"packed sequences need B = 1, got q with B = {q.shape[0]}")
+    pieces.check_tokens("q", q)
     if scheme not in SCHEMES:
         raise ValueError(f"scheme must be one of {', '.join(SCHEMES)}, got {scheme!r}")
     pending = () if state is None else state.pending_lengths
@@ -182,12 +177,13 @@ def _end_state(state: TTTState, end: FastWeights, tokens: Tokens, pieces) -> TTT
     rest = exchanged(pieces.once(("end", C, pending), exchange), tokens)
     if not pieces.packed:
         if left[0] > fetched[0]:
-            rest = joined_tokens(pending_tokens(state, None), rest)
+            rest = joined_tokens(state, rest)
         return new.append(TTTTokens(*rest, (left[0],) * len(state.weights[0])))
-    before = {n: pending_tokens(state, n) for n in range(len(spans)) if left[n] > fetched[n]}
-    sequences = []
-    for i, x in enumerate(rest):
-        rows = () if x is None else enumerate(x[0].split(fetched))
-        rows = [torch.cat([before[n][i][0], row]) if n in before else row for n, row in rows]
-        sequences.append(rows or None)
+    sequences = [None if x is None else list(x) for x in split_sequences(rest, fetched)]
+    for n in range(len(spans)):
+        if left[n] > fetched[n]:
+            row = [None if x is None else x[n][None] for x in sequences]
+            for x, whole in zip(sequences, joined_tokens(state.entry(n), row)):
+                if x is not None:
+                    x[n] = whole[0]
     return new.append(TTTTokens.padded(sequences))

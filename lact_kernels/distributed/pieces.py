@@ -207,6 +207,16 @@ class SequencePieces:
         ranges = [[(group(start), group(stop))] for start, stop in self.spans]
         return SequencePieces(self.mesh, ranges, borders if self.packed else None)
 
+    def check_tokens(self, name: str, x: Tensor) -> None:
+        """`x [B, t, ...]` has the tokens of this rank's piece, and one row if they are packed."""
+        if x.shape[1] != self.num_local_tokens:
+            raise ValueError(
+                f"{name} must have the {self.num_local_tokens} tokens of this rank's piece, got"
+                f" {tuple(x.shape)}"
+            )
+        if self.packed and x.shape[0] != 1:
+            raise ValueError(f"packed sequences need B = 1, got {name} with B = {x.shape[0]}")
+
     def take(self, x: Tensor, dim: int = 1) -> Tensor:
         """This rank's tokens of a tensor that has all T of them in the axis `dim`."""
         if x.shape[dim] != self.num_tokens:

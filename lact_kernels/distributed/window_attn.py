@@ -84,14 +84,8 @@ def _facts(q, k, v, window_size, softmax_scale, return_lse, backend, pieces) -> 
     checks.choose_backend(backend, q, ops.triton_obstacle(q, v))
     if pieces.chunk_size is not None:
         raise ValueError(f"pieces must be contiguous for window_attn, got {pieces}")
-    if pieces.packed and q.shape[0] != 1:
-        raise ValueError(f"packed sequences need B = 1, got q with B = {q.shape[0]}")
     for name, x in (("q", q), ("k", k)):
-        if x.shape[1] != pieces.num_local_tokens:
-            raise ValueError(
-                f"{name} must have the {pieces.num_local_tokens} tokens of this rank's piece, got"
-                f" {tuple(x.shape)}"
-            )
+        pieces.check_tokens(name, x)
     return {
         "B": q.shape[0],
         "heads of q": q.shape[2:],

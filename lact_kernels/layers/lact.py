@@ -326,11 +326,7 @@ class LaCTLayer(nn.Module):
             pieces = SequencePieces.of(pieces, x.shape[1], cu_seqlens)
         elif cu_seqlens is not None:
             raise ValueError("cu_seqlens and pieces exclude each other: pieces have borders")
-        if x.shape[1] != pieces.num_local_tokens:
-            raise ValueError(
-                f"hidden_states must have the {pieces.num_local_tokens} tokens of this rank's piece,"
-                f" got {tuple(x.shape)}"
-            )
+        pieces.check_tokens("hidden_states", x)
         return self._mix(x, pieces.cu_seqlens, None, (), pieces)
 
     def _mix(

@@ -14,6 +14,7 @@ from lact_kernels.ops.ttt_state import (
     TTTTokens,
     joined_tokens,
     packed_tokens,
+    split_sequences,
 )
 from lact_kernels.ops.ttt_types import FastWeights, Tokens, num_updates
 
@@ -180,7 +181,11 @@ def _continue(q, tokens, state: TTTState, cu_seqlens, return_state: bool, how):
 
     if not any(num_updates(total, C, return_state) for total in totals):
         o, _ = _run(q, tokens, state, cu_seqlens, cu_seqlens, False, how)
-        new = TTTTokens.padded(_split(tokens, lengths)) if packed else TTTTokens(*tokens, lengths)
+        new = (
+            TTTTokens.padded(split_sequences(tokens, lengths))
+            if packed
+            else TTTTokens(*tokens, lengths)
+        )
         return o, state.append(new) if return_state else None
 
     if not packed and len(set(totals)) == 1:
@@ -193,7 +198,7 @@ def _continue(q, tokens, state: TTTState, cu_seqlens, return_state: bool, how):
     if not packed:
         q, *tokens = (None if x is None else x.flatten(0, 1)[None] for x in (q, *tokens))
         cu_seqlens = cu_seqlens_of(lengths)
-    joined = packed_tokens(state, _split(tokens, lengths)) if state.pending else tokens
+    joined = packed_tokens(state, split_sequences(tokens, lengths)) if state.pending else tokens
     cu_seqlens_k = cu_seqlens_of(totals)
     o, end = _run(q, joined, state, cu_seqlens, cu_seqlens_k, return_state, how)
     o = o.view(B, T, *o.shape[2:])
@@ -201,14 +206,9 @@ def _continue(q, tokens, state: TTTState, cu_seqlens, return_state: bool, how):
         return o, None
     rest = [
         None if column is None else [x[len(x) // C * C :] for x in column]
-        for column in _split(joined, totals)
+        for column in split_sequences(joined, totals)
     ]
     return o, end.append(TTTTokens.padded(rest))
-
-
-def _split(tokens, lengths):
-    """The tokens of a packed row, sequence by sequence."""
-    return [None if x is None else x[0].split(lengths) for x in tokens]
 
 
 def check_call(

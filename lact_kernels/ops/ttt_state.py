@@ -160,9 +160,22 @@ def joined_tokens(state: TTTState, tokens: list[Tensor | None]) -> list[Tensor |
     return [None if column[0] is None else torch.cat(column, dim=1) for column in columns]
 
 
-def packed_tokens(state: TTTState, sequences: Sequences) -> list[Tensor | None]:
-    """The pending and the new tokens of each sequence, all end to end in one row, `[1, t, ...]`."""
-    columns = zip(*(piece.sequences() for piece in state.pending), sequences)
+def split_sequences(tokens, lengths: Sequence[int]) -> Sequences:
+    """The tokens `[1, t, ...]` of a packed row, sequence by sequence."""
+    return [None if x is None else x[0].split(lengths) for x in tokens]
+
+
+def packed_tokens(
+    state: TTTState, sequences: Sequences, entries: slice = slice(None)
+) -> list[Tensor | None]:
+    """The pending and the new tokens of each sequence, all end to end in one row, `[1, t, ...]`.
+
+    `entries` are those of the state that the sequences are.
+    """
+    pending = (
+        [None if x is None else x[entries] for x in piece.sequences()] for piece in state.pending
+    )
+    columns = zip(*pending, sequences)
     return [
         None if column[0] is None else torch.cat([x for parts in zip(*column) for x in parts])[None]
         for column in columns

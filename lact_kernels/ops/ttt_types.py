@@ -73,9 +73,7 @@ class Ranks:
     ranks that have the chunks in turn (they hand fast weights on, and gradients back).
     """
 
-    share_chunks = (
-        False  # this rank has a part of each chunk's tokens, and all know all fast weights
-    )
+    share_chunks = False  # whether each rank has a part of every chunk's tokens
 
     def receive(self, start: FastWeights) -> FastWeights:
         """The fast weights to start from: those given, or what another rank hands on."""

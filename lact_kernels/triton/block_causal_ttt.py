@@ -185,9 +185,8 @@ class _Call:
             steps = range(self.chunks.steps)
             momentum = self.momentum.mT.contiguous()  # [B, H, T]
             ttt_mean_momentum(momentum, self.betas, self.chunks.keys(steps, steps))
-            self.ranks.sum_(
-                self.betas[: self.chunks.num_chunks(steps)]
-            )  # there may be room for more
+            number = self.chunks.num_chunks(steps)  # on some ranks there is room for more
+            self.ranks.sum_(self.betas[:number])
         before = None
         for number, steps in enumerate(self.segments()):
             segment = self.segment(steps)
