@@ -28,7 +28,8 @@ asr-demo-commands: $(INSTALLED)  ## the same for a grammar of 70 words, with a s
 asr-adaptation: $(INSTALLED)  ## does test-time training help a recogniser? Nine trainings; needs espeak-ng
 	$(BIN)/python -m benchmarks.asr_adaptation $(ARGS)
 
-test: $(INSTALLED)  ## all tests that need no GPU: interpreter and compiler gate included
+test: $(INSTALLED)  ## all tests that need no GPU: emulator, interpreter and compiler gate included
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests -m 'not gpu' -n 2 --dist loadgroup
 	$(BIN)/python -m pytest tests -m 'not gpu' -n 2 --dist loadgroup
 
 lint: $(INSTALLED)  ## style

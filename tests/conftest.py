@@ -1,28 +1,46 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before its import."""
+"""What every test gets, and which tests a process can run."""
 
 import importlib.util
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest_plugins = ["tests.ranks"]
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+# Without a GPU a process interprets Triton's kernels, or with TRITON_INTERPRET=0 emulates what is compiled of
+# them: Triton decides for one when it is imported. tests/emulated is for the latter, everything else is not.
+ON_CPU = not torch.cuda.is_available()
+EMULATED = Path(__file__).parent / "emulated"
+if ON_CPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 
 # A borrowed GPU machine may lack what speech needs. Elsewhere a package that is missing is an error.
 SPEECH = ("accelerate", "jiwer", "soundfile", "tensorboard", "torchaudio", "transformers")
-if torch.cuda.is_available() and not all(map(importlib.util.find_spec, SPEECH)):
+if not ON_CPU and not all(map(importlib.util.find_spec, SPEECH)):
     collect_ignore_glob = ["test_*asr*.py"]
+
+
+def pytest_ignore_collect(collection_path):
+    """Leave out what this kind of process cannot run."""
+    if collection_path.suffix != ".py":
+        return None
+    emulated = EMULATED in collection_path.parents
+    return (
+        True
+        if (emulated and INTERPRETED) or (not emulated and ON_CPU and not INTERPRETED)
+        else None
+    )
 
 
 def pytest_collection_modifyitems(items):
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if "gpu" in item.keywords and ON_CPU:
             item.add_marker(skip)
 
 

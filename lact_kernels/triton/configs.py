@@ -278,9 +278,13 @@ def shipped_ttt_configs(name: str, arch: int) -> Iterator[tuple[torch.dtype, TTT
             yield half if width == 16 else torch.float32, config
 
 
+# Of the CPU: None where kernels are interpreted, that of the emulated device where they are emulated.
+CPU_CAPABILITY: tuple[int, int] | None = None
+
+
 def capability_of(device: torch.device) -> tuple[int, int] | None:
-    """Compute capability of a CUDA device, None for the CPU."""
-    return _cuda_capability(device.index) if device.type == "cuda" else None
+    """Compute capability of a CUDA device, CPU_CAPABILITY for the CPU."""
+    return _cuda_capability(device.index) if device.type == "cuda" else CPU_CAPABILITY
 
 
 @functools.cache

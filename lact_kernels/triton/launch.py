@@ -46,12 +46,17 @@ def packing_arguments(
     return cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), len(cu_seqlens_q) - 1
 
 
-@functools.cache
+CPU_MULTIPROCESSORS = 1  # another number where a device is emulated
+
+
 def num_multiprocessors(device: torch.device) -> int:
-    """Of a GPU, so that few programs can be cut up to fill it; 1 where kernels are interpreted."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    """Of a GPU, so that few programs can be cut up to fill it; CPU_MULTIPROCESSORS for the CPU."""
+    return _num_multiprocessors(device.index) if device.type == "cuda" else CPU_MULTIPROCESSORS
+
+
+@functools.cache
+def _num_multiprocessors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:

@@ -1,0 +1,31 @@
+"""Runs what Triton compiles for NVIDIA GPUs, on a CPU with NumPy: values, faults and counts, no times.
+
+See docs/ptx_emulator.md. Not installed with the package: it belongs to the tests and benchmarks.
+"""
+
+from ptx_emulator.errors import (
+    Deadlock,
+    Divergence,
+    EmulatorError,
+    InvalidAccess,
+    StepLimit,
+    UnsupportedInstruction,
+)
+from ptx_emulator.launcher import Emulation, LaunchRecord, Reported, emulate
+from ptx_emulator.machine import Options
+from ptx_emulator.reports import Report
+
+__all__ = [
+    "Deadlock",
+    "Divergence",
+    "Emulation",
+    "EmulatorError",
+    "InvalidAccess",
+    "LaunchRecord",
+    "Options",
+    "Report",
+    "Reported",
+    "StepLimit",
+    "UnsupportedInstruction",
+    "emulate",
+]

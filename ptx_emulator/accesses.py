@@ -1,0 +1,148 @@
+"""Loads and stores of global and shared memory by the threads of a strand.
+
+Addresses are arrays `[programs or 1, threads or 1]`, and so are masks, which are None for all threads. A
+value of several elements is a tuple of arrays.
+"""
+
+import numpy as np
+
+from ptx_emulator import counts, reports
+from ptx_emulator.errors import InvalidAccess
+from ptx_emulator.global_memory import BASE, IN_ARGUMENT, NOWHERE
+from ptx_emulator.shared_memory import SHARED_BASE
+from ptx_emulator.types import UNSIGNED
+
+
+def load_global(S, address, size, count, mask, line):
+    memory, total = S.memory, size * count
+    index = global_index(S, address, total, mask, line)
+    counts.count_global(S, "read", index, total, mask)
+    writer = memory.writer[index * total // 4]
+    foreign = (writer >= 0) & (writer != S.batch.ids[:, None])
+    if mask is not None:
+        foreign &= mask
+    if foreign.any():
+        S.report(reports.FOREIGN_READ, line)
+    return _elements(memory.views[total][index], size, count)
+
+
+def store_global(S, address, size, values, mask, line):
+    total = size * len(values)
+    index = S.all_threads(global_index(S, address, total, mask, line))
+    counts.count_global(S, "written", index, total, mask)
+    data = _joined(S, values, size)
+    program = S.all_threads(S.batch.ids[:, None])
+    index, data, program = S.active(mask, index, data, program)
+    write_global(S, index, total, data, program, line)
+
+
+def write_global(S, index, size, data, program, line):
+    """Give elements of `size` bytes, all arrays of one axis, new values, and note which program did."""
+    memory = S.memory
+    places = (index * size // 4)[:, None] + np.arange(max(size // 4, 1))
+    view = memory.views[size]
+    if size >= 4:  # of two halves of a word another program may own one
+        before = memory.writer[places]
+        other = ((before >= 0) & (before != program[:, None])).any(1)
+        if other.any() and not _same_bits(view[index[other]], data[other]):
+            S.report(reports.FOREIGN_WRITE, line)
+    memory.writer[places] = program[:, None]
+    view[index] = data
+    if not _same_bits(view[index], data):
+        S.report(reports.LANES_DIFFER, line)
+
+
+def global_index(S, address, size, mask, line):
+    """Addresses as indices of elements of `size` bytes, 0 for idle threads; others are reported."""
+    memory = S.memory
+    offset = (address - np.uint64(BASE)).view(np.int64)
+    if mask is not None:
+        offset = np.where(mask, offset, 0)
+    wild = (offset < 0) | (offset + size > len(memory.bytes))
+    if wild.any():
+        address = np.broadcast_to(address, wild.shape)[wild][0]
+        S.fail(InvalidAccess, line, f"no tensor is anywhere near the address 0x{int(address):x}")
+    if (offset & (size - 1)).any():
+        S.fail(InvalidAccess, line, f"an address that {size} bytes do not divide")
+    index = offset // size
+    owner = memory.owners(size)[index]
+    if mask is not None:
+        owner = np.where(mask, owner, IN_ARGUMENT)
+    if (owner < IN_ARGUMENT).any():
+        kind = reports.OUT_OF_BOUNDS if (owner == NOWHERE).any() else reports.OUTSIDE_ARGUMENT
+        S.report(kind, line, S.first_thread(owner < IN_ARGUMENT))
+    return index
+
+
+def load_shared(S, address, size, count, mask, line):
+    total = size * count
+    offsets = shared_offsets(S, address, total, mask, line)
+    counts.count_banks(S, "ld_shared", offsets, total, mask)
+    note_access(S, "read", offsets, total, mask, line)
+    return _elements(S.shared.gather(offsets, total), size, count)
+
+
+def store_shared(S, address, size, values, mask, line):
+    total = size * len(values)
+    offsets = shared_offsets(S, address, total, mask, line)
+    counts.count_banks(S, "st_shared", offsets, total, mask)
+    note_access(S, "write", offsets, total, mask, line)
+    scatter(S, offsets, total, _joined(S, values, size), mask, line)
+
+
+def shared_offsets(S, address, size, mask, line):
+    """Addresses as byte offsets within a program's shared memory, 0 for idle threads."""
+    offsets = address.view(np.int32).astype(np.int64) - SHARED_BASE
+    if mask is not None:
+        offsets = np.where(mask, offsets, 0)
+    if offsets.size and (offsets.min() < 0 or offsets.max() + size > S.shared.num_bytes):
+        S.fail(
+            InvalidAccess,
+            line,
+            f"bytes {offsets.min()} to {offsets.max() + size} of shared memory, which has"
+            f" {S.shared.num_bytes}",
+        )
+    if (offsets & (size - 1)).any():
+        S.fail(InvalidAccess, line, f"an address that {size} bytes do not divide")
+    return offsets
+
+
+def note_access(S, what, offsets, size, mask, line, copy=False):
+    """Tell shared memory who reads or writes, for offsets `[programs or 1, threads or 1]`."""
+    flat = S.all_threads(S.shared.flat(offsets))
+    warps = S.all_threads(S.warp_of_thread)
+    flat, warps = S.active(mask, flat, warps)
+    if not flat.size:
+        return
+    units = S.shared.units(flat, size)
+    if what == "read":
+        S.shared.note_read(S, units, warps[:, None], line)
+    else:
+        S.shared.note_write(S, units, warps[:, None], line, copy)
+        S.batch.time += 1
+
+
+def scatter(S, offsets, size, data, mask, line):
+    flat, data = S.active(mask, S.all_threads(S.shared.flat(offsets)), S.all_threads(data))
+    if not S.shared.scatter(flat, size, data):
+        S.report(reports.LANES_DIFFER, line)
+
+
+def _elements(data, size, count):
+    if count == 1:
+        return (data,)
+    parts = np.ascontiguousarray(data).view(UNSIGNED[size]).reshape(*data.shape, count)
+    return tuple(np.ascontiguousarray(parts[..., i]) for i in range(count))
+
+
+def _joined(S, values, size):
+    data = np.empty((*S.shape, len(values)), UNSIGNED[size])
+    for place, value in enumerate(values):
+        data[..., place] = value
+    return data.view(UNSIGNED[size * len(values)])[..., 0]
+
+
+def _same_bits(x, y):
+    return np.array_equal(
+        np.ascontiguousarray(x).view(np.uint8), np.ascontiguousarray(y).view(np.uint8)
+    )

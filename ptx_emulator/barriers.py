@@ -1,0 +1,171 @@
+"""Barriers: `bar.sync` of whole warps, `mbarrier` objects in shared memory, and proxy fences.
+
+A wait ends a basic block: its function returns the block that comes next, or BLOCKED after noting on the
+strand what it waits for. All programs of a batch run in lockstep, so one state stands for all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from ptx_emulator.accesses import shared_offsets
+from ptx_emulator.errors import EmulatorError, UnsupportedInstruction
+from ptx_emulator.translator import BLOCKED
+from ptx_emulator.warps import WARP
+
+
+@dataclasses.dataclass
+class Barrier:
+    """One of the sixteen that a program has: who is there, and what has happened before they came."""
+
+    arrived: int = 0  # warps
+    known: np.ndarray | int = 0  # see Clocks.release
+    waiting: list[int] = dataclasses.field(default_factory=list)  # ids of strands
+
+
+@dataclasses.dataclass
+class MBarrier:
+    """A phase ends when `count` threads have arrived and all bytes that they announced are there."""
+
+    count: int
+    missing: int  # arrivals
+    bytes_missing: int = 0
+    phase: int = 0
+    known: np.ndarray | int = 0  # in the current phase
+    released: np.ndarray | int = 0  # by the phases that have ended
+    transfers: list = dataclasses.field(default_factory=list)  # see bulk_copies.py
+
+
+def trap(S, mask, line):
+    if mask is None or mask.any():
+        S.fail(EmulatorError, line, "the kernel has called trap, as where an assertion fails")
+
+
+def proxy_fence(S):
+    S.batch.time += 1
+    S.batch.fenced[S.warps] = S.batch.time
+
+
+# --- bar.sync and bar.arrive ----------------------------------------------------------------------------
+
+
+def barrier_sync(S, number, num_threads, then, line):
+    barrier = _arrive(S, number, num_threads, line)
+    if barrier is None:  # this strand was the last one
+        return then
+    barrier.waiting.append(S.id)
+    S.block_on(f"barrier {number}", then, line)
+    return BLOCKED
+
+
+def barrier_arrive(S, number, num_threads, line):
+    _arrive(S, number, num_threads, line)
+
+
+def _arrive(S, number, num_threads, line) -> Barrier | None:
+    """Count the strand's warps; where they complete the barrier wake who waits, and return None."""
+    batch = S.batch
+    if not isinstance(number, int):
+        number = int(S.uniform(number, line))
+    if num_threads is not None and not isinstance(num_threads, int):
+        num_threads = int(S.uniform(num_threads, line))
+    expected = batch.num_warps if num_threads is None else num_threads // WARP
+    barrier = batch.barriers.setdefault(number, Barrier())
+    barrier.arrived += len(S.warps)
+    barrier.known = np.maximum(barrier.known, batch.clocks.release(S.warps))
+    if barrier.arrived > expected:
+        S.fail(EmulatorError, line, f"{barrier.arrived} warps at a barrier of {expected}")
+    if barrier.arrived < expected:
+        return barrier
+    del batch.barriers[number]
+    waiting = [s for s in batch.strands if s.id in barrier.waiting]
+    for strand in (*waiting, S):
+        batch.clocks.acquire(strand.warps, barrier.known)
+        strand.wake()
+    batch.time += 1
+    return None
+
+
+# --- mbarrier -------------------------------------------------------------------------------------------
+
+
+def mbarrier_init(S, address, count, mask, line):
+    count = int(S.uniform(count, line))
+    place = mbarrier_place(S, address, mask, line)
+    S.batch.mbarriers[place] = MBarrier(count, count)
+
+
+def mbarrier_inval(S, address, mask, line):
+    S.batch.mbarriers.pop(mbarrier_place(S, address, mask, line), None)
+
+
+def mbarrier_expect(S, address, num_bytes, mask, line):
+    mbarrier_at(S, address, mask, line).bytes_missing += int(S.uniform(num_bytes, line))
+
+
+def mbarrier_arrive(S, address, count, num_bytes, mask, line):
+    """By each active thread, with `count` arrivals, after announcing `num_bytes` of copies."""
+    mbarrier = mbarrier_at(S, address, mask, line)
+    active = S.all_threads(True if mask is None else mask)
+    arrivals = int(active[0].sum()) * (1 if count is None else int(S.uniform(count, line)))
+    warps = S.warps[active[0].reshape(-1, WARP).any(1)]
+    if num_bytes is not None:
+        mbarrier.bytes_missing += int(S.uniform(num_bytes, line)) * int(active[0].sum())
+    mbarrier.known = np.maximum(mbarrier.known, S.batch.clocks.release(warps))
+    mbarrier.missing -= arrivals
+    if mbarrier.missing < 0:
+        S.fail(EmulatorError, line, f"more arrivals than the {mbarrier.count} of the mbarrier")
+    advance(S.batch, mbarrier)
+    S.update_settled()
+
+
+def mbarrier_wait(S, address, parity, place, then, line):
+    """Wait for the phase of this parity to end, then set the predicate R[place]."""
+    mbarrier = mbarrier_at(S, address, None, line)
+    parity = int(S.uniform(parity, line)) & 1
+    if mbarrier.phase % 2 == parity:
+        S.block_on(f"an mbarrier of {mbarrier.missing} more arrivals", S.block, line)
+        S.condition = (mbarrier_place(S, address, None, line), parity)
+        return BLOCKED
+    S.registers[place] = np.array([[True]])
+    S.batch.clocks.acquire(S.warps, mbarrier.released)
+    S.update_settled()
+    return then
+
+
+def mbarrier_place(S, address, mask, line) -> int:
+    """The offset of the mbarrier in shared memory, which must be the same in all programs."""
+    offsets = shared_offsets(S, address, 8, mask, line)
+    if mask is not None:
+        (offsets,) = S.active(mask, S.all_threads(offsets))
+    return int(S.uniform(offsets, line))
+
+
+def mbarrier_at(S, address, mask, line) -> MBarrier:
+    place = mbarrier_place(S, address, mask, line)
+    if place not in S.batch.mbarriers:
+        S.fail(UnsupportedInstruction, line, f"no mbarrier has been made at byte {place}")
+    return S.batch.mbarriers[place]
+
+
+def advance(batch, mbarrier: MBarrier) -> None:
+    """End the phase if nothing is missing: complete its copies, wake who waits for it.
+
+    Copies are completed here, as late as can be, and not when they are issued.
+    """
+    arriving = sum(transfer.num_bytes for transfer in mbarrier.transfers)
+    if mbarrier.missing or mbarrier.bytes_missing != arriving:
+        return
+    for transfer in mbarrier.transfers:
+        transfer.deliver(batch)
+    if mbarrier.transfers:
+        engine = np.array([batch.clocks.engine])
+        mbarrier.known = np.maximum(mbarrier.known, batch.clocks.release(engine))
+    mbarrier.released = np.maximum(mbarrier.released, mbarrier.known)
+    mbarrier.transfers, mbarrier.bytes_missing, mbarrier.known = [], 0, 0
+    mbarrier.missing, mbarrier.phase = mbarrier.count, mbarrier.phase + 1
+    for strand in batch.strands:
+        if strand.condition and batch.mbarriers.get(strand.condition[0]) is mbarrier:
+            strand.wake()

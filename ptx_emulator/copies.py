@@ -1,0 +1,71 @@
+"""Asynchronous copies of threads from global to shared memory: `cp.async` and its groups.
+
+A copy is done at the wait that covers it and no earlier: until then its target reads as all bits one.
+"""
+
+import collections
+
+import numpy as np
+
+from ptx_emulator import counts, reports
+from ptx_emulator.accesses import global_index, note_access, scatter, shared_offsets
+from ptx_emulator.errors import UnsupportedInstruction
+from ptx_emulator.shared_memory import IN_FLIGHT
+from ptx_emulator.types import UNSIGNED
+
+Copy = collections.namedtuple("Copy", "offsets size data mask line")
+
+
+def copy_async(S, target, source, size, num_read, mask, line):
+    """Copy `size` bytes per thread; zeros where `num_read` is 0."""
+    offsets = shared_offsets(S, target, size, mask, line)
+    reads = mask
+    if num_read is not None:
+        if ((num_read != size) & (num_read != 0)).any():
+            S.fail(UnsupportedInstruction, line, "a copy of a part of its bytes")
+        reads = num_read == size if mask is None else (num_read == size) & mask
+    index = global_index(S, source, size, reads, line)
+    counts.count_global(S, "read", index, size, reads)
+    counts.count_banks(S, "cp_async", offsets, size, mask)
+    data = S.memory.views[size][index]
+    if reads is not None:
+        data = np.where(reads, data, data.dtype.type(0))
+    if _in_flight(S, offsets, size, mask):
+        S.report(reports.WRITE_IN_FLIGHT, line)
+    else:
+        note_access(S, "write", offsets, size, mask, line, copy=True)
+    _mark_in_flight(S, offsets, size, mask, line)
+    S.open_copies.append(Copy(offsets, size, S.all_threads(data), mask, line))
+
+
+def commit_copies(S):
+    S.copy_groups.append(S.open_copies)
+    S.open_copies = []
+
+
+def wait_for_copies(S, pending):
+    """Complete all groups but the last `pending`."""
+    while len(S.copy_groups) > pending:
+        for copy in S.copy_groups.popleft():
+            _set_state(S, copy, 0)
+            note_access(S, "write", copy.offsets, copy.size, copy.mask, copy.line, copy=True)
+            scatter(S, copy.offsets, copy.size, copy.data, copy.mask, copy.line)
+
+
+def _units(S, offsets, size, mask):
+    (flat,) = S.active(mask, S.all_threads(S.shared.flat(offsets)))
+    return S.shared.units(flat, size)
+
+
+def _in_flight(S, offsets, size, mask):
+    return (S.shared.state[_units(S, offsets, size, mask)] == IN_FLIGHT).any()
+
+
+def _set_state(S, copy, state):
+    S.shared.state[_units(S, copy.offsets, copy.size, copy.mask)] = state
+
+
+def _mark_in_flight(S, offsets, size, mask, line):
+    S.shared.state[_units(S, offsets, size, mask)] = IN_FLIGHT
+    ones = np.full((1, size), 0xFF, np.uint8).view(UNSIGNED[size])
+    scatter(S, offsets, size, ones, mask, line)

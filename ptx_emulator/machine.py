@@ -1,0 +1,410 @@
+"""The machine: a launch, its batches of programs in lockstep, and their strands of warps.
+
+A *batch* is a number of programs (CTAs) that have taken the same way so far; where a branch parts them the
+batch is split, and the parts go on one after the other. A *strand* is a number of warps of every program of
+a batch with one program counter. A kernel starts as one strand of all warps; where a branch parts
+warps, as in kernels whose warps have different jobs, the strand is split. A batch runs one strand until it
+ends or waits for others, then the next.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import dataclasses
+
+import numpy as np
+
+from ptx_emulator.errors import (
+    Deadlock,
+    Divergence,
+    EmulatorError,
+    StepLimit,
+    UnsupportedInstruction,
+)
+from ptx_emulator.global_memory import GlobalMemory
+from ptx_emulator.order import Clocks
+from ptx_emulator.program import Program
+from ptx_emulator.reports import Report
+from ptx_emulator.shared_memory import SharedMemory
+from ptx_emulator.translator import BLOCKED, ENDED
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to run, not what."""
+
+    threads_per_batch: int = 8192  # how much NumPy gets at once
+    max_iterations: int = 100_000  # jumps back that one strand may make
+    memory_counts: bool = False  # sectors and bank conflicts, too
+
+
+class Launch:
+    """One kernel on one grid: runs all its programs; gathers counts and reports."""
+
+    def __init__(
+        self,
+        program: Program,
+        memory: GlobalMemory,
+        parameters: dict[str, int | float],
+        grid: tuple[int, int, int],
+        shared_bytes: int,
+        options: Options,
+    ):
+        self.program, self.memory, self.options = program, memory, options
+        self.parameters, self.grid = parameters, grid
+        self.shared_bytes = -(-max(shared_bytes, 16) // 16) * 16
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.reports: dict[tuple[str, int], Report] = {}
+
+    def run(self) -> None:
+        total = int(np.prod(self.grid))
+        at_once = max(1, self.options.threads_per_batch // self.program.kernel.num_threads)
+        with np.errstate(all="ignore"):
+            for start in range(0, total, at_once):
+                ids = np.arange(start, min(start + at_once, total), dtype=np.int32)
+                todo = [Batch.of_programs(self, ids)]
+                while todo:
+                    todo += todo.pop().run()
+
+    def report(self, kind: str, line: int, example: str) -> None:
+        if (kind, line) in self.reports:
+            self.reports[kind, line].count += 1
+            return
+        instruction = self.program.at_line(line)
+        text = " ".join(instruction.text.split())[:100]
+        self.reports[kind, line] = Report(
+            self.program.kernel.name, kind, line, instruction.source, text, example
+        )
+
+
+class Batch:
+    """Programs in lockstep: what they share besides the registers of their strands."""
+
+    launch: Launch
+    ids: np.ndarray  # of the programs, in the launch
+    shared: SharedMemory
+    clocks: Clocks
+    fenced: np.ndarray  # time of each warp's last proxy fence
+    barriers: dict  # those that somebody waits at
+    mbarriers: dict  # by their place in shared memory
+    strands: list[Strand]
+    time: int = 1  # counts writes to shared memory
+
+    @classmethod
+    def of_programs(cls, launch: Launch, ids: np.ndarray) -> Batch:
+        batch = cls()
+        batch.launch, batch.ids = launch, ids
+        program = launch.program
+        num_warps = batch.num_warps
+        batch.shared = SharedMemory(len(ids), launch.shared_bytes, program.shared_unit, num_warps)
+        batch.clocks = Clocks(num_warps)
+        batch.fenced = np.zeros(num_warps + 1, np.int64)
+        batch.barriers, batch.mbarriers = {}, {}
+        batch.strands = [Strand(batch, 0, np.arange(num_warps), list(program.initial))]
+        batch._set_places()
+        return batch
+
+    @property
+    def num_warps(self) -> int:
+        return self.launch.program.kernel.num_threads // 32
+
+    def _set_places(self) -> None:
+        x, y, _ = self.launch.grid
+        places = self.ids % x, self.ids // x % y, self.ids // x // y
+        self.program = [p.astype(np.uint32)[:, None] for p in places]
+        self.num_programs = [np.array([[n]], np.uint32) for n in self.launch.grid]
+
+    def run(self) -> list[Batch]:
+        """Run to the end: []; or up to where programs part, and return the parts."""
+        while self.strands:
+            strand = next((s for s in self.strands if s.waits_for is None), None)
+            if strand is None:
+                places = "; ".join(
+                    f"{s.name} at line {s.line} for {s.waits_for}" for s in self.strands
+                )
+                first = self.strands[0]
+                first.fail(Deadlock, first.line, f"nobody is left to wake who waits: {places}")
+            parts = strand.run()
+            if parts is not None:
+                return parts
+            if strand.block == ENDED:
+                self.strands.remove(strand)
+        return []
+
+    def split(self, groups: list[np.ndarray]) -> list[Batch]:
+        """A batch for each group of places of programs in this one."""
+        return [self._part(index) for index in groups]
+
+    def _part(self, index: np.ndarray) -> Batch:
+        batch = Batch()
+        batch.launch, batch.ids, batch.time = self.launch, self.ids[index], self.time
+        batch.shared = self.shared.of_programs(index)
+        batch.clocks, batch.fenced = self.clocks.copy(), self.fenced.copy()
+        batch.barriers = copy.deepcopy(self.barriers)
+        batch._set_places()
+        choose = Chooser(len(self.ids), index)
+        batch.mbarriers = choose(self.mbarriers)
+        batch.strands = [strand.part(batch, choose) for strand in self.strands]
+        return batch
+
+
+class Chooser:
+    """Picks some programs, or some threads, of all arrays `[programs or 1, threads or 1]` in a structure.
+
+    Arrays that are one, or views of one, stay so: the result of a wgmma has several names.
+    """
+
+    def __init__(
+        self, num_programs: int, programs: np.ndarray | None, threads: np.ndarray | None = None
+    ):
+        self.num_programs, self.programs, self.threads = num_programs, programs, threads
+        self._known: dict[
+            int, tuple
+        ] = {}  # with the array itself, so that its id is not used again
+
+    def __call__(self, x):
+        if isinstance(x, np.ndarray):
+            if id(x) not in self._known:
+                self._known[id(x)] = x, self._array(x)
+            return self._known[id(x)][1]
+        if isinstance(x, tuple) and hasattr(x, "_fields"):
+            return type(x)(*map(self, x))
+        if isinstance(x, (tuple, list, collections.deque)):
+            return type(x)(self(y) for y in x)
+        if isinstance(x, dict):
+            return {k: self(v) for k, v in x.items()}
+        if dataclasses.is_dataclass(x):
+            fields = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
+            new = copy.copy(x)
+            for name, value in fields.items():
+                setattr(new, name, value if name in ("known", "released", "warps") else self(value))
+            return new
+        return x
+
+    def _array(self, x: np.ndarray) -> np.ndarray:
+        base = x.base
+        if isinstance(base, np.ndarray) and base.shape == x.shape and base.itemsize == x.itemsize:
+            return self(base).view(x.dtype)
+        if self.programs is not None and x.ndim >= 2 and len(x) == self.num_programs > 1:
+            x = x[self.programs]
+        if self.threads is not None and x.ndim == 2 and x.shape[1] > 1:
+            x = x[:, self.threads]
+        return x
+
+
+class Strand:
+    """Warps with one program counter, in all programs of a batch, and their registers."""
+
+    def __init__(self, batch: Batch, id: int, warps: np.ndarray, registers: list[np.ndarray]):
+        self.id, self.registers = id, registers
+        self.block = 0  # that it runs or runs next; ENDED
+        self.iterations = 0
+        self.waits_for: str | None = None
+        self.condition: tuple[int, int] | None = None  # place and parity of an mbarrier
+        self.line = 0  # where it waits
+        self.open_copies, self.copy_groups = [], collections.deque()
+        self.open_products, self.product_groups = [], collections.deque()
+        self.open_stores, self.store_groups = [], collections.deque()
+        self._attach(batch, warps)
+
+    def _attach(self, batch: Batch, warps: np.ndarray) -> None:
+        self.batch, self.warps = batch, warps
+        launch = batch.launch
+        self.options, self.memory, self.shared = launch.options, launch.memory, batch.shared
+        self.num_programs, self.num_threads = len(batch.ids), 32 * len(warps)
+        self.shape = self.num_programs, self.num_threads
+        threads = warps[:, None] * 32 + np.arange(32)
+        self.thread = threads.reshape(1, -1).astype(np.uint32)
+        self.warp_of_thread = (self.thread // 32).astype(np.int64)
+        self.update_settled()
+
+    @property
+    def name(self) -> str:
+        return (
+            f"warps {self.warps[0]} to {self.warps[-1]}"
+            if len(self.warps) > 1
+            else f"warp {self.warps[0]}"
+        )
+
+    # --- running ----------------------------------------------------------------------------------------
+
+    def run(self) -> list[Batch] | None:
+        """Run until the strand ends or waits: None; or until programs part: the parts of the batch."""
+        program = self.batch.launch.program
+        executed: collections.Counter[int] = collections.Counter()
+        try:
+            while self.block >= 0:
+                executed[self.block] += 1
+                result = program.blocks[self.block](self.registers, self)
+                if result == BLOCKED and isinstance(result, int):
+                    return None
+                if isinstance(result, tuple):
+                    condition, yes, no, line = result
+                    if condition.size > 1 and not condition.all() and condition.any():
+                        return self._part_ways(condition, yes, no, line)
+                    result = yes if condition.flat[0] else no
+                if 0 <= result <= self.block:
+                    self._count_iteration(program.last_lines[self.block])
+                self.block = result
+            return None
+        finally:
+            self._count(executed)
+
+    def _count_iteration(self, line: int) -> None:
+        self.iterations += 1
+        limit = self.options.max_iterations
+        if self.iterations > limit:
+            self.fail(StepLimit, line, f"more than {limit} jumps back: a loop without an end?")
+
+    def _count(self, executed: collections.Counter[int]) -> None:
+        launch = self.batch.launch
+        for block, times in executed.items():
+            for unit, number in launch.program.unit_counts[block].items():
+                launch.counts[unit] += number * times * self.num_programs * len(self.warps)
+
+    def _part_ways(self, condition: np.ndarray, yes: int, no: int, line: int) -> list[Batch] | None:
+        """Split by programs first, then by warps; threads of one warp stay together or it is an error."""
+        lanes = self.all_threads(condition).reshape(self.num_programs, -1, 32)
+        warps = lanes.any(2)
+        if (warps != lanes.all(2)).any():
+            self.fail(Divergence, line, "the threads of a warp go different ways")
+        ways, way_of = np.unique(warps, axis=0, return_inverse=True)
+        if len(ways) > 1:
+            groups = [np.flatnonzero(way_of.ravel() == i) for i in range(len(ways))]
+            parts = self.batch.split(groups)
+            for part, way in zip(parts, ways):
+                next(s for s in part.strands if s.id == self.id)._take(way, yes, no, line)
+            return parts
+        self._take(ways[0], yes, no, line)
+        return None
+
+    def _take(self, way: np.ndarray, yes: int, no: int, line: int) -> None:
+        """Go on at `yes` with the warps of which `way` is true, at `no` with the others."""
+        if way.all() or not way.any():
+            self.block = yes if way[0] else no
+            return
+        strands = self.batch.strands
+        other = copy.copy(self)
+        other.id = 1 + max(s.id for s in strands)
+        strands.append(other)
+        for strand, chosen, block in ((other, ~way, no), (self, way, yes)):
+            strand._keep(np.flatnonzero(chosen), line)
+            strand.block = block
+
+    def _keep(self, places: np.ndarray, line: int) -> None:
+        """Go on with some of the warps."""
+        threads = (places[:, None] * 32 + np.arange(32)).ravel()
+        in_flight = (*self.open_products, *self.open_stores, *sum(self.product_groups, []))
+        if in_flight or any(self.store_groups):
+            self.fail(
+                UnsupportedInstruction, line, "warps part while they wait for products or stores"
+            )
+        choose = Chooser(self.num_programs, None, threads)
+        self._choose(choose)
+        self._attach(self.batch, self.warps[places])
+
+    def part(self, batch: Batch, choose: Chooser) -> Strand:
+        """The same strand with some of the programs."""
+        strand = copy.copy(self)
+        strand._choose(choose)
+        strand._attach(batch, self.warps)
+        return strand
+
+    def _choose(self, choose: Chooser) -> None:
+        for name in (
+            "registers", "open_copies", "copy_groups", "open_products", "product_groups",
+            "open_stores", "store_groups",
+        ):  # fmt: skip
+            setattr(self, name, choose(getattr(self, name)))
+
+    # --- waiting ----------------------------------------------------------------------------------------
+
+    def block_on(self, what: str, block: int, line: int) -> None:
+        """Wait for `what`, to go on at `block`."""
+        self.waits_for, self.block, self.line = what, block, line
+
+    def wake(self) -> None:
+        self.waits_for = self.condition = None
+        self.update_settled()
+
+    def update_settled(self) -> None:
+        """Stamps below `settled` come before anything that these warps do: see order.py."""
+        self.settled = self.batch.clocks.settled(self.warps)
+
+    # --- what instructions ask ----------------------------------------------------------------------------
+
+    def parameter(self, name: str, offset: int, dtype) -> np.ndarray:
+        value = self.batch.launch.parameters[name]
+        if offset:
+            raise UnsupportedInstruction(f"a part of the parameter {name}")
+        if isinstance(value, float):
+            return np.array([[value]], np.float32).view(dtype)
+        return np.array([[value & 0xFFFF_FFFF_FFFF_FFFF]], np.uint64).astype(dtype)
+
+    def parameter_address(self, name: str) -> np.ndarray:
+        """Of a structure: its address in global memory."""
+        return np.array([[self.batch.launch.parameters[name]]], np.uint64)
+
+    def all_threads(self, x) -> np.ndarray:
+        return np.broadcast_to(x, self.shape)
+
+    def all_programs(self, x: np.ndarray) -> np.ndarray:
+        return np.broadcast_to(x, (self.num_programs, *x.shape[1:]))
+
+    def active(self, mask, *arrays: np.ndarray) -> list[np.ndarray]:
+        """The elements of arrays of the strand's shape that belong to active threads, in one axis."""
+        if mask is None:
+            return [x.reshape(-1) for x in arrays]
+        mask = self.all_threads(mask)
+        return [x[mask] for x in arrays]
+
+    def num_active(self, mask) -> int:
+        size = self.num_programs * self.num_threads
+        return size if mask is None else int(np.count_nonzero(self.all_threads(mask)))
+
+    def some_thread(self, mask: np.ndarray) -> np.ndarray:
+        """For each program, whether any of its threads is active: a condition that no warp parts on."""
+        return mask.any(1, keepdims=True)
+
+    def active_threads(self, mask, line: int) -> list[int]:
+        """The places of the active threads, which must be the same ones in every program."""
+        mask = self.all_threads(True if mask is None else mask)
+        if (mask != mask[:1]).any():
+            self.fail(UnsupportedInstruction, line, "other threads are active in other programs")
+        return np.flatnonzero(mask[0]).tolist()
+
+    def of_first_active(self, x: np.ndarray, mask) -> np.ndarray:
+        """What the first active thread of each program has: [programs or 1, 1]."""
+        if x.shape[1] == 1:
+            return x
+        if mask is None:
+            return x[:, :1]
+        first = self.all_threads(mask).argmax(1)[:, None]
+        return np.take_along_axis(self.all_threads(x), first, axis=1)
+
+    def uniform(self, x: np.ndarray, line: int) -> int:
+        """The one value of an operand that must be the same everywhere."""
+        value = x.flat[0]
+        if (x != value).any():
+            self.fail(
+                UnsupportedInstruction,
+                line,
+                "an operand that must be the same in all threads is not",
+            )
+        return value
+
+    def first_thread(self, bad: np.ndarray) -> str:
+        program, thread = (int(x[0]) for x in np.nonzero(bad))
+        program = self.batch.ids[program] if len(bad) > 1 else self.batch.ids[0]
+        return (
+            f"first by program {program}, thread {int(self.thread.flat[thread % self.num_threads])}"
+        )
+
+    def report(self, kind: str, line: int, example: str = "") -> None:
+        self.batch.launch.report(kind, line, example)
+
+    def fail(self, error: type[EmulatorError], line: int, why: str) -> None:
+        kernel = self.batch.launch.program
+        where = kernel.at_line(line) if line else f"line {line}"
+        raise error(f"{kernel.kernel.name}, {where}: {why}")

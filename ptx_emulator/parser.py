@@ -1,0 +1,171 @@
+"""From the text of one compiled kernel to its instructions.
+
+Read is the PTX that Triton writes (PTX ISA 8): one `.entry` with parameters, registers declared by
+prefix, labels, one or several instructions a line, and scopes in braces around inline assembly,
+whose registers and labels are local to them.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import PurePath
+
+from ptx_emulator.errors import UnsupportedInstruction
+
+_INSTRUCTION = re.compile(r"^(?:@(!?)([%\w]+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.DOTALL)
+_LABEL = re.compile(r"^(\$?[\w$.]+):$")
+_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+).*?(\w+_param_\d+)(?:\[(\d+)\])?")
+_DECLARATION = re.compile(r"^\.reg\s+\.(\w+)\s+(.+)$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One instruction: `@%p1 ld.global.b32 %r1, [%rd2]` has the parts `("ld", "global", "b32")`."""
+
+    parts: tuple[str, ...]
+    operands: tuple[str, ...]
+    predicate: str | None
+    negated: bool  # @!%p
+    line: int  # of the PTX, from 1
+    text: str
+    source: str  # file and line of the Python kernel, "" where unknown
+
+    @property
+    def opcode(self) -> str:
+        return self.parts[0]
+
+    def __str__(self) -> str:
+        source = f" ({self.source})" if self.source else ""
+        return f"line {self.line}{source}: {shortened(self.text)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """A kernel parameter: `type` such as u64 or f32, or b8 with `size` bytes for a structure."""
+
+    name: str
+    type: str
+    size: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A parsed `.entry`. `labels` gives the index of the instruction that follows each label."""
+
+    name: str
+    parameters: tuple[Parameter, ...]
+    num_threads: int
+    registers: dict[str, str]  # by prefix (%r) or whole name: the declared type
+    instructions: tuple[Instruction, ...]
+    labels: dict[str, int]
+
+    def declared_type(self, register: str) -> str | None:
+        """Such as b32 or pred; None if `register` names no register."""
+        whole = self.registers.get(register)
+        return whole or self.registers.get(register.rstrip("0123456789") + "<>")
+
+
+def shortened(text: str, limit: int = 120) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def parse(ptx: str) -> Kernel:
+    """The only kernel in `ptx`; raises UnsupportedInstruction where a line is none of the known forms."""
+    lines = [line.split("//")[0].strip() for line in ptx.splitlines()]
+    entry = next(i for i, line in enumerate(lines) if ".entry" in line)
+    name = re.search(r"\.entry\s+([\w$]+)", lines[entry])[1]
+    opening = lines.index("{", entry)
+    header = lines[entry:opening]
+    matches = [m for line in header if (m := _PARAMETER.search(line))]
+    parameters = [Parameter(m[2], m[1], int(m[3]) if m[3] else None) for m in matches]
+    threads = re.search(r"\.reqntid\s+(\d+)", " ".join(header))
+
+    files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', ptx, re.MULTILINE))
+    registers, instructions, labels, source = {}, [], {}, ""
+    for number, text in _statements(lines, opening + 1):
+        if text.startswith(".loc"):
+            file, row = text.split()[1:3]
+            source = f"{PurePath(files.get(file, '?')).name}:{row}"
+        elif match := _DECLARATION.match(text):
+            registers |= {r: match[1] for r in _declared(match[2])}
+        elif match := _LABEL.match(text):
+            labels[match[1]] = len(instructions)
+        elif not text.startswith("."):
+            instructions.append(_instruction(name, text, number, source))
+    return Kernel(name, tuple(parameters), int(threads[1]), registers, tuple(instructions), labels)
+
+
+def _declared(text: str) -> Iterator[str]:
+    """`%r<188>` declares a prefix, written `%r<>` here; other names stand for themselves."""
+    for register in text.split(","):
+        yield re.sub(r"<\d+>", "<>", register.strip())
+
+
+def _statements(lines: list[str], start: int) -> Iterator[tuple[int, str]]:
+    """Line numbers and statements up to the closing brace; names local to a scope are made unique."""
+    number = start
+    while lines[number] != "}":
+        if lines[number] == "{":
+            end = lines.index("}", number)
+            yield from _scope(lines, number + 1, end)
+            number = end
+        else:
+            yield from ((number + 1, text) for text in _split_line(lines[number]))
+        number += 1
+
+
+def _scope(lines: list[str], start: int, end: int) -> Iterator[tuple[int, str]]:
+    statements = [(i + 1, text) for i in range(start, end) for text in _split_line(lines[i])]
+    local = set()
+    for _, text in statements:
+        if match := _DECLARATION.match(text):
+            local |= set(_declared(match[2]))
+        elif match := _LABEL.match(text):
+            local.add(match[1])
+    names = (
+        re.compile(rf"(?<![\w.%$])({'|'.join(map(re.escape, local))})(?![\w<])") if local else None
+    )
+    for number, text in statements:
+        yield number, names.sub(rf"\1_scope{start}", text) if names else text
+
+
+def _split_line(line: str) -> Iterator[str]:
+    """The statements of one line, without semicolons; a label may stand before an instruction."""
+    for text in line.split(";"):
+        text = text.strip()
+        if match := re.match(r"^(\$?[\w$.]+:)(?!:)\s+(.+)$", text):
+            yield match[1]
+            text = match[2]
+        if text:
+            yield text
+
+
+def _instruction(kernel: str, text: str, line: int, source: str) -> Instruction:
+    match = _INSTRUCTION.match(text)
+    if not match:
+        raise UnsupportedInstruction(f"{kernel}, line {line}: cannot read {shortened(text)!r}")
+    negated, predicate, opcode, operands = match.groups()
+    return Instruction(
+        tuple(opcode.split(".")),
+        tuple(_split_operands(operands)),
+        predicate,
+        bool(negated),
+        line,
+        text,
+        source,
+    )
+
+
+def _split_operands(text: str) -> Iterator[str]:
+    """Split at commas outside of braces and brackets."""
+    depth, current = 0, ""
+    for character in text:
+        depth += (character in "{[(") - (character in "}])")
+        if character == "," and depth == 0:
+            yield current.strip()
+            current = ""
+        else:
+            current += character
+    if current.strip():
+        yield current.strip()

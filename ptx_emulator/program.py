@@ -1,0 +1,71 @@
+"""A kernel ready to run: its blocks as Python functions, and what its registers hold at first."""
+
+import collections
+import functools
+
+import numpy as np
+
+from ptx_emulator import (
+    accesses,
+    arithmetic,
+    barriers,
+    bulk_copies,
+    copies,
+    matrix,
+    tensormap,
+    warps,
+    wgmma,
+)
+from ptx_emulator.counts import unit_of
+from ptx_emulator.parser import Instruction, Kernel, parse
+from ptx_emulator.translator import BLOCKED, ENDED, Translator
+from ptx_emulator.types import NEVER_WRITTEN
+
+# The names that translated code calls.
+_FUNCTIONS = {"np": np, "where": np.where, "ENDED": ENDED, "BLOCKED": BLOCKED}
+for _module in (
+    arithmetic, accesses, copies, bulk_copies, tensormap, barriers, warps, matrix, wgmma,
+):  # fmt: skip
+    _FUNCTIONS |= {k: v for k, v in vars(_module).items() if callable(v) and not k.startswith("_")}
+
+
+class Program:
+    """One kernel translated; `unit_counts[b]` has the instructions of block b by unit."""
+
+    def __init__(self, ptx: str):
+        self.kernel: Kernel = parse(ptx)
+        translator = Translator(self.kernel)
+        self.source = translator.source
+        names = {**_FUNCTIONS, **translator.constants}
+        exec(compile(self.source, f"<{self.kernel.name}>", "exec"), names)
+        self.blocks = [names[f"b{i}"] for i in range(len(translator.blocks))]
+        self.initial = [
+            np.array([[NEVER_WRITTEN[translator.type_of(register)]]])
+            for register in translator.registers
+        ]
+        code = self.kernel.instructions
+        self.unit_counts = []
+        for block in translator.blocks:
+            counts = collections.Counter(
+                map(unit_of, () if block.gate else code[block.first : block.stop])
+            )
+            counts.pop(None, None)
+            self.unit_counts.append(counts)
+        self.last_lines = [code[block.stop - 1].line for block in translator.blocks]
+        self.shared_unit = min([4, *map(_shared_store_bytes, code)])
+
+    @functools.cached_property
+    def _at_line(self) -> dict[int, Instruction]:
+        return {i.line: i for i in reversed(self.kernel.instructions)}
+
+    def at_line(self, line: int) -> Instruction:
+        """The first instruction on a line of the PTX."""
+        return self._at_line[line]
+
+
+def _shared_store_bytes(instruction: Instruction) -> int:
+    """How finely an instruction writes shared memory."""
+    if instruction.opcode == "st" and any(x.startswith("shared") for x in instruction.parts):
+        count = instruction.operands[1].count(",") + 1
+        return count * int(instruction.parts[-1][1:]) // 8
+    return 4

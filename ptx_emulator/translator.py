@@ -1,0 +1,232 @@
+"""From instructions to Python: one function for each basic block.
+
+A block `b3(R, S)` computes on the registers `R`, a list of arrays, of the strand `S` (see `machine.py`)
+and returns what comes next: the number of a block, `ENDED`, `BLOCKED`, or a condition
+`(taken, block if so, block if not, line)`. Arrays are never written in place, so that `mov` only
+gives an array a second name. The one exception is the result of a wgmma, filled at the wait that
+covers it: what was named after it is filled with it.
+
+A 32-bit register is float32 or uint32 in NumPy, whichever all instructions that write it agree on, and
+uint32 if they do not; it is reinterpreted where it is read as the other.
+"""
+
+import dataclasses
+import re
+
+import numpy as np
+
+from ptx_emulator import instructions
+from ptx_emulator.errors import UnsupportedInstruction
+from ptx_emulator.parser import Instruction, Kernel
+from ptx_emulator.shared_memory import SHARED_BASE
+from ptx_emulator.types import DTYPES, numpy_name, plain, size_of
+
+ENDED, BLOCKED = -1, -2
+_REGISTER = re.compile(r"%?[a-zA-Z]\w*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Instructions `first` up to `stop`. A gate has none: it skips the block after it where no thread
+    of a program executes that one's single, predicated instruction."""
+
+    first: int
+    stop: int
+    gate: bool = False
+
+
+class Translator:
+    """Of one kernel: `blocks`, their `source`, and the `constants` that it names."""
+
+    def __init__(self, kernel: Kernel):
+        self.kernel = kernel
+        self.registers: dict[str, int] = {}  # places in R
+        for instruction in kernel.instructions:
+            for name in _REGISTER.findall(instruction.text.split(" ", 1)[-1]):
+                self._add_register(name)
+            if instruction.predicate:
+                self._add_register(instruction.predicate)
+        self._kinds = _kinds_of_registers(kernel, self.registers)
+        self.constants: dict[str, np.ndarray] = {}
+        self._constant_names: dict[tuple, str] = {}
+        self.blocks = _cut_into_blocks(kernel)
+        self._block_at = {b.first: i for i, b in reversed(list(enumerate(self.blocks)))}
+        self.current = 0  # the block that is being written
+        self.source = "\n".join(map(self._translate, range(len(self.blocks))))
+
+    def _add_register(self, name: str) -> None:
+        if self.kernel.declared_type(name):
+            self.registers.setdefault(name, len(self.registers))
+
+    def _translate(self, number: int) -> str:
+        block, self.current = self.blocks[number], number
+        lines = []
+        if block.gate:
+            instruction = self.kernel.instructions[block.first]
+            condition = f"S.some_thread({self.mask(instruction)})"
+            lines = [f"return ({condition}, {number + 1}, {number + 2}, {instruction.line})"]
+        for instruction in self.kernel.instructions[block.first : 0 if block.gate else block.stop]:
+            lines += self._emit(instruction)
+        if not lines or not lines[-1].startswith("return"):
+            lines.append(f"return {number + 1}")
+        return f"def b{number}(R, S):\n" + "".join(f"    {line}\n" for line in lines)
+
+    def _emit(self, instruction: Instruction) -> list[str]:
+        try:
+            return instructions.EMITTERS[instruction.opcode](self, instruction)
+        except (KeyError, ValueError, IndexError, TypeError) as error:
+            raise UnsupportedInstruction(
+                f"{self.kernel.name}, {instruction}: the emulator does not know this instruction"
+                f" ({type(error).__name__}: {error})"
+            ) from error
+
+    # --- what emitters write with -------------------------------------------------------------------
+
+    def type_of(self, register: str) -> str:
+        """How a register is held: u16, u32, u64, f32 or pred."""
+        return self._kinds[register]
+
+    def is_register(self, operand: str) -> bool:
+        return operand in self.registers
+
+    def target(self, label: str) -> int:
+        """The block that begins at a label."""
+        return self._block_at[self.kernel.labels[label]]
+
+    @property
+    def next_block(self) -> int:
+        return self.current + 1
+
+    def constant(self, value: int, type: str) -> str:
+        """The name of an array with one element: for f32 `value` has the bits of the number."""
+        key = value, type
+        if key not in self._constant_names:
+            name = self._constant_names[key] = f"c{len(self._constant_names)}"
+            if type == "pred":
+                array = np.array([[bool(value)]])
+            else:
+                bits = value & ((1 << 8 * size_of(type)) - 1)
+                array = np.array([[bits]], f"u{size_of(type)}").view(DTYPES[type])
+            self.constants[name] = array
+        return self._constant_names[key]
+
+    def read(self, operand: str, type: str) -> str:
+        """An expression for an operand as a value of `type`."""
+        type = plain(type)
+        if operand.startswith("!"):
+            return f"~{self.read(operand[1:], type)}"
+        if operand in self.registers:
+            return self._read_register(operand, type)
+        if operand == "%tid.x":
+            return "S.thread"
+        if operand in ("%tid.y", "%tid.z"):
+            return self.constant(0, "u32")
+        if operand.startswith(("%ctaid.", "%nctaid.")):
+            axis = "xyz".index(operand[-1])
+            return f"S.batch.{'num_programs' if operand[1] == 'n' else 'program'}[{axis}]"
+        if operand == "%ntid.x":
+            return self.constant(self.kernel.num_threads, "u32")
+        if operand == "global_smem":
+            return self.constant(SHARED_BASE, type)
+        if re.fullmatch(r"\w+_param_\d+", operand):  # the address of a parameter
+            return f"S.parameter_address({operand!r})"
+        if operand.startswith("0f"):
+            return self.constant(int(operand[2:], 16), type)
+        return self.constant(int(operand, 0), type)
+
+    def _read_register(self, register: str, type: str) -> str:
+        own, value = self.type_of(register), f"R[{self.registers[register]}]"
+        if own == type:
+            return value
+        if size_of(own) != size_of(type):  # an instruction on the low bits of a wider register
+            if size_of(own) < size_of(type):
+                raise TypeError(f"{register} is too narrow for {type}")
+            value = f"{value}.astype({numpy_name(f'u{8 * size_of(type)}')})"
+        return f"{value}.view({numpy_name(type)})"
+
+    def write(self, register: str, expression: str, type: str, instruction: Instruction) -> str:
+        """The statement that gives a register a value of `type`, where the predicate holds."""
+        if register == "_":
+            return expression
+        type, own = plain(type), self.type_of(register)
+        if own != type:
+            expression = f"({expression})"
+            if size_of(own) != size_of(type):  # extended by the sign of its type
+                wide = f"{'s' if type[0] == 's' else 'u'}{8 * size_of(own)}"
+                expression = f"{expression}.astype({numpy_name(wide)})"
+            expression = f"{expression}.view({numpy_name(own)})"
+        place = f"R[{self.registers[register]}]"
+        if instruction.predicate:
+            expression = f"where({self.mask(instruction)}, {expression}, {place})"
+        return f"{place} = {expression}"
+
+    def mask(self, instruction: Instruction) -> str:
+        """Which threads execute an instruction; None for all."""
+        if not instruction.predicate:
+            return "None"
+        return ("~" if instruction.negated else "") + self.read(instruction.predicate, "pred")
+
+    def address(self, operand: str, type: str) -> str:
+        """`[%rd1+16]` or `[ %r5 + 0 ]` as an expression of u32 or u64."""
+        base, _, offset = operand.strip("[] ").replace(" ", "").partition("+")
+        expression = self.read(base, type)
+        if int(offset or 0):
+            expression = f"({expression} + {self.constant(int(offset), type)})"
+        return expression
+
+
+def _cut_into_blocks(kernel: Kernel) -> list[Block]:
+    code = kernel.instructions
+    jumps = [x for x in code if x.opcode == "bra"]
+    starts = {0} | {kernel.labels[x.operands[0]] for x in jumps}
+    gates = set()
+    for i, instruction in enumerate(code):
+        if instructions.ends_block(instruction):
+            starts.add(i + 1)
+        if instructions.is_retried(instruction):
+            starts.add(i)
+        if instructions.needs_gate(instruction):
+            starts |= {i, i + 1}
+            gates.add(i)
+    blocks, ordered = [], sorted(x for x in starts if x < len(code))
+    for first, stop in zip(ordered, [*ordered[1:], len(code)]):
+        if first in gates:
+            blocks.append(Block(first, stop, gate=True))
+        blocks.append(Block(first, stop))
+    return blocks
+
+
+def written_registers(instruction: Instruction) -> list[str]:
+    """The operands that an instruction gives a value."""
+    if not instructions.has_result(instruction):
+        return []
+    return [x for x in re.split(r"[{},|\s]+", instruction.operands[0]) if x and x != "_"]
+
+
+def _kinds_of_registers(kernel: Kernel, registers: dict[str, int]) -> dict[str, str]:
+    """How each register is held: by its declared width, and 32 bits as what they are written as."""
+    kinds = {}
+    for register in registers:
+        declared = kernel.declared_type(register)
+        kinds[register] = "pred" if declared == "pred" else f"u{declared[1:]}"
+    wide = {r for r, kind in kinds.items() if kind == "u32"}
+    known: dict[str, str] = {}
+    copies = []  # (register, one that it may be a copy of)
+    for instruction in kernel.instructions:
+        for register in wide.intersection(written_registers(instruction)):
+            kind = instructions.result_kind(instruction)
+            if kind == "copy":
+                copies += [(register, x) for x in instruction.operands[1:3] if x in wide]
+            elif kind != "any":
+                known[register] = kind if known.get(register, kind) == kind else "u32"
+    changed = True
+    while changed:
+        changed = False
+        for register, source in copies:
+            if source in known:
+                kind = (
+                    known[source] if known.get(register, known[source]) == known[source] else "u32"
+                )
+                changed |= known.get(register) != kind
+                known[register] = kind
+    return kinds | known

@@ -1,0 +1,1 @@
+"""Tests of what Triton compiles, in the PTX emulator: run with TRITON_INTERPRET=0."""
