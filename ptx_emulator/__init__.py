@@ -14,6 +14,7 @@ from ptx_emulator.errors import (
 from ptx_emulator.launcher import Emulation, LaunchRecord, Reported, emulate
 from ptx_emulator.machine import Options
 from ptx_emulator.reports import Report
+from ptx_emulator.tensormap import TensorMapArgument
 
 __all__ = [
     "Deadlock",
@@ -26,6 +27,7 @@ __all__ = [
     "Report",
     "Reported",
     "StepLimit",
+    "TensorMapArgument",
     "UnsupportedInstruction",
     "emulate",
 ]

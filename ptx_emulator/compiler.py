@@ -8,6 +8,7 @@ from typing import Any
 from triton._C.libtriton import ir
 from triton.backends.compiler import BaseBackend, GPUTarget
 from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime import jit
 
 WARP_SIZE = 32
@@ -44,7 +45,8 @@ class Compiler:
             options, signature, constants, attributes = kernel._pack_args(
                 self.backend, kwargs, bound, specialization, options
             )
-            source = ASTSource(kernel, signature, constants, attributes)
+            kind = GluonASTSource if kernel.is_gluon() else ASTSource
+            source = kind(kernel, signature, constants, attributes)
             self._compiled[key] = self.compile(source, options)
         return self._compiled[key], bound
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ptx_emulator.counts import SECTOR
 from ptx_emulator.types import UNSIGNED
 
 BASE = 0x7F00_0000_0000
@@ -48,6 +49,8 @@ class GlobalMemory:
                 elements.as_strided([*tensor.shape, size], strides).fill_(IN_ARGUMENT)
         self._owners = {1: owner}
         self.writer = np.full(len(owner) // 4, -1, np.int32)
+        sectors = len(self.bytes) // SECTOR + 1
+        self.touched = {verb: np.zeros(sectors, np.bool_) for verb in ("read", "written")}
         self._before = {
             a: self.bytes[s : s + x.nbytes()].copy() for a, (s, x) in self._storages.items()
         }

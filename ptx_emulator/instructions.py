@@ -12,14 +12,14 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from ptx_emulator.parser import Instruction
+from ptx_emulator.parser import Instruction, vector
 from ptx_emulator.types import numpy_name, plain, size_of, unsigned
 
 if TYPE_CHECKING:
     from ptx_emulator.translator import Translator
 
 WITHOUT_RESULT = {
-    "st", "bra", "bar", "barrier", "ret", "exit", "trap", "stmatrix", "fence", "membar", "cp",
+    "st", "bra", "brx", "bar", "barrier", "ret", "exit", "trap", "stmatrix", "fence", "membar", "cp",
     "tensormap", "setmaxnreg", "griddepcontrol", "prefetch",
 }  # fmt: skip
 COMPARISONS = {
@@ -57,7 +57,7 @@ def ends_block(instruction: Instruction) -> bool:
     opcode, parts = instruction.opcode, instruction.parts
     if opcode in ("bar", "barrier"):
         return "sync" in parts and "warp" not in parts
-    return opcode in ("bra", "ret", "exit") or opcode == "mbarrier" and "wait" in parts[1]
+    return opcode in ("bra", "brx", "ret", "exit") or opcode == "mbarrier" and "wait" in parts[1]
 
 
 def is_retried(instruction: Instruction) -> bool:
@@ -93,7 +93,14 @@ def _bra(t: Translator, i: Instruction) -> list[str]:
     target = t.target(i.operands[0])
     if not i.predicate:
         return [f"return {target}"]
-    return [f"return ({t.mask(i)}, {target}, {t.next_block}, {i.line})"]
+    return [f"return {t.mask(i)}, ({t.next_block}, {target}), {i.line}"]
+
+
+def _brx(t: Translator, i: Instruction) -> list[str]:
+    if i.predicate:
+        raise ValueError("predicated jump table")
+    number, table = i.operands
+    return [f"return {t.read(number, 'u32')}, {tuple(t.targets(table))}, {i.line}"]
 
 
 def _bar(t: Translator, i: Instruction) -> list[str]:
@@ -139,11 +146,11 @@ def _mov(t: Translator, i: Instruction) -> list[str]:
                 narrow,
                 i,
             )
-            for place, register in enumerate(_vector(target))
+            for place, register in enumerate(vector(target))
             if register != "_"
         ]
     if source.startswith("{"):
-        low, high = (f"{t.read(x, narrow)}.astype({numpy_name(wide)})" for x in _vector(source))
+        low, high = (f"{t.read(x, narrow)}.astype({numpy_name(wide)})" for x in vector(source))
         return [t.write(target, f"{low} | ({high} << {t.constant(bits, wide)})", wide, i)]
     if source == "%clock64" or source.startswith("%globaltimer"):
         raise ValueError("there is no time in the emulator")
@@ -357,7 +364,7 @@ def _ld(t: Translator, i: Instruction) -> list[str]:
         type = plain(i.parts[-1])
         value = f"S.parameter({name!r}, {int(offset or 0)}, {numpy_name(type)})"
         return [t.write(i.operands[0], value, type, i)]
-    targets = _vector(i.operands[0])
+    targets = vector(i.operands[0])
     space, address, type, size = _access(t, i, i.operands[1])
     loaded = f"u{8 * size}"
     call = f"v = load_{space}(S, {address}, {size}, {len(targets)}, {t.mask(i)}, {i.line})"
@@ -371,7 +378,7 @@ def _ld(t: Translator, i: Instruction) -> list[str]:
 
 
 def _st(t: Translator, i: Instruction) -> list[str]:
-    values = _vector(i.operands[1])
+    values = vector(i.operands[1])
     space, address, _, size = _access(t, i, i.operands[0])
     values = "".join(f"{t.read(x, f'u{8 * size}')}, " for x in values)
     return [f"store_{space}(S, {address}, {size}, ({values}), {t.mask(i)}, {i.line})"]
@@ -379,7 +386,7 @@ def _st(t: Translator, i: Instruction) -> list[str]:
 
 def _ldmatrix(t: Translator, i: Instruction) -> list[str]:
     _only_b16(i)
-    targets = _vector(i.operands[0])
+    targets = vector(i.operands[0])
     address = t.address(i.operands[1], "u32")
     lines = [f"v = ldmatrix(S, {address}, {len(targets)}, {'trans' in i.parts}, {i.line})"]
     return lines + [t.write(x, f"v[{place}]", "u32", i) for place, x in enumerate(targets)]
@@ -388,7 +395,7 @@ def _ldmatrix(t: Translator, i: Instruction) -> list[str]:
 def _stmatrix(t: Translator, i: Instruction) -> list[str]:
     _only_b16(i)
     address = t.address(i.operands[0], "u32")
-    values = "".join(f"{t.read(x, 'u32')}, " for x in _vector(i.operands[1]))
+    values = "".join(f"{t.read(x, 'u32')}, " for x in vector(i.operands[1]))
     return [f"stmatrix(S, {address}, ({values}), {'trans' in i.parts}, {i.line})"]
 
 
@@ -428,7 +435,7 @@ def _bulk(t: Translator, i: Instruction) -> list[str]:
     tile = i.operands[1 if to_shared else 0].strip("[] ")
     descriptor, _, coordinates = tile.partition(",")
     descriptor = t.read(descriptor.strip(), "u64")
-    coordinates = "".join(f"{t.read(x, 'u32')}, " for x in _vector(coordinates))
+    coordinates = "".join(f"{t.read(x, 'u32')}, " for x in vector(coordinates))
     shared = t.address(i.operands[0 if to_shared else 1], "u32")
     tail = f"{descriptor}, ({coordinates}), {t.mask(i)}, {i.line})"
     if not to_shared:
@@ -523,7 +530,7 @@ def _mma(t: Translator, i: Instruction) -> list[str]:
         raise ValueError(f"{shape} of {a_type} and {b_type}")
     if layouts != ("row", "col"):
         raise ValueError(str(layouts))
-    d, a, b, c = map(_vector, i.operands)
+    d, a, b, c = map(vector, i.operands)
     a, b = ("".join(f"{t.read(x, 'u32')}, " for x in operand) for operand in (a, b))
     c = "".join(f"{t.read(x, 'f32')}, " for x in c)
     lines = [f"v = mma(S, {a_type!r}, ({a}), ({b}), ({c}))"]
@@ -548,25 +555,20 @@ def _wgmma(t: Translator, i: Instruction) -> list[str]:
         raise ValueError("a negated operand")
     transposed = [bool(int(x)) for x in immediates[2:]] if a_type != "tf32" else [False, False]
     if a.startswith("{"):
-        a = "(" + "".join(f"{t.read(x, 'u32')}, " for x in _vector(a)) + ")"
+        a = "(" + "".join(f"{t.read(x, 'u32')}, " for x in vector(a)) + ")"
         transposed = [False, transposed[-1]]
     else:
         a = t.read(a, "u64")
-    c = "".join(f"{t.read(x, 'f32')}, " for x in _vector(d))
+    c = "".join(f"{t.read(x, 'f32')}, " for x in vector(d))
     call = (
         f"v = wgmma(S, {int(match[1])}, {a_type!r}, ({c}), {a}, {t.read(b, 'u64')},"
         f" {t.read(scale, 'pred')}, {transposed[0]}, {transposed[1]}, {i.line})"
     )
-    return [call] + [t.write(x, f"v[{place}]", "f32", i) for place, x in enumerate(_vector(d))]
-
-
-def _vector(operand: str) -> list[str]:
-    """The elements of `{%r1, %r2}`, or the operand itself."""
-    return [x.strip() for x in operand.strip("{} ").split(",")]
+    return [call] + [t.write(x, f"v[{place}]", "f32", i) for place, x in enumerate(vector(d))]
 
 
 EMITTERS = {
-    "ret": _ret, "exit": _ret, "bra": _bra, "bar": _bar, "barrier": _bar, "trap": _trap,
+    "ret": _ret, "exit": _ret, "bra": _bra, "brx": _brx, "bar": _bar, "barrier": _bar, "trap": _trap,
     "setmaxnreg": _nothing, "griddepcontrol": _nothing, "prefetch": _nothing,
     "fence": _fence, "membar": _fence,
     "mov": _mov, "cvta": _cvta, "selp": _selp, "setp": _setp,

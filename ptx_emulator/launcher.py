@@ -20,15 +20,16 @@ from unittest import mock
 
 import torch
 import triton
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ptx_emulator import tensormap
 from ptx_emulator.compiler import Compiled, compiler_for
-from ptx_emulator.errors import EmulatorError
+from ptx_emulator.errors import EmulatorError, UnsupportedInstruction
 from ptx_emulator.global_memory import GlobalMemory
 from ptx_emulator.machine import Launch, Options
 from ptx_emulator.program import Program
 from ptx_emulator.reports import Report
+from ptx_emulator.tensormap import NUM_BYTES, TensorMapArgument
 
 NUM_SCRATCH_POINTERS = 2  # Triton's last parameters: memory of its own, and of its profiler
 
@@ -78,24 +79,31 @@ class Emulation:
         if warmup:
             return
         grid = grid(bound) if callable(grid) else grid
-        grid = (*map(int, grid), 1, 1)[:3]
         ptx = compiled.ptx
         if self.edit:
             ptx = self.edit(compiled.metadata["name"], ptx)
         program = _program(ptx)
         compile_seconds = time.perf_counter() - started
-        launch = _prepare(program, compiled, bound, grid, self.options)
+        arguments = _arguments(compiled, bound, math.prod(grid))
+        launch = _launch(program, arguments, grid, compiled.metadata["shared"], self.options)
+        self._execute(launch, compile_seconds)
+
+    def run_ptx(self, ptx: str, arguments: list, grid: tuple, shared_bytes: int = 0) -> None:
+        """Run a kernel that need not be Triton's on tensors, numbers and `TensorMapArgument`s."""
+        self._execute(_launch(_program(ptx), arguments, grid, shared_bytes, self.options), 0.0)
+
+    def _execute(self, launch: Launch, compile_seconds: float) -> None:
         started = time.perf_counter()
         try:
             launch.run()
         finally:
             launch.memory.write_back()
             record = LaunchRecord(
-                compiled.metadata["name"],
+                launch.program.kernel.name,
                 self.arch,
-                grid,
-                program.kernel.num_threads // 32,
-                compiled.metadata["shared"],
+                launch.grid,
+                launch.program.kernel.num_threads // 32,
+                launch.shared_bytes,
                 launch.counts,
                 list(launch.reports.values()),
                 time.perf_counter() - started,
@@ -129,7 +137,12 @@ def emulate(
         return emulation.run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
 
     with mock.patch.object(triton.runtime.jit.JITFunction, "run", run):
-        yield emulation
+        try:
+            yield emulation
+        except BaseException as error:
+            if emulation.reports and hasattr(error, "add_note"):  # from Python 3.11 on
+                error.add_note(f"The emulator reports:\n{Reported(emulation.reports)}")
+            raise
     if check and emulation.reports:
         raise Reported(emulation.reports)
 
@@ -139,52 +152,58 @@ def _program(ptx: str) -> Program:
     return Program(ptx)
 
 
-def _prepare(
-    program: Program, compiled: Compiled, bound: dict, grid: tuple, options: Options
-) -> Launch:
-    """Global memory with the tensors among the arguments, and the values of the parameters."""
-    values, tensor_maps = [], []
+def _arguments(compiled: Compiled, bound: dict, num_programs: int) -> list:
+    """What Triton's launcher passes for these arguments by name."""
+    arguments = []
     descriptors = iter(compiled.metadata.get("tensordesc_meta") or ())
     for name, value in bound.items():
-        if isinstance(value, TensorDescriptor):
-            tensor_map = torch.empty(tensormap.NUM_BYTES, dtype=torch.uint8)
-            tensor_maps.append((tensor_map, value, next(descriptors)))
-            values += [tensor_map, *value.shape, *value.strides]
+        if isinstance(value, (TensorDescriptor, GluonTensorDescriptor)):
+            meta = next(descriptors)
+            if value.padding != "zero" or meta["fp4_padded"]:
+                raise UnsupportedInstruction("tensor descriptors padded with anything but zeros")
+            arguments += [
+                TensorMapArgument(
+                    value.base,
+                    tuple(value.shape),
+                    tuple(value.strides),
+                    tuple(meta["block_size"]),
+                    meta["elem_type"],
+                    meta["swizzle"],
+                ),
+                *value.shape,
+                *value.strides,
+            ]
         elif compiled.signature[name] != "constexpr":
-            values.append(value)
+            arguments.append(value)
     size = compiled.metadata.get("global_scratch_size") or 0
-    values.append(torch.empty(size * math.prod(grid), dtype=torch.uint8))
-    values += [0] * (NUM_SCRATCH_POINTERS - 1)
-    names = [parameter.name for parameter in program.kernel.parameters]
-    if len(names) != len(values):
+    arguments.append(torch.empty(size * num_programs, dtype=torch.uint8))
+    return arguments + [0] * (NUM_SCRATCH_POINTERS - 1)
+
+
+def _launch(
+    program: Program, arguments: list, grid: tuple, shared_bytes: int, options: Options
+) -> Launch:
+    """Global memory with the tensors among the arguments, and the values of the parameters."""
+    kernel = program.kernel
+    if len(kernel.parameters) != len(arguments):
         raise EmulatorError(
-            f"{program.kernel.name} has {len(names)} parameters for {len(values)} arguments: this"
-            " version of Triton passes them in another way"
+            f"{kernel.name} has {len(kernel.parameters)} parameters and got {len(arguments)} arguments"
         )
-    tensors = [v for v in values if isinstance(v, torch.Tensor)]
-    tensors += [descriptor.base for _, descriptor, _ in tensor_maps]
+    maps = {i: x for i, x in enumerate(arguments) if isinstance(x, TensorMapArgument)}
+    values = [
+        torch.empty(NUM_BYTES, dtype=torch.uint8) if i in maps else x
+        for i, x in enumerate(arguments)
+    ]
+    tensors = [x for x in values if isinstance(x, torch.Tensor)] + [x.base for x in maps.values()]
     for tensor in tensors:
         if tensor.device.type != "cpu":
-            raise EmulatorError(f"the emulator runs on CPU tensors, and got one on {tensor.device}")
+            raise EmulatorError(f"{kernel.name}: needs CPU tensors, got one on {tensor.device}")
     memory = GlobalMemory(tensors)
-    for tensor_map, descriptor, meta in tensor_maps:
-        memory.fill(tensor_map, _encode(descriptor, meta, memory))
+    for place, tensor_map in maps.items():
+        memory.fill(values[place], tensor_map.encode(memory.address(tensor_map.base)))
     parameters = {
-        name: memory.address(v) if isinstance(v, torch.Tensor) else v
-        for name, v in zip(names, values)
+        parameter.name: memory.address(x) if isinstance(x, torch.Tensor) else x
+        for parameter, x in zip(kernel.parameters, values)
     }
-    return Launch(program, memory, parameters, grid, compiled.metadata["shared"], options)
-
-
-def _encode(descriptor: TensorDescriptor, meta: dict, memory: GlobalMemory):
-    if descriptor.padding != "zero" or meta["fp4_padded"]:
-        raise EmulatorError("tensor descriptors with a padding other than zeros are not emulated")
-    base = descriptor.base
-    return tensormap.encode(
-        memory.address(base),
-        [*reversed(descriptor.shape)],
-        [stride * base.element_size() for stride in reversed(descriptor.strides[:-1])],
-        [*reversed(meta["block_size"])],
-        meta["elem_type"],
-        meta["swizzle"],
-    )
+    grid = (*map(int, grid), 1, 1)[:3]
+    return Launch(program, memory, parameters, grid, shared_bytes, options)

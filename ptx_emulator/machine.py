@@ -15,6 +15,7 @@ import dataclasses
 
 import numpy as np
 
+from ptx_emulator import reports
 from ptx_emulator.errors import (
     Deadlock,
     Divergence,
@@ -240,13 +241,19 @@ class Strand:
                 if result == BLOCKED and isinstance(result, int):
                     return None
                 if isinstance(result, tuple):
-                    condition, yes, no, line = result
-                    if condition.size > 1 and not condition.all() and condition.any():
-                        return self._part_ways(condition, yes, no, line)
-                    result = yes if condition.flat[0] else no
+                    choice, blocks, line = result
+                    first = choice.flat[0]
+                    if choice.size > 1 and (choice != first).any():
+                        return self._part_ways(choice, blocks, line)
+                    if first >= len(blocks):
+                        self.fail(
+                            EmulatorError, line, f"entry {first} of {len(blocks)} in a jump table"
+                        )
+                    result = blocks[int(first)]
                 if 0 <= result <= self.block:
                     self._count_iteration(program.last_lines[self.block])
                 self.block = result
+            self._report_unfinished()
             return None
         finally:
             self._count(executed)
@@ -257,40 +264,52 @@ class Strand:
         if self.iterations > limit:
             self.fail(StepLimit, line, f"more than {limit} jumps back: a loop without an end?")
 
+    def _report_unfinished(self) -> None:
+        for store in (*self.open_stores, *sum(self.store_groups, [])):
+            self.report(reports.STORE_AT_END, store.line)
+
     def _count(self, executed: collections.Counter[int]) -> None:
         launch = self.batch.launch
         for block, times in executed.items():
             for unit, number in launch.program.unit_counts[block].items():
                 launch.counts[unit] += number * times * self.num_programs * len(self.warps)
 
-    def _part_ways(self, condition: np.ndarray, yes: int, no: int, line: int) -> list[Batch] | None:
+    def _part_ways(
+        self, choice: np.ndarray, blocks: tuple[int, ...], line: int
+    ) -> list[Batch] | None:
         """Split by programs first, then by warps; threads of one warp stay together or it is an error."""
-        lanes = self.all_threads(condition).reshape(self.num_programs, -1, 32)
-        warps = lanes.any(2)
-        if (warps != lanes.all(2)).any():
+        lanes = self.all_threads(choice).reshape(self.num_programs, -1, 32)
+        warps = lanes[..., 0]
+        if (lanes != warps[..., None]).any():
             self.fail(Divergence, line, "the threads of a warp go different ways")
         ways, way_of = np.unique(warps, axis=0, return_inverse=True)
-        if len(ways) > 1:
-            groups = [np.flatnonzero(way_of.ravel() == i) for i in range(len(ways))]
-            parts = self.batch.split(groups)
-            for part, way in zip(parts, ways):
-                next(s for s in part.strands if s.id == self.id)._take(way, yes, no, line)
-            return parts
-        self._take(ways[0], yes, no, line)
-        return None
+        if len(ways) == 1:
+            self._take(ways[0], blocks, line)
+            return None
+        groups = [np.flatnonzero(way_of.ravel() == i) for i in range(len(ways))]
+        parts = self.batch.split(groups)
+        for part, way in zip(parts, ways):
+            next(s for s in part.strands if s.id == self.id)._take(way, blocks, line)
+        return parts
 
-    def _take(self, way: np.ndarray, yes: int, no: int, line: int) -> None:
-        """Go on at `yes` with the warps of which `way` is true, at `no` with the others."""
-        if way.all() or not way.any():
-            self.block = yes if way[0] else no
-            return
+    def _take(self, way: np.ndarray, blocks: tuple[int, ...], line: int) -> None:
+        """Go on at the block that `way` chooses for each warp: as one strand, or as one for each block."""
+        choices = np.unique(way)
+        if choices.max() >= len(blocks):
+            self.fail(
+                EmulatorError, line, f"entry {choices.max()} of {len(blocks)} in a jump table"
+            )
         strands = self.batch.strands
-        other = copy.copy(self)
-        other.id = 1 + max(s.id for s in strands)
-        strands.append(other)
-        for strand, chosen, block in ((other, ~way, no), (self, way, yes)):
-            strand._keep(np.flatnonzero(chosen), line)
-            strand.block = block
+        parts = [self]
+        while len(parts) < len(choices):
+            part = copy.copy(self)
+            part.id = 1 + max(s.id for s in strands)
+            strands.append(part)
+            parts.append(part)
+        for strand, choice in zip(parts, choices):
+            if len(parts) > 1:
+                strand._keep(np.flatnonzero(way == choice), line)
+            strand.block = blocks[int(choice)]
 
     def _keep(self, places: np.ndarray, line: int) -> None:
         """Go on with some of the warps."""

@@ -105,6 +105,7 @@ def _b_fragment(S, values, kind):
 def mma(S, kind, a, b, c):
     """`D = A B + C` of each warp; the products are summed in float32, in no particular order."""
     a, b = (torch.from_numpy(x) for x in (a_fragment(S, a, kind), _b_fragment(S, b, kind)))
+    counts.count_matrix(S, kind, 16, 8, a.shape[-1], len(S.warps))
     d = (
         torch.bmm(a, b).numpy().reshape(S.num_programs, -1, 2, 8, 4, 2)
     )  # programs, warps, half, g, p, e

@@ -15,6 +15,7 @@ from ptx_emulator.errors import UnsupportedInstruction
 _INSTRUCTION = re.compile(r"^(?:@(!?)([%\w]+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.DOTALL)
 _LABEL = re.compile(r"^(\$?[\w$.]+):$")
 _PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+).*?(\w+_param_\d+)(?:\[(\d+)\])?")
+_BRANCH_TARGETS = re.compile(r"^(\$?[\w$.]+): \.branchtargets (.+)$")
 _DECLARATION = re.compile(r"^\.reg\s+\.(\w+)\s+(.+)$")
 
 
@@ -58,11 +59,17 @@ class Kernel:
     registers: dict[str, str]  # by prefix (%r) or whole name: the declared type
     instructions: tuple[Instruction, ...]
     labels: dict[str, int]
+    branch_targets: dict[str, tuple[str, ...]]  # the labels of each jump table
 
     def declared_type(self, register: str) -> str | None:
         """Such as b32 or pred; None if `register` names no register."""
         whole = self.registers.get(register)
         return whole or self.registers.get(register.rstrip("0123456789") + "<>")
+
+
+def vector(operand: str) -> list[str]:
+    """The elements of `{%r1, %r2}`, or the operand itself."""
+    return [x.strip() for x in operand.strip("{} ").split(",")]
 
 
 def shortened(text: str, limit: int = 120) -> str:
@@ -82,7 +89,7 @@ def parse(ptx: str) -> Kernel:
     threads = re.search(r"\.reqntid\s+(\d+)", " ".join(header))
 
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', ptx, re.MULTILINE))
-    registers, instructions, labels, source = {}, [], {}, ""
+    registers, instructions, labels, branch_targets, source = {}, [], {}, {}, ""
     for number, text in _statements(lines, opening + 1):
         if text.startswith(".loc"):
             file, row = text.split()[1:3]
@@ -91,9 +98,19 @@ def parse(ptx: str) -> Kernel:
             registers |= {r: match[1] for r in _declared(match[2])}
         elif match := _LABEL.match(text):
             labels[match[1]] = len(instructions)
+        elif match := _BRANCH_TARGETS.match(text):
+            branch_targets[match[1]] = tuple(x.strip() for x in match[2].split(","))
         elif not text.startswith("."):
             instructions.append(_instruction(name, text, number, source))
-    return Kernel(name, tuple(parameters), int(threads[1]), registers, tuple(instructions), labels)
+    return Kernel(
+        name,
+        tuple(parameters),
+        int(threads[1]),
+        registers,
+        tuple(instructions),
+        labels,
+        branch_targets,
+    )
 
 
 def _declared(text: str) -> Iterator[str]:
@@ -106,7 +123,11 @@ def _statements(lines: list[str], start: int) -> Iterator[tuple[int, str]]:
     """Line numbers and statements up to the closing brace; names local to a scope are made unique."""
     number = start
     while lines[number] != "}":
-        if lines[number] == "{":
+        if lines[number].endswith(".branchtargets"):  # a list over several lines
+            end = next(i for i in range(number, len(lines)) if lines[i].endswith(";"))
+            yield number + 1, " ".join(lines[number : end + 1]).rstrip(";")
+            number = end
+        elif lines[number] == "{":
             end = lines.index("}", number)
             yield from _scope(lines, number + 1, end)
             number = end

@@ -87,7 +87,7 @@ class SharedMemory:
                     strand.report(kind, line, self._where(units, state == value))
         stamps = self.written[units]
         if stamps.max() >= strand.settled:
-            race = clocks.unordered(np.broadcast_to(warps, units.shape), stamps)
+            race = clocks.unordered(warps, stamps)
             if race.any():
                 strand.report(reports.READ_AFTER_WRITE, line, self._where(units, race))
         self.read[units, warps] = clocks.now[warps]
@@ -100,7 +100,7 @@ class SharedMemory:
         clocks = batch.clocks
         stamps = self.written[units]
         if stamps.max() >= strand.settled:
-            race = clocks.unordered(np.broadcast_to(agents, units.shape), stamps)
+            race = clocks.unordered(agents, stamps)
             if race.any():
                 strand.report(reports.WRITE_AFTER_WRITE, line, self._where(units, race))
         ticks = self.read[units]  # [..., warps]

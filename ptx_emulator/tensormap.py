@@ -8,6 +8,7 @@ of the host come as parameters of a kernel.
 import dataclasses
 
 import numpy as np
+from torch import Tensor
 
 from ptx_emulator.accesses import (
     global_index,
@@ -48,24 +49,35 @@ class TensorMap:
     swizzle: int  # 0 none, 1 of 32 bytes, 2 of 64, 3 of 128
 
 
-def encode(address, dims, strides, box, element_type, swizzle) -> np.ndarray:
-    """The bytes of a descriptor made on the host; `strides` in bytes, of all axes but the innermost."""
-    data = np.zeros(NUM_BYTES, np.uint8)
-    values = {
-        "global_address": [address],
-        "rank": [len(dims) - 1],
-        "elemtype": [element_type],
-        "swizzle_mode": [swizzle],
-        "global_dim": dims,
-        "global_stride": strides,
-        "box_dim": box,
-        "element_stride": [1] * len(dims),
-    }
-    for name, entries in values.items():
-        first, size = FIELDS[name]
-        array = np.array(list(entries), f"u{size}")
-        data[first : first + array.nbytes] = array.view(np.uint8)
-    return data
+@dataclasses.dataclass(frozen=True)
+class TensorMapArgument:
+    """A descriptor made on the host, which a kernel gets as a parameter: axes outermost first."""
+
+    base: Tensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]  # in elements
+    box: tuple[int, ...]
+    element_type: int  # see ELEMENT_BYTES
+    swizzle: int
+
+    def encode(self, address: int) -> np.ndarray:
+        """The 128 bytes, with the tensor at this address."""
+        values = {
+            "global_address": [address],
+            "rank": [len(self.shape) - 1],
+            "elemtype": [self.element_type],
+            "swizzle_mode": [self.swizzle],
+            "global_dim": self.shape[::-1],
+            "global_stride": [x * ELEMENT_BYTES[self.element_type] for x in self.strides[-2::-1]],
+            "box_dim": self.box[::-1],
+            "element_stride": [1] * len(self.shape),
+        }
+        data = np.zeros(NUM_BYTES, np.uint8)
+        for name, entries in values.items():
+            first, size = FIELDS[name]
+            array = np.array(list(entries), f"u{size}")
+            data[first : first + array.nbytes] = array.view(np.uint8)
+        return data
 
 
 def decode(S, address, line) -> TensorMap:

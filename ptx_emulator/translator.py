@@ -1,10 +1,10 @@
 """From instructions to Python: one function for each basic block.
 
 A block `b3(R, S)` computes on the registers `R`, a list of arrays, of the strand `S` (see `machine.py`)
-and returns what comes next: the number of a block, `ENDED`, `BLOCKED`, or a condition
-`(taken, block if so, block if not, line)`. Arrays are never written in place, so that `mov` only
-gives an array a second name. The one exception is the result of a wgmma, filled at the wait that
-covers it: what was named after it is filled with it.
+and returns what comes next: the number of a block, `ENDED`, `BLOCKED`, or a choice `(number, blocks, line)`
+where each thread has the number of its block among some. Arrays are never written in place, so that `mov`
+only gives an array a second name. The one exception is the result of a wgmma, filled at the wait that covers
+it: what was named after it is filled with it.
 
 A 32-bit register is float32 or uint32 in NumPy, whichever all instructions that write it agree on, and
 uint32 if they do not; it is reinterpreted where it is read as the other.
@@ -15,9 +15,9 @@ import re
 
 import numpy as np
 
-from ptx_emulator import instructions
+from ptx_emulator import instructions, reports
 from ptx_emulator.errors import UnsupportedInstruction
-from ptx_emulator.parser import Instruction, Kernel
+from ptx_emulator.parser import Instruction, Kernel, vector
 from ptx_emulator.shared_memory import SHARED_BASE
 from ptx_emulator.types import DTYPES, numpy_name, plain, size_of
 
@@ -64,9 +64,20 @@ class Translator:
         if block.gate:
             instruction = self.kernel.instructions[block.first]
             condition = f"S.some_thread({self.mask(instruction)})"
-            lines = [f"return ({condition}, {number + 1}, {number + 2}, {instruction.line})"]
+            lines = [f"return {condition}, ({number + 2}, {number + 1}), {instruction.line}"]
+        # Registers written since the last wgmma.fence; None before the first one of the block.
+        unfenced: set[str] | None = None
         for instruction in self.kernel.instructions[block.first : 0 if block.gate else block.stop]:
             lines += self._emit(instruction)
+            if instruction.parts[:2] == ("wgmma", "fence"):
+                unfenced = set()
+            elif instruction.parts[:2] == ("wgmma", "mma_async"):
+                operands = [x for x in instruction.operands[:2] if x.startswith("{")]
+                taken = {x for operand in operands for x in vector(operand)}
+                if unfenced is None or taken & unfenced:
+                    lines.append(f"S.report({reports.NO_WGMMA_FENCE!r}, {instruction.line})")
+            elif unfenced is not None:
+                unfenced.update(written_registers(instruction))
         if not lines or not lines[-1].startswith("return"):
             lines.append(f"return {number + 1}")
         return f"def b{number}(R, S):\n" + "".join(f"    {line}\n" for line in lines)
@@ -92,6 +103,10 @@ class Translator:
     def target(self, label: str) -> int:
         """The block that begins at a label."""
         return self._block_at[self.kernel.labels[label]]
+
+    def targets(self, table: str) -> list[int]:
+        """The blocks of a jump table."""
+        return [self.target(label) for label in self.kernel.branch_targets[table]]
 
     @property
     def next_block(self) -> int:
@@ -177,8 +192,8 @@ class Translator:
 
 def _cut_into_blocks(kernel: Kernel) -> list[Block]:
     code = kernel.instructions
-    jumps = [x for x in code if x.opcode == "bra"]
-    starts = {0} | {kernel.labels[x.operands[0]] for x in jumps}
+    starts = {0} | {kernel.labels[x.operands[0]] for x in code if x.opcode == "bra"}
+    starts |= {kernel.labels[x] for labels in kernel.branch_targets.values() for x in labels}
     gates = set()
     for i, instruction in enumerate(code):
         if instructions.ends_block(instruction):

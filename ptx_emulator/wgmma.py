@@ -56,7 +56,7 @@ def wgmma(S, n, kind, c, a, b, accumulates, a_transposed, b_transposed, line):
     if not isinstance(a, tuple):
         a = _operand(S, a, 64, kind, a_transposed, line)
     b = _operand(S, b, n, kind, b_transposed, line)
-    counts.count(S, "wgmma_flops", 2 * 64 * n * _depth(kind) * S.num_programs * (len(S.warps) // 4))
+    counts.count_matrix(S, kind, 64, n, _depth(kind), len(S.warps) // 4)
     d = tuple(np.full(S.shape, np.nan, np.float32) for _ in c)
     S.open_products.append(Product(kind, n, a, b, c, d, accumulates, line, S.batch.time))
     return d
