@@ -161,6 +161,7 @@ def advance(batch, mbarrier: MBarrier) -> None:
     for transfer in mbarrier.transfers:
         transfer.deliver(batch)
     if mbarrier.transfers:
+        batch.time += 1
         engine = np.array([batch.clocks.engine])
         mbarrier.known = np.maximum(mbarrier.known, batch.clocks.release(engine))
     mbarrier.released = np.maximum(mbarrier.released, mbarrier.known)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from ptx_emulator.parser import Instruction, vector
+from ptx_emulator.parser import Instruction, number, vector
 from ptx_emulator.types import numpy_name, plain, size_of, unsigned
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _brx(t: Translator, i: Instruction) -> list[str]:
 def _bar(t: Translator, i: Instruction) -> list[str]:
     if "warp" in i.parts:
         return []  # the threads of a warp never part
-    operands = [int(x, 0) if not t.is_register(x) else t.read(x, "u32") for x in i.operands]
+    operands = [number(x) if not t.is_register(x) else t.read(x, "u32") for x in i.operands]
     barrier, threads = (operands + [None])[:2]
     if "arrive" in i.parts:
         return [f"barrier_arrive(S, {barrier}, {threads}, {i.line})"]
@@ -175,7 +175,9 @@ def _setp(t: Translator, i: Instruction) -> list[str]:
     if len(operands) != 2 or "|" in target:
         raise ValueError("a comparison combined with a predicate")
     x, y = (t.read(operand, type) for operand in operands)
-    if type == "f32" and comparison not in COMPARISONS:
+    if type == "f32" and comparison == "ne":  # false, too, where one is NaN
+        expression = f"({x} < {y}) | ({x} > {y})"
+    elif type == "f32" and comparison not in COMPARISONS:
         unordered = f"np.isnan({x}) | np.isnan({y})"
         expression = {"nan": unordered, "num": f"~({unordered})"}.get(comparison)
         if expression is None:  # true also where one is NaN: equ, ltu, ...
@@ -278,7 +280,7 @@ def _lop3(t: Translator, i: Instruction) -> list[str]:
     """Any function of three bits, by its truth table."""
     target, *operands, table = i.operands
     x, y, z = (t.read(operand, "u32") for operand in operands)
-    return [t.write(target, f"truth_table({x}, {y}, {z}, {int(table, 0)})", "u32", i)]
+    return [t.write(target, f"truth_table({x}, {y}, {z}, {number(table)})", "u32", i)]
 
 
 def _shift(t: Translator, i: Instruction) -> list[str]:
@@ -288,9 +290,9 @@ def _shift(t: Translator, i: Instruction) -> list[str]:
     bits = 8 * size_of(type)
     if t.is_register(distance):
         expression = f"{name}({t.read(value, type)}, {t.read(distance, 'u32')})"
-    elif int(distance, 0) < bits:
+    elif number(distance) < bits:
         sign = "<<" if i.opcode == "shl" else ">>"
-        expression = f"{t.read(value, type)} {sign} {t.constant(int(distance, 0), type)}"
+        expression = f"{t.read(value, type)} {sign} {t.constant(number(distance), type)}"
     else:
         expression = f"{name}({t.read(value, type)}, {t.constant(bits, 'u32')})"
     return [t.write(target, expression, type, i)]
@@ -300,7 +302,7 @@ def _bfe(t: Translator, i: Instruction) -> list[str]:
     """A field of bits, extended by its highest one where the type has a sign."""
     target, value, start, length = i.operands
     type = i.parts[-1]
-    start, length, bits = int(start, 0), int(length, 0), 8 * size_of(type)
+    start, length, bits = number(start), number(length), 8 * size_of(type)
     up, down = (t.constant(x, type) for x in (bits - start - length, bits - length))
     return [t.write(target, f"({t.read(value, type)} << {up}) >> {down}", type, i)]
 
@@ -309,7 +311,7 @@ def _prmt(t: Translator, i: Instruction) -> list[str]:
     """Four of the eight bytes of two registers."""
     target, low, high, selection = i.operands
     low, high = t.read(low, "u32"), t.read(high, "u32")
-    return [t.write(target, f"chosen_bytes({low}, {high}, {int(selection, 0)})", "u32", i)]
+    return [t.write(target, f"chosen_bytes({low}, {high}, {number(selection)})", "u32", i)]
 
 
 def _special(t: Translator, i: Instruction) -> list[str]:
@@ -412,7 +414,7 @@ def _cp(t: Translator, i: Instruction) -> list[str]:
     if i.parts[2] == "commit_group":
         return ["commit_copies(S)"]
     if i.parts[2].startswith("wait_"):
-        pending = 0 if i.parts[2] == "wait_all" else int(i.operands[0], 0)
+        pending = 0 if i.parts[2] == "wait_all" else number(i.operands[0])
         commit = "commit_copies(S); " if i.parts[2] == "wait_all" else ""
         return [f"{commit}wait_for_copies(S, {pending})"]
     target, source, size, *rest = i.operands
@@ -420,7 +422,7 @@ def _cp(t: Translator, i: Instruction) -> list[str]:
         rest = rest[:-1]
     num_read = t.read(rest[0], "u32") if rest else "None"
     target, source = t.address(target, "u32"), t.address(source, "u64")
-    return [f"copy_async(S, {target}, {source}, {int(size, 0)}, {num_read}, {t.mask(i)}, {i.line})"]
+    return [f"copy_async(S, {target}, {source}, {number(size)}, {num_read}, {t.mask(i)}, {i.line})"]
 
 
 def _bulk(t: Translator, i: Instruction) -> list[str]:
@@ -428,7 +430,7 @@ def _bulk(t: Translator, i: Instruction) -> list[str]:
     if "commit_group" in i.parts:
         return ["commit_bulk(S)"]
     if "wait_group" in i.parts:
-        return [f"wait_for_bulk(S, {int(i.operands[0], 0)})"]
+        return [f"wait_for_bulk(S, {number(i.operands[0])})"]
     if i.parts[1] == "reduce" or "tensor" not in i.parts or "im2col" in i.text:
         raise ValueError("this kind of bulk copy")
     to_shared = i.parts[5].startswith("shared")
@@ -448,7 +450,7 @@ def _tensormap(t: Translator, i: Instruction) -> list[str]:
         field, address = i.parts[3], t.read(i.operands[0].split("+")[0].strip("[] "), "u64")
         *place, value = i.operands[1:]
         value = t.read(value, i.parts[-1])
-        place = int(place[0], 0) if place else 0
+        place = number(place[0]) if place else 0
         return [f"replace_field(S, {address}, {field!r}, {place}, {value}, {t.mask(i)}, {i.line})"]
     if i.parts[1] == "cp_fenceproxy" and i.parts[2] == "global":
         to, source = (x.split("+")[0].strip("[] ") for x in i.operands[:2])
@@ -489,7 +491,7 @@ def _mbarrier(t: Translator, i: Instruction) -> list[str]:
 
 def _shfl(t: Translator, i: Instruction) -> list[str]:
     target, value, lane, bounds, members = i.operands
-    if int(bounds, 0) & 0xFF != (0 if i.parts[2] == "up" else 31) or int(members, 0) not in (
+    if number(bounds) & 0xFF != (0 if i.parts[2] == "up" else 31) or number(members) not in (
         -1,
         0xFFFFFFFF,
     ):
@@ -497,7 +499,7 @@ def _shfl(t: Translator, i: Instruction) -> list[str]:
     if "|" in target:
         raise ValueError("with a predicate")
     own = t.type_of(target) if t.type_of(target) == t.type_of(value) else "u32"
-    lane = t.read(lane, "u32") if t.is_register(lane) else int(lane, 0)
+    lane = t.read(lane, "u32") if t.is_register(lane) else number(lane)
     return [t.write(target, f"shuffle_{i.parts[2]}(S, {t.read(value, own)}, {lane})", own, i)]
 
 
@@ -543,7 +545,7 @@ def _wgmma(t: Translator, i: Instruction) -> list[str]:
     if i.parts[1] == "commit_group":
         return ["commit_products(S)"]
     if i.parts[1] == "wait_group":
-        return [f"wait_for_products(S, {int(i.operands[0], 0)}, {i.line})"]
+        return [f"wait_for_products(S, {number(i.operands[0])}, {i.line})"]
     shape, (to, a_type, b_type) = i.parts[4], i.parts[5:8]
     match = re.fullmatch(r"m64n(\d+)k(\d+)", shape)
     if to != "f32" or a_type != b_type or (a_type, match[2]) not in (

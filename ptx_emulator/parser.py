@@ -72,6 +72,11 @@ def vector(operand: str) -> list[str]:
     return [x.strip() for x in operand.strip("{} ").split(",")]
 
 
+def number(operand: str) -> int:
+    """Such as -1, 0x7632U or 31."""
+    return int(operand.rstrip("U"), 0)
+
+
 def shortened(text: str, limit: int = 120) -> str:
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -17,7 +17,7 @@ import numpy as np
 
 from ptx_emulator import instructions, reports
 from ptx_emulator.errors import UnsupportedInstruction
-from ptx_emulator.parser import Instruction, Kernel, vector
+from ptx_emulator.parser import Instruction, Kernel, number, vector
 from ptx_emulator.shared_memory import SHARED_BASE
 from ptx_emulator.types import DTYPES, numpy_name, plain, size_of
 
@@ -58,13 +58,13 @@ class Translator:
         if self.kernel.declared_type(name):
             self.registers.setdefault(name, len(self.registers))
 
-    def _translate(self, number: int) -> str:
-        block, self.current = self.blocks[number], number
+    def _translate(self, index: int) -> str:
+        block, self.current = self.blocks[index], index
         lines = []
         if block.gate:
             instruction = self.kernel.instructions[block.first]
             condition = f"S.some_thread({self.mask(instruction)})"
-            lines = [f"return {condition}, ({number + 2}, {number + 1}), {instruction.line}"]
+            lines = [f"return {condition}, ({index + 2}, {index + 1}), {instruction.line}"]
         # Registers written since the last wgmma.fence; None before the first one of the block.
         unfenced: set[str] | None = None
         for instruction in self.kernel.instructions[block.first : 0 if block.gate else block.stop]:
@@ -79,8 +79,8 @@ class Translator:
             elif unfenced is not None:
                 unfenced.update(written_registers(instruction))
         if not lines or not lines[-1].startswith("return"):
-            lines.append(f"return {number + 1}")
-        return f"def b{number}(R, S):\n" + "".join(f"    {line}\n" for line in lines)
+            lines.append(f"return {index + 1}")
+        return f"def b{index}(R, S):\n" + "".join(f"    {line}\n" for line in lines)
 
     def _emit(self, instruction: Instruction) -> list[str]:
         try:
@@ -147,7 +147,7 @@ class Translator:
             return f"S.parameter_address({operand!r})"
         if operand.startswith("0f"):
             return self.constant(int(operand[2:], 16), type)
-        return self.constant(int(operand, 0), type)
+        return self.constant(number(operand), type)
 
     def _read_register(self, register: str, type: str) -> str:
         own, value = self.type_of(register), f"R[{self.registers[register]}]"

@@ -1,0 +1,358 @@
+"""What kernels may not do, each found and named, with the line of PTX and, where there is one, the source."""
+
+import contextlib
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from ptx_emulator import (
+    Deadlock,
+    Divergence,
+    EmulatorError,
+    InvalidAccess,
+    Options,
+    Reported,
+    StepLimit,
+    UnsupportedInstruction,
+    emulate,
+    reports,
+)
+from tests.emulated import kernels
+from tests.emulated.ptx import kernel
+from tests.emulated.test_ptx_kernels import specialised_matmul
+
+
+def run(body, *arguments, num_threads=64, grid=(1,), shared_bytes=4096, **options):
+    """Run hand-written PTX; `Reported` if it did what it may not."""
+    with emulate(90, **options) as emulation:
+        ptx = kernel(body, len(arguments), num_threads)
+        emulation.run_ptx(ptx, list(arguments), grid, shared_bytes)
+    return emulation
+
+
+def kinds_of(error):
+    return {report.kind for report in error.value.reports}
+
+
+# --- global memory --------------------------------------------------------------------------------------
+
+
+def test_store_beyond_a_tensor():
+    x, y = torch.zeros(512), torch.zeros(400)
+    with pytest.raises(Reported) as error, emulate(90):
+        kernels.copy_without_mask[(4,)](x, y, BLOCK=128)
+    (report,) = error.value.reports
+    assert report.kind == reports.OUT_OF_BOUNDS and report.kernel == "copy_without_mask"
+    assert report.instruction.startswith("st.global") and report.source.startswith("kernels.py:")
+    assert "program 3" in report.example
+    assert f"line {report.line} ({report.source})" in str(error.value)
+
+
+def test_load_from_between_the_rows_of_a_slice():
+    """In memory that the tensor's storage has, and the argument does not."""
+    x, y = torch.zeros(512)[::2], torch.zeros(256)
+    with pytest.raises(Reported) as error, emulate(90):
+        kernels.copy_without_mask[(2,)](x, y, BLOCK=128)
+    assert kinds_of(error) == {reports.OUTSIDE_ARGUMENT}
+
+
+def test_programs_that_read_what_an_earlier_one_wrote():
+    body = """
+        ld.param.b64 %rd1, [k_param_0];
+        mov.u32 %r1, %ctaid.x;
+        mul.wide.u32 %rd2, %r1, 4;
+        add.s64 %rd3, %rd1, %rd2;
+        ld.global.b32 %r2, [%rd3];
+        st.global.b32 [%rd3+4], %r2;
+    """
+    with pytest.raises(Reported) as error:
+        run(body, torch.zeros(8), grid=(2,), options=Options(threads_per_batch=64))
+    assert kinds_of(error) == {reports.FOREIGN_READ}
+
+
+def test_programs_that_write_one_place():
+    body = """
+        ld.param.b64 %rd1, [k_param_0];
+        mov.u32 %r1, %ctaid.x;
+        st.global.b32 [%rd1], {value};
+    """
+    run(body.format(value=7), torch.zeros(4), grid=(2,))  # the same value: nothing is undefined
+    with pytest.raises(Reported) as error:
+        run(
+            body.format(value="%r1"),
+            torch.zeros(4),
+            grid=(2,),
+            options=Options(threads_per_batch=64),
+        )
+    assert kinds_of(error) == {reports.FOREIGN_WRITE}
+
+
+def test_threads_that_store_different_values_to_one_place():
+    body = "ld.param.b64 %rd1, [k_param_0];\nmov.u32 %r1, %tid.x;\nst.global.b32 [%rd1], %r1;"
+    with pytest.raises(Reported) as error:
+        run(body, torch.zeros(4))
+    assert kinds_of(error) == {reports.LANES_DIFFER}
+
+
+@pytest.mark.parametrize("address", [0, 64, 2**40, 12345])
+def test_an_address_that_no_tensor_backs(address):
+    """As where a kernel gets a number, or None, for a pointer."""
+    body = "ld.param.b64 %rd1, [k_param_0];\nld.global.b32 %r1, [%rd1];"
+    with pytest.raises(InvalidAccess, match=rf"k, line \d+: ld.global.b32 .*0x{address:x}"):
+        run(body, address)
+
+
+def test_a_misaligned_address():
+    body = "ld.param.b64 %rd1, [k_param_0];\nld.global.b32 %r1, [%rd1+2];"
+    with pytest.raises(InvalidAccess, match="that 4 bytes do not divide"):
+        run(body, torch.zeros(4))
+
+
+def test_a_register_that_was_never_written():
+    """Holds an address that no tensor has, or NaN."""
+    with pytest.raises(InvalidAccess):
+        run("ld.global.b32 %r1, [%rd1];", torch.zeros(4))
+    x = torch.zeros(64)
+    run(
+        """
+        ld.param.b64 %rd1, [k_param_0];
+        mov.u32 %r1, %tid.x;
+        mul.wide.u32 %rd2, %r1, 4;
+        add.s64 %rd3, %rd1, %rd2;
+        add.f32 %r2, %r3, 0f3F800000;
+        st.global.b32 [%rd3], %r2;
+        """,
+        x,
+    )
+    assert x.isnan().all()
+
+
+# --- shared memory --------------------------------------------------------------------------------------
+
+OWN_WORD = """
+    ld.param.b64 %rd1, [k_param_0];
+    mov.u32 %r1, %tid.x;
+    shl.b32 %r2, %r1, 2;
+    mov.b32 %r3, global_smem;
+    add.s32 %r4, %r3, %r2;
+    xor.b32 %r5, %r2, 128;
+    add.s32 %r6, %r3, %r5;  // the same lane's word of the other warp
+    cvt.u64.u32 %rd2, %r2;
+    add.s64 %rd3, %rd1, %rd2;
+"""
+
+
+@pytest.mark.parametrize(
+    "body, kind",
+    [
+        ("st.shared.b32 [%r4], %r1; {} ld.shared.b32 %r7, [%r6];", reports.READ_AFTER_WRITE),
+        (
+            "st.shared.b32 [%r4], %r1; bar.sync 0; ld.shared.b32 %r7, [%r6]; {} st.shared.b32 [%r4], %r1;",
+            reports.WRITE_AFTER_READ,
+        ),
+        ("st.shared.b32 [%r4], %r1; {} st.shared.b32 [%r6], %r1;", reports.WRITE_AFTER_WRITE),
+    ],
+    ids=["read_after_write", "write_after_read", "write_after_write"],
+)
+def test_races_of_warps(body, kind):
+    run(OWN_WORD + body.format("bar.sync 0;"), torch.zeros(64))
+    with pytest.raises(Reported) as error:
+        run(OWN_WORD + body.format(""), torch.zeros(64))
+    assert kinds_of(error) == {kind}
+
+
+def test_barriers_of_a_part_of_the_warps_order_no_others():
+    """Warps 0 and 1 meet at a barrier of 64 threads, of which warp 2, that reads, knows nothing."""
+    body = (
+        OWN_WORD.replace("128", "{}")
+        + """
+        setp.lt.u32 %p1, %r1, 64;
+        @%p1 bra $L_pair;
+        {}
+        ld.shared.b32 %r7, [%r6];
+        ret;
+        $L_pair:
+        st.shared.b32 [%r4], %r1;
+        bar.sync 1, 64;
+        {}
+    """
+    )
+    run(body.format(256, "bar.sync 2, 96;", "bar.arrive 2, 96;"), torch.zeros(64), num_threads=96)
+    with pytest.raises(Reported) as error:
+        run(body.format(256, "", ""), torch.zeros(64), num_threads=96)
+    assert not kinds_of(error) - {
+        reports.READ_AFTER_WRITE,
+        reports.READ_NEVER_WRITTEN,
+        reports.WRITE_AFTER_READ,
+    }
+
+
+def test_memory_that_was_never_written():
+    with pytest.raises(Reported) as error:
+        run(OWN_WORD + "ld.shared.b32 %r7, [%r4];", torch.zeros(64))
+    assert kinds_of(error) == {reports.READ_NEVER_WRITTEN}
+
+
+def test_beyond_shared_memory():
+    with pytest.raises(InvalidAccess, match="of shared memory, which has 64"):
+        run(OWN_WORD + "st.shared.b32 [%r4], %r1;", torch.zeros(64), shared_bytes=64)
+
+
+COPY = (
+    OWN_WORD
+    + "cp.async.ca.shared.global [%r4], [%rd3], 4; cp.async.commit_group; {} {} ld.shared.b32 %r7, [{}];"
+)
+
+
+@pytest.mark.parametrize(
+    "wait, barrier, address, kind",
+    [
+        ("cp.async.wait_group 0;", "", "%r4", None),
+        ("cp.async.wait_group 1;", "bar.sync 0;", "%r4", reports.READ_TOO_EARLY),
+        ("", "bar.sync 0;", "%r4", reports.READ_TOO_EARLY),
+        ("cp.async.wait_group 0;", "bar.sync 0;", "%r6", None),
+        ("cp.async.wait_group 0;", "", "%r6", reports.READ_AFTER_WRITE),
+    ],
+    ids=["own", "waits_for_too_few", "no_wait", "others", "others_without_barrier"],
+)
+def test_asynchronous_copies(wait, barrier, address, kind):
+    body = COPY.format(wait, barrier, address)
+    if kind is None:
+        run(body, torch.zeros(64))
+        return
+    with pytest.raises(Reported) as error:
+        run(body, torch.zeros(64))
+    assert kinds_of(error) == {kind}
+
+
+def test_a_copy_that_is_overtaken():
+    """By a store, and by another copy, while it is in flight."""
+    for second in ("st.shared.b32 [%r4], %r1;", "cp.async.ca.shared.global [%r4], [%rd3], 4;"):
+        with pytest.raises(Reported) as error:
+            run(COPY.format(second, "cp.async.wait_all;", "%r4"), torch.zeros(64))
+        assert reports.WRITE_IN_FLIGHT in kinds_of(error)
+
+
+# --- what does not end ----------------------------------------------------------------------------------
+
+
+@triton.jit
+def _endless(x_ptr):
+    while tl.load(x_ptr) == 0:
+        tl.store(x_ptr + 1, tl.load(x_ptr + 1) + 1)
+
+
+def test_a_loop_without_an_end():
+    with pytest.raises(StepLimit, match=r"_endless, line \d+ .*more than 50 jumps back"):
+        with emulate(80, options=Options(max_iterations=50)):
+            _endless[(1,)](torch.zeros(4, dtype=torch.int32))
+
+
+def test_a_barrier_that_not_all_warps_reach():
+    body = """
+        mov.u32 %r1, %tid.x;
+        setp.lt.u32 %p1, %r1, 32;
+        @%p1 bra $L_end;
+        bar.sync 0;
+        $L_end:
+    """
+    with pytest.raises(Deadlock, match=r"warp 1 at line \d+ for barrier 0"):
+        run(body, torch.zeros(4))
+
+
+def test_threads_of_one_warp_that_part():
+    body = "mov.u32 %r1, %tid.x; setp.lt.u32 %p1, %r1, 7; @%p1 bra $L_end; bar.sync 0;\n$L_end:"
+    with pytest.raises(Divergence, match="the threads of a warp go different ways"):
+        run(body, torch.zeros(4))
+
+
+def test_a_trap():
+    with pytest.raises(EmulatorError, match="called trap"):
+        run("trap;", torch.zeros(4))
+
+
+# --- mbarriers, tiles and products, in a kernel whose warps have jobs of their own ------------------------
+
+
+def without(text):
+    """An `edit` that leaves out the last line of the kernel that has `text`."""
+
+    def edit(name, ptx):
+        lines = ptx.splitlines()
+        place = max(i for i, line in enumerate(lines) if text in line)
+        return "\n".join(lines[:place] + lines[place + 1 :])
+
+    return edit
+
+
+SPECIALISED = {
+    "fence.proxy.async": reports.NO_PROXY_FENCE,
+    "cp.async.bulk.wait_group.read": reports.STORE_AT_END,
+    "wgmma.fence": reports.NO_WGMMA_FENCE,
+    "mbarrier.arrive.shared": Deadlock,  # the one who loads waits for ever
+    "mbarrier.arrive.expect_tx": Deadlock,
+    "mbarrier.init": UnsupportedInstruction,  # a wait for what is no mbarrier
+    "setmaxnreg.dec": None,  # says how registers are shared out, which is not emulated
+}
+
+
+@pytest.mark.parametrize("text", SPECIALISED)
+def test_specialised_warps_that_lack_something(text):
+    expected = SPECIALISED[text]
+    if expected is None:
+        context = contextlib.nullcontext()
+    else:
+        context = pytest.raises(Reported if isinstance(expected, str) else expected)
+    with context as error:
+        with emulate(90, edit=without(text)):
+            specialised_matmul(64, 64, 256, 64, 64, 32, 3)
+    if isinstance(expected, str):
+        assert kinds_of(error) == {expected}
+
+
+# --- the emulator itself --------------------------------------------------------------------------------
+
+
+def test_reports_are_not_lost_behind_an_error_of_the_caller():
+    with pytest.raises(ZeroDivisionError) as error, emulate(90):
+        kernels.copy_without_mask[(4,)](torch.zeros(512), torch.zeros(400), BLOCK=128)
+        raise ZeroDivisionError
+    assert any(reports.OUT_OF_BOUNDS in note for note in error.value.__notes__)
+
+
+def test_what_was_written_before_an_error_stays():
+    x = torch.zeros(64)
+    body = OWN_WORD + "st.global.b32 [%rd3], %r1; ld.global.b32 %r2, [%rd9];"
+    with pytest.raises(InvalidAccess):
+        run(body, x)
+    assert torch.equal(x.view(torch.int32), torch.arange(64, dtype=torch.int32))
+
+
+def test_wrong_number_of_arguments():
+    with (
+        pytest.raises(EmulatorError, match="k has 1 parameters and got 2 arguments"),
+        emulate(90) as e,
+    ):
+        e.run_ptx(kernel(""), [torch.zeros(1), 3], (1,))
+
+
+def test_the_interpreter_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set"), emulate(90):
+        pass
+
+
+def test_launches_are_real_again_after_it():
+    run_method = triton.runtime.jit.JITFunction.run
+    with emulate(90):
+        assert triton.runtime.jit.JITFunction.run is not run_method
+    assert triton.runtime.jit.JITFunction.run is run_method
+
+
+def test_no_programs_and_no_elements():
+    with emulate(90) as emulation:
+        kernels.copy[(0,)](torch.zeros(4), torch.zeros(4), 4, BLOCK=128)
+        kernels.copy[(1,)](torch.zeros(0), torch.zeros(0), 0, BLOCK=128)
+    assert [launch.counts.total() > 0 for launch in emulation.launches] == [False, True]
