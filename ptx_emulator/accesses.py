@@ -107,7 +107,7 @@ def shared_offsets(S, address, size, mask, line):
     return offsets
 
 
-def note_access(S, what, offsets, size, mask, line, copy=False):
+def note_access(S, what, offsets, size, mask, line):
     """Tell shared memory who reads or writes, for offsets `[programs or 1, threads or 1]`."""
     flat = S.all_threads(S.shared.flat(offsets))
     warps = S.all_threads(S.warp_of_thread)
@@ -118,7 +118,7 @@ def note_access(S, what, offsets, size, mask, line, copy=False):
     if what == "read":
         S.shared.note_read(S, units, warps[:, None], line)
     else:
-        S.shared.note_write(S, units, warps[:, None], line, copy)
+        S.shared.note_write(S, units, warps[:, None], line)
         S.batch.time += 1
 
 

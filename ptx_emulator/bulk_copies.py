@@ -15,7 +15,7 @@ import numpy as np
 from ptx_emulator import counts, reports
 from ptx_emulator.accesses import global_index, shared_offsets, write_global
 from ptx_emulator.barriers import advance, mbarrier_at
-from ptx_emulator.shared_memory import DELIVERED, IN_FLIGHT, SHARED_BASE
+from ptx_emulator.shared_memory import IN_FLIGHT, SHARED_BASE
 from ptx_emulator.tensormap import TensorMap, decode
 from ptx_emulator.types import UNSIGNED
 from ptx_emulator.wgmma import swizzled
@@ -37,14 +37,10 @@ class Transfer:
         return self.data.shape[1] * self.element_bytes
 
     def deliver(self, batch) -> None:
-        shared, clocks = batch.shared, batch.clocks
-        offsets = shared.flat(self.offsets)
-        units = shared.units(offsets, self.element_bytes)
-        shared.state[units] = DELIVERED
-        shared.written[units] = clocks.stamps(np.array(clocks.engine))
-        shared.by_store[units] = False
-        shared.write_time[units] = batch.time
-        shared.scatter(offsets, self.element_bytes, self.data)
+        offsets = batch.shared.flat(self.offsets)
+        units = batch.shared.units(offsets, self.element_bytes)
+        batch.shared.mark_written(batch, units, np.array(batch.clocks.engine), by_store=False)
+        batch.shared.scatter(offsets, self.element_bytes, self.data)
 
 
 @dataclasses.dataclass(eq=False)
@@ -119,7 +115,7 @@ def wait_for_bulk(S, pending):
             if changed.any() or (S.shared.write_time[units] >= store.time).any():
                 S.report(reports.OPERAND_CHANGED, store.line)
             warps = store.warps[:, None, None]
-            S.shared.read[units, warps] = S.batch.clocks.now[warps]
+            S.shared.mark_read(units, warps, S.batch.clocks)
 
 
 class _Operands:

@@ -8,7 +8,7 @@ import collections
 import numpy as np
 
 from ptx_emulator import counts, reports
-from ptx_emulator.accesses import global_index, note_access, scatter, shared_offsets
+from ptx_emulator.accesses import global_index, shared_offsets
 from ptx_emulator.errors import UnsupportedInstruction
 from ptx_emulator.shared_memory import IN_FLIGHT
 from ptx_emulator.types import UNSIGNED
@@ -30,11 +30,12 @@ def copy_async(S, target, source, size, num_read, mask, line):
     data = S.memory.views[size][index]
     if reads is not None:
         data = np.where(reads, data, data.dtype.type(0))
-    if _in_flight(S, offsets, size, mask):
-        S.report(reports.WRITE_IN_FLIGHT, line)
-    else:
-        note_access(S, "write", offsets, size, mask, line, copy=True)
-    _mark_in_flight(S, offsets, size, mask, line)
+    flat, units, warps = _targets(S, offsets, size, mask)
+    if flat.size:
+        S.shared.note_write(S, units, warps, line, copy=True)
+        S.shared.state[units] = IN_FLIGHT
+        S.shared.scatter(flat, size, np.full(size, 0xFF, np.uint8).view(UNSIGNED[size]))
+        S.batch.time += 1
     S.open_copies.append(Copy(offsets, size, S.all_threads(data), mask, line))
 
 
@@ -47,25 +48,15 @@ def wait_for_copies(S, pending):
     """Complete all groups but the last `pending`."""
     while len(S.copy_groups) > pending:
         for copy in S.copy_groups.popleft():
-            _set_state(S, copy, 0)
-            note_access(S, "write", copy.offsets, copy.size, copy.mask, copy.line, copy=True)
-            scatter(S, copy.offsets, copy.size, copy.data, copy.mask, copy.line)
+            flat, units, warps = _targets(S, copy.offsets, copy.size, copy.mask)
+            S.shared.mark_written(S.batch, units, warps, by_store=False)
+            if not S.shared.scatter(flat, copy.size, *S.active(copy.mask, copy.data)):
+                S.report(reports.LANES_DIFFER, copy.line)
+            S.batch.time += 1
 
 
-def _units(S, offsets, size, mask):
-    (flat,) = S.active(mask, S.all_threads(S.shared.flat(offsets)))
-    return S.shared.units(flat, size)
-
-
-def _in_flight(S, offsets, size, mask):
-    return (S.shared.state[_units(S, offsets, size, mask)] == IN_FLIGHT).any()
-
-
-def _set_state(S, copy, state):
-    S.shared.state[_units(S, copy.offsets, copy.size, copy.mask)] = state
-
-
-def _mark_in_flight(S, offsets, size, mask, line):
-    S.shared.state[_units(S, offsets, size, mask)] = IN_FLIGHT
-    ones = np.full((1, size), 0xFF, np.uint8).view(UNSIGNED[size])
-    scatter(S, offsets, size, ones, mask, line)
+def _targets(S, offsets, size, mask):
+    """Of the active threads: flat byte offsets `[n]`, the units there `[n, units]`, their warps `[n, 1]`."""
+    flat = S.all_threads(S.shared.flat(offsets))
+    flat, warps = S.active(mask, flat, S.all_threads(S.warp_of_thread))
+    return flat, S.shared.units(flat, size), warps[:, None]

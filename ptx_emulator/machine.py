@@ -366,7 +366,7 @@ class Strand:
         return np.array([[self.batch.launch.parameters[name]]], np.uint64)
 
     def all_threads(self, x) -> np.ndarray:
-        return np.broadcast_to(x, self.shape)
+        return x if np.shape(x) == self.shape else np.broadcast_to(x, self.shape)
 
     def all_programs(self, x: np.ndarray) -> np.ndarray:
         return np.broadcast_to(x, (self.num_programs, *x.shape[1:]))

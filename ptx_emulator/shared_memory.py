@@ -8,7 +8,7 @@ something that waits for it delivers it.
 import numpy as np
 
 from ptx_emulator import reports
-from ptx_emulator.order import AGENT_BITS, agent_of
+from ptx_emulator.order import AGENT_BITS, Clocks, agent_of
 from ptx_emulator.types import UNSIGNED
 
 SHARED_BASE = 1024  # the first KiB is the system's
@@ -24,6 +24,7 @@ class SharedMemory:
         self.views[4][:] = 0xFFFFFFFF
         self.written = np.zeros(total, np.int32)  # stamp of the last write (see order.py)
         self.read = np.zeros((total, num_warps), np.int32)  # tick of each warp's last read
+        self.last_read = np.zeros(total, np.int32)  # at least the largest of these
         self.state = np.full(total, NEVER_WRITTEN, np.uint8)
         self.write_time = np.zeros(total, np.int32)
         self.by_store = np.zeros(
@@ -39,7 +40,7 @@ class SharedMemory:
         new = object.__new__(SharedMemory)
         new.num_bytes, new.unit, new.num_units = self.num_bytes, self.unit, self.num_units
         new._set_words(self.words[index])
-        for name in ("written", "read", "state", "write_time", "by_store"):
+        for name in ("written", "read", "last_read", "state", "write_time", "by_store"):
             array = getattr(self, name)
             rows = array.reshape(-1, self.num_units, *array.shape[1:])[index]
             setattr(new, name, rows.reshape(-1, *array.shape[1:]))
@@ -58,7 +59,7 @@ class SharedMemory:
         """Store elements at flat byte offsets; False if two of different value met at one place."""
         view, index = self.views[size].reshape(-1), offsets // size
         view[index] = values
-        return _same_bits(view[index], values)
+        return _same_bits(view[index], np.broadcast_to(values, index.shape))
 
     def _first(self, ndim: int, row: int) -> np.ndarray:
         return (np.arange(len(self.words)) * row).reshape(-1, *[1] * (ndim - 1))
@@ -90,21 +91,24 @@ class SharedMemory:
             race = clocks.unordered(warps, stamps)
             if race.any():
                 strand.report(reports.READ_AFTER_WRITE, line, self._where(units, race))
+        self.mark_read(units, warps, clocks)
+
+    def mark_read(self, units: np.ndarray, warps: np.ndarray, clocks: Clocks) -> None:
         self.read[units, warps] = clocks.now[warps]
+        self.last_read[units] = clocks.now.max()
 
     def note_write(
         self, strand, units: np.ndarray, agents: np.ndarray, line: int, copy: bool = False
     ) -> None:
         """A write must come after the last write and after every warp's last read."""
-        batch = strand.batch
-        clocks = batch.clocks
+        clocks = strand.batch.clocks
         stamps = self.written[units]
         if stamps.max() >= strand.settled:
             race = clocks.unordered(agents, stamps)
             if race.any():
                 strand.report(reports.WRITE_AFTER_WRITE, line, self._where(units, race))
-        ticks = self.read[units]  # [..., warps]
-        if ticks.max() << AGENT_BITS >= strand.settled:
+        if int(self.last_read[units].max()) << AGENT_BITS >= strand.settled:
+            ticks = self.read[units]  # [..., warps]
             agents_at = np.broadcast_to(agents, units.shape)[..., None]
             warps = np.arange(ticks.shape[-1])
             race = (ticks > clocks.seen[agents_at, warps]) & (warps != agents_at)
@@ -114,9 +118,12 @@ class SharedMemory:
             strand.report(
                 reports.WRITE_IN_FLIGHT, line, self._where(units, self.state[units] == IN_FLIGHT)
             )
-        self.written[units] = np.broadcast_to(clocks.stamps(agents), units.shape)
+        self.mark_written(strand.batch, units, agents, by_store=not copy)
+
+    def mark_written(self, batch, units: np.ndarray, agents: np.ndarray, by_store: bool) -> None:
+        self.written[units] = batch.clocks.stamps(agents)
         self.write_time[units] = batch.time
-        self.by_store[units] = not copy
+        self.by_store[units] = by_store
         self.state[units] = DELIVERED
 
     def note_async_read(self, strand, units: np.ndarray, line: int) -> None:

@@ -12,6 +12,7 @@ which fills the arrays that the registers have held since the issue.
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 import torch
@@ -28,9 +29,13 @@ SWIZZLED_BITS = {0: 0, 1: 7, 2: 3, 3: 1}
 
 @dataclasses.dataclass(eq=False)
 class Operand:
-    """One in shared memory: byte offsets `[programs or 1, groups or 1, rows, k]` and bits at issue."""
+    """One in shared memory: byte offsets `[programs or 1, groups or 1, rows, k]`, and bits at issue.
+
+    `words` are the byte offsets of the units that it covers: `[programs or 1, groups or 1, units]`.
+    """
 
     offsets: np.ndarray
+    words: np.ndarray
     bits: np.ndarray
 
 
@@ -80,33 +85,41 @@ def _depth(kind):
 
 def _operand(S, descriptor, rows, kind, transposed, line) -> Operand:
     size = 4 if kind == "tf32" else 2
-    offsets = _tile(S, descriptor, rows, _depth(kind), size, transposed, line)
-    if (offsets == offsets[:, :1]).all():  # the same for every warp group
-        offsets = offsets[:, :1]
-    units, warps = _units(S, offsets, size)
+    per_thread = np.broadcast_to(descriptor, (len(descriptor), S.num_threads))
+    per_thread = per_thread.reshape(len(descriptor), -1, GROUP)
+    descriptors = per_thread[..., 0]  # [programs or 1, groups]
+    if (per_thread != descriptors[..., None]).any():
+        S.fail(UnsupportedInstruction, line, "a descriptor that is not uniform in its warp group")
+    if (descriptors == descriptors[:, :1]).all():
+        descriptors = descriptors[:, :1]
+    tiles = [
+        [_tile(x, rows, _depth(kind), size, transposed, S.shared.unit) for x in row]
+        for row in descriptors.tolist()
+    ]
+    if None in sum(tiles, []):
+        S.fail(UnsupportedInstruction, line, "a matrix descriptor with a base offset")
+    offsets, words = (np.array([[tile[i] for tile in row] for row in tiles]) for i in (0, 1))
+    if offsets.min() < 0 or offsets.max() + size > S.shared.num_bytes:
+        S.fail(InvalidAccess, line, f"bytes {offsets.min()} to {offsets.max()} of shared memory")
+    operand = Operand(offsets, words, S.shared.gather(offsets, size))
+    units, warps = _units(S, operand)
     S.shared.note_async_read(S, units, line)
     S.shared.note_read(S, units, warps, line)
     counts.count(S, "wgmma_shared_bytes", offsets[0].size * size * S.num_programs)
-    return Operand(offsets, S.shared.gather(offsets, size))
+    return operand
 
 
-def _tile(S, descriptor, rows, depth, size, transposed, line):
-    """Byte offsets of a rows x depth operand: `[programs or 1, warp groups, rows, depth]`."""
-    per_thread = np.broadcast_to(descriptor, (len(descriptor), S.num_threads))
-    per_thread = per_thread.reshape(len(descriptor), -1, GROUP)
-    fields = per_thread[..., :1]
-    if (per_thread != fields).any():
-        S.fail(UnsupportedInstruction, line, "a descriptor that is not uniform in its warp group")
+@functools.lru_cache(maxsize=4096)
+def _tile(descriptor, rows, depth, size, transposed, unit):
+    """Byte offsets of a rows x depth operand, and those of the units that it covers; None if unknown."""
 
     def field(start, bits):
-        value = fields >> np.uint64(start) & np.uint64((1 << bits) - 1)
-        return value.astype(np.int64)[..., None]  # [programs or 1, groups, 1, 1]
+        return descriptor >> start & ((1 << bits) - 1)
 
     start, leading, stride = (field(bit, 14) << 4 for bit in (0, 16, 32))
     swizzle = field(62, 2)
-    if field(49, 3).any() or (swizzle != swizzle.flat[0]).any():
-        S.fail(UnsupportedInstruction, line, "a base offset, or different swizzles")
-    swizzle = int(swizzle.flat[0])
+    if field(49, 3):
+        return None
     pitch = PITCH[swizzle]
     row, k = np.arange(rows)[:, None], np.arange(depth)[None]
     if not transposed and swizzle == 0:
@@ -120,9 +133,7 @@ def _tile(S, descriptor, rows, depth, size, transposed, line):
         across = pitch // size
         linear = row // across * leading + row % across * size + k // 8 * stride + k % 8 * pitch
     offsets = swizzled(start + linear, SWIZZLED_BITS[swizzle]) - SHARED_BASE
-    if offsets.min() < 0 or offsets.max() + size > S.shared.num_bytes:
-        S.fail(InvalidAccess, line, f"bytes {offsets.min()} to {offsets.max()} of shared memory")
-    return offsets
+    return offsets, np.unique(offsets // unit) * unit
 
 
 def swizzled(address, bits):
@@ -130,28 +141,22 @@ def swizzled(address, bits):
     return address ^ ((address >> 7 & bits) << 4)
 
 
-def _units(S, offsets, size):
+def _units(S, operand: Operand):
     """Units that an operand covers, and the warps that read them: to broadcast against each other."""
-    flat = S.shared.flat(offsets)
-    flat = flat.reshape(*flat.shape[:2], -1)
-    covered = np.unique(flat[0] // S.shared.unit, axis=1) if len(flat) == 1 else None
-    units = (
-        covered[None] if covered is not None else flat // S.shared.unit
-    )  # [programs, groups, ...]
-    warps = S.warps.reshape(-1, 4)[:, None, :]  # [groups, 1, 4]
-    return units[..., None], warps
+    units = S.shared.flat(operand.words) // S.shared.unit  # [programs, groups or 1, ...]
+    return units[..., None], S.warps.reshape(-1, 4)[:, None, :]
 
 
 def _complete(S, product):
     size = 4 if product.kind == "tf32" else 2
     for operand in (product.a, product.b):
         if isinstance(operand, Operand):
-            units, warps = _units(S, operand.offsets, size)
+            units, warps = _units(S, operand)
             now = S.shared.gather(operand.offsets, size)
             written = S.shared.write_time[units] >= product.time
             if written.any() or not np.array_equal(now, operand.bits):
                 S.report(reports.OPERAND_CHANGED, product.line)
-            S.shared.read[units, warps] = S.batch.clocks.now[warps]
+            S.shared.mark_read(units, warps, S.batch.clocks)
     groups = len(S.warps) // 4
     if isinstance(product.a, Operand):
         a = widened(product.a.bits, product.kind)
