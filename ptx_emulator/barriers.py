@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from ptx_emulator.accesses import shared_offsets
+from ptx_emulator.accesses import note_access, shared_offsets
 from ptx_emulator.errors import EmulatorError, UnsupportedInstruction
 from ptx_emulator.translator import BLOCKED
 from ptx_emulator.warps import WARP
@@ -93,20 +93,24 @@ def _arrive(S, number, num_threads, line) -> Barrier | None:
 
 def mbarrier_init(S, address, count, mask, line):
     count = int(S.uniform(count, line))
+    _note(S, "write", address, mask, line)
     place = mbarrier_place(S, address, mask, line)
     S.batch.mbarriers[place] = MBarrier(count, count)
 
 
 def mbarrier_inval(S, address, mask, line):
+    _note(S, "write", address, mask, line)
     S.batch.mbarriers.pop(mbarrier_place(S, address, mask, line), None)
 
 
 def mbarrier_expect(S, address, num_bytes, mask, line):
+    _note(S, "read", address, mask, line)
     mbarrier_at(S, address, mask, line).bytes_missing += int(S.uniform(num_bytes, line))
 
 
 def mbarrier_arrive(S, address, count, num_bytes, mask, line):
     """By each active thread, with `count` arrivals, after announcing `num_bytes` of copies."""
+    _note(S, "read", address, mask, line)
     mbarrier = mbarrier_at(S, address, mask, line)
     active = S.all_threads(True if mask is None else mask)
     arrivals = int(active[0].sum()) * (1 if count is None else int(S.uniform(count, line)))
@@ -123,6 +127,7 @@ def mbarrier_arrive(S, address, count, num_bytes, mask, line):
 
 def mbarrier_wait(S, address, parity, place, then, line):
     """Wait for the phase of this parity to end, then set the predicate R[place]."""
+    _note(S, "read", address, None, line)
     mbarrier = mbarrier_at(S, address, None, line)
     parity = int(S.uniform(parity, line)) & 1
     if mbarrier.phase % 2 == parity:
@@ -133,6 +138,11 @@ def mbarrier_wait(S, address, parity, place, then, line):
     S.batch.clocks.acquire(S.warps, mbarrier.released)
     S.update_settled()
     return then
+
+
+def _note(S, what, address, mask, line) -> None:
+    """An mbarrier is written where it begins and ends; all else needs no order among warps, as a read."""
+    note_access(S, what, shared_offsets(S, address, 8, mask, line), 8, mask, line)
 
 
 def mbarrier_place(S, address, mask, line) -> int:

@@ -70,6 +70,7 @@ def bulk_load(S, target, mbarrier, descriptor, coordinates, mask, line):
         offsets = of.tile(tensor, target)
         flat = S.shared.flat(offsets)
         units = S.shared.units(flat, size)
+        S.shared.note_async_access(S, units, line)
         S.shared.note_write(S, units, of.warp[:, None, None], line, copy=True)
         S.shared.state[units] = IN_FLIGHT
         ones = np.full(size, 0xFF, np.uint8).view(UNSIGNED[size])
@@ -92,7 +93,7 @@ def bulk_store(S, source, descriptor, coordinates, mask, line):
         inside = S.all_programs(inside)
         offsets = of.tile(tensor, source)
         units = S.shared.units(S.shared.flat(offsets), size)
-        S.shared.note_async_read(S, units, line)
+        S.shared.note_async_access(S, units, line)
         S.shared.note_read(S, units, of.warp[:, None, None], line)
         data = S.shared.gather(offsets, size)
         program = np.broadcast_to(S.batch.ids[:, None], data.shape)

@@ -1,7 +1,8 @@
-"""What a launch has executed: instructions by unit, bytes, sectors and bank conflicts.
+"""What a launch has executed: instructions by unit, FLOPs of matrices, bytes, sectors and bank conflicts.
 
 Counted per warp: an instruction that a warp executes is one, whatever its predicate says. Bytes are those of
-active threads. Sectors and banks take time to count and are counted on demand (`Options.memory_counts`).
+active threads. Sectors and banks take time to count and are counted on demand (`Options.memory_counts`):
+sectors for each access of a warp, and `distinct_` ones once for a launch.
 """
 
 import numpy as np
@@ -40,7 +41,7 @@ def unit_of(instruction: Instruction) -> str | None:
         return "barrier"
     if opcode in ("shfl", "redux", "vote", "elect"):
         return "shuffle"
-    if opcode in ("bra", "ret", "exit"):
+    if opcode in ("bra", "brx", "ret", "exit"):
         return "control"
     if opcode == "mov" or opcode == "cvta":
         return None
@@ -49,6 +50,11 @@ def unit_of(instruction: Instruction) -> str | None:
 
 def count(S, name: str, number: int) -> None:
     S.batch.launch.counts[name] += number
+
+
+def count_matrix(S, kind: str, m: int, n: int, k: int, number: int) -> None:
+    """FLOPs of so many products `[m, k] [k, n]` of each program."""
+    count(S, f"matrix_flops_{kind}", 2 * m * n * k * number * S.num_programs)
 
 
 def count_global(S, verb: str, index: np.ndarray, size: int, mask) -> None:
@@ -61,6 +67,11 @@ def count_global(S, verb: str, index: np.ndarray, size: int, mask) -> None:
     if mask is not None:
         sectors = np.where(S.all_threads(mask).reshape(-1, 32), sectors, -1)
     count(S, f"sectors_{verb}", _num_distinct(sectors))
+    touched = S.memory.touched[verb]
+    new = np.unique(sectors[sectors >= 0])
+    new = new[~touched[new]]
+    touched[new] = True
+    count(S, f"distinct_sectors_{verb}", len(new))
 
 
 def count_banks(S, name: str, offsets: np.ndarray, size: int, mask) -> None:

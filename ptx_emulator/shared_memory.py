@@ -126,8 +126,8 @@ class SharedMemory:
         self.by_store[units] = by_store
         self.state[units] = DELIVERED
 
-    def note_async_read(self, strand, units: np.ndarray, line: int) -> None:
-        """A read by an engine that does not see stores before a proxy fence, issued by a strand's warps."""
+    def note_async_access(self, strand, units: np.ndarray, line: int) -> None:
+        """An access by an engine that does not see stores before a proxy fence, issued by a strand's warps."""
         stores = self.by_store[units]
         if stores.any():
             writer = agent_of(self.written[units])

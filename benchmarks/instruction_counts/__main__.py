@@ -1,0 +1,196 @@
+"""Warp-instructions, bytes and FLOPs that each kernel executes, and bounds on time from that. Needs no GPU.
+
+```
+python -m benchmarks.instruction_counts                                  # everything, minutes
+python -m benchmarks.instruction_counts --arch 90 --op window_attn --json counts.jsonl
+```
+
+Whole launches run in the PTX emulator, on one head of real size (`points.py`). Each pass prints a table with
+a row for each kernel and their total, and below it what the mathematics needs. The columns: warp-instructions
+of PTX by unit, in thousands (memory: loads, stores and asynchronous copies of global memory; rest: barriers
+and jumps); wavefronts of shared memory over the least that carry as much; MB of global memory as threads
+request them, as sectors of 32 bytes for each access of a warp, and with each sector once a launch; MFLOP of
+matrix instructions. What torch launches besides (copies, norms, products of its libraries) is not counted.
+
+Then two bounds in microseconds, computed from the counts and the rates in `rates.py`: nobody has taken the
+time of anything. "overlap" assumes that all units of a multiprocessor work at once, so that the slowest one,
+which is named, decides; "serial" that only one works at a time. Both assume that all multiprocessors are
+equally busy, which one head does not make them, that memory moves each sector once a launch, and no latency.
+And machine code has not the instructions of PTX, one for one: compare bounds with each other.
+
+flash-linear-attention runs beside `window_attn` where it can be imported, the LaCT authors' kernels beside
+`block_causal_ttt` with a checkout of theirs: the forward, as the emulator has no atomics. Exit status: 0, 1
+when a kernel of ours fails, 2 for bad arguments or where Triton interprets kernels, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.instruction_counts.counting import CountRow
+    from benchmarks.instruction_counts.points import Work
+
+ARCHS = (80, 90)
+# Columns of the table: their names, and the units of ptx_emulator/counts.py in them.
+COLUMNS = {
+    "matrix": ("matrix",),
+    "fp32": ("fp32",),
+    "integer": ("integer",),
+    "special": ("special",),
+    "shared": ("shared_load", "shared_store"),
+    "memory": ("global_load", "global_store", "async_copy"),
+    "shuffle": ("shuffle",),
+    "rest": ("barrier", "control"),
+}
+HEADER = (
+    f"{'kernel':<36} {'launches':>8} {'programs':>8} {'warps':>6}"
+    + "".join(f" {name:>8}" for name in COLUMNS)
+    + f" {'all':>8} {'banks':>5} {'MB':>7} {'sectors':>7} {'once':>7} {'MFLOP':>7}"
+    + f" {'overlap':>8} {'':<10} {'serial':>8}"
+)
+NOTICE = (
+    "Bounds computed from counts in an emulator, not times: as if all multiprocessors were equally busy,"
+    " with no latency."
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        print(
+            "TRITON_INTERPRET is set: there is no compiled code to count in this process. Run"
+            " `python -m benchmarks.instruction_counts` in a fresh process without it",
+            file=sys.stderr,
+        )
+        return 2
+    if options.json:
+        options.json.write_text("")
+    print(NOTICE, flush=True)
+    started, status = time.perf_counter(), 0
+    try:
+        for arch in options.arch:
+            for work in _works(options):
+                status |= not _run(work, arch, options.lact_checkout, options.json)
+    except KeyboardInterrupt:
+        print("\nstopped; the rows above are kept", file=sys.stderr)
+        status = 130
+    print(f"\nemulated in {time.perf_counter() - started:.0f} s, which says nothing of a GPU")
+    return int(status)
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.instruction_counts",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    ops = (
+        "window_attn",
+        "window_attn_with_kvcache",
+        "block_causal_ttt",
+        "branch_qkv",
+        "branch_sum",
+    )
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHS), choices=ARCHS)
+    parser.add_argument("--op", nargs="+", default=list(ops), choices=ops)
+    parser.add_argument("--quick", action="store_true", help="small sizes, to try the command")
+    parser.add_argument(
+        "--lact-checkout", type=Path, metavar="PATH", help="of github.com/a1600012888/LaCT"
+    )
+    parser.add_argument("--json", type=Path, help="also write one JSON object per line here")
+    return parser.parse_args(arguments)
+
+
+def _works(options: argparse.Namespace) -> list[Work]:
+    from benchmarks.instruction_counts import points
+
+    works = points.QUICK_WORKS if options.quick else points.WORKS
+    return [work for work in works if work.op in options.op]
+
+
+def _run(work: Work, arch: int, lact_checkout: Path | None, file: Path | None) -> bool:
+    """Ours, then the peers that run here, which have to compute the same. Whether ours came to its end."""
+    from benchmarks.instruction_counts import counting, points, rates
+    from benchmarks.instruction_counts.peers import OURS, implementations
+    from benchmarks.measure import DIFFERENCE_LIMITS, difference_of, status_of
+
+    sizes = " ".join(f"{name}={x}" for name, x in work.shape.items())
+    expected = {}  # by pass
+    for peer in implementations(work, lact_checkout):
+        print(f"\n{work.op}, {peer.name}, sm_{arch} ({rates.GPUS[arch].name}), bfloat16, {sizes}")
+        try:
+            function = peer.build(work, arch)
+            if peer.note:
+                print(f"  {peer.note}")
+            setting = functools.partial(peer.setting, arch)
+            for rows, results in counting.count(work, peer.name, function, arch, setting):
+                difference = difference_of(results, expected.setdefault(rows[-1].part, results))
+                if not difference <= DIFFERENCE_LIMITS[points.DTYPE]:
+                    raise ArithmeticError(f"not counted: differs from ours by {difference:.1%}")
+                print("\n".join(table(rows)), flush=True)
+                _append(file, rows)
+        except Exception as error:  # a line that says so, not the end of the run
+            print(f"  {status_of(error)}", flush=True)
+            if peer.name == OURS:
+                return False
+    return True
+
+
+def _append(file: Path | None, rows: list[CountRow]) -> None:
+    if file:
+        with file.open("a") as lines:
+            lines.writelines(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows)
+
+
+def table(rows: list[CountRow]) -> list[str]:
+    """Lines for the screen: the kernels of a pass, their total, and what is needed."""
+    total = rows[-1]
+    requested = total.requested_bytes / total.least_bytes
+    needs = f"{total.least_bytes / 1e6:.3f} MB ({requested:.2f} times that requested)"
+    libraries = total.torch_matrix_flops
+    if total.needed_flops:
+        mflop = total.needed_flops / 1e6
+        needs += (
+            f" and {mflop:.1f} MFLOP"
+            f" ({(total.matrix_flops + libraries) / total.needed_flops:.2f} times that executed"
+        )
+        if not libraries:  # otherwise kernels here do not do all that is needed
+            needs += f", {total.instructions / mflop:.0f} warp-instructions per MFLOP"
+        needs += ")"
+    bound = f"bound of that alone {total.needed_bound_us:.3f} us"
+    lines = [total.part, HEADER, *map(_line, rows), f"  needed: {needs}; {bound}"]
+    if libraries:
+        lines.append(
+            f"  of that executed by torch's libraries, in no row above: {libraries / 1e6:.1f} MFLOP"
+        )
+    return lines
+
+
+def _line(row: CountRow) -> str:
+    from benchmarks.instruction_counts import rates
+
+    executed, least = rates.wavefronts(row.counts)
+    units = "".join(
+        f" {sum(row.counts.get(unit, 0) for unit in units) / 1e3:>8.1f}"
+        for units in COLUMNS.values()
+    )
+    return (
+        f"{row.kernel:<36} {row.launches:>8} {row.programs:>8} {row.warps:>6}{units}"
+        f" {row.instructions / 1e3:>8.1f} {executed / least if least else 1:>5.2f}"
+        f" {row.requested_bytes / 1e6:>7.3f} {row.sector_bytes() / 1e6:>7.3f}"
+        f" {row.sector_bytes('distinct_') / 1e6:>7.3f} {row.matrix_flops / 1e6:>7.1f}"
+        f" {row.overlapped_bound_us:>8.3f} {row.limit:<10} {row.serial_bound_us:>8.3f}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

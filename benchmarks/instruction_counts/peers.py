@@ -1,0 +1,119 @@
+"""What others make of the same inputs, as far as it is Triton's and can be compiled without a GPU.
+
+Autotuning needs a GPU, so none is done. flash-linear-attention chooses the blocks of its attention by the
+size of shared memory; of the configurations that the LaCT authors' kernels are tuned among, each takes the
+largest tile that fits.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks.compile_report import ARCHITECTURES
+from benchmarks.instruction_counts.points import Work
+from benchmarks.peers import Unavailable, variants
+from benchmarks.registry import BlockCausalTTT, WindowAttn
+from ptx_emulator.compiler import compiler_for
+
+OURS = "lact_kernels"
+HOW_TO_GET_FLA = "pip install --no-deps fla-core==0.6.0 einops"
+
+
+@dataclasses.dataclass(frozen=True)
+class Implementation:
+    """`build(work, arch)` returns a function of the work's inputs, which runs inside of `setting(arch)`."""
+
+    name: str
+    build: Callable[[Work, int], Callable[..., Tensor]]
+    setting: Callable[[int], AbstractContextManager] = contextlib.nullcontext
+    note: str = ""  # how it was set up
+
+
+def implementations(work: Work, lact_checkout: Path | None = None) -> list[Implementation]:
+    """Ours first. The LaCT authors' kernels only from a checkout of their repository."""
+    ours = Implementation(OURS, lambda work, arch: work.ours)
+    fla = Implementation(
+        "FLA parallel_attn",
+        _fla,
+        _fla_setting,
+        "blocks and warps as it chooses them itself, by the architecture's shared memory",
+    )
+    lact = Implementation(
+        "LaCT authors' fused kernels",
+        functools.partial(_lact, lact_checkout),
+        _lact_setting,
+        "without torch.compile; of the configurations to tune among the largest tile that fits",
+    )
+    if work.op == BlockCausalTTT.op and lact_checkout:
+        return [ours, lact]
+    return [ours, fla] if work.op == WindowAttn.op else [ours]
+
+
+def _fla_module():
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is no GPU
+            return importlib.import_module("fla.ops.attn.parallel")
+    except ImportError as error:
+        raise Unavailable(f"{error}; {HOW_TO_GET_FLA}") from None
+
+
+def _fla(work: Work, arch: int) -> Callable[..., Tensor]:
+    parallel_attn, window_size = _fla_module().parallel_attn, work.point.window_size
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return parallel_attn(q, k, v, window_size=window_size)
+
+    return run
+
+
+@contextlib.contextmanager
+def _fla_setting(arch: int) -> Iterator[None]:
+    """It asks a device whether it has as much shared memory as an architecture of some name."""
+    least = {"ampere": 80, "hopper": 90}
+    with mock.patch.object(
+        _fla_module(), "check_shared_mem", lambda name="none", index=0: arch >= least.get(name, 0)
+    ):
+        yield
+
+
+def _lact(checkout: Path, work: Work, arch: int) -> Callable[..., Tensor]:
+    point = work.point
+    authors = variants(point.op, torch.device("cuda"), checkout)[-1]
+    function, layout = authors.build(point, "fwd_bwd"), authors.layout
+
+    def run(**inputs: Tensor) -> Tensor:
+        inputs = {name: layout.theirs(point, name, x) for name, x in inputs.items()}
+        return layout.ours(point, "o", function(**inputs))
+
+    return run
+
+
+@contextlib.contextmanager
+def _lact_setting(arch: int) -> Iterator[None]:
+    from triton.runtime.autotuner import Autotuner
+
+    def run(self, *args, **kwargs):
+        def size(config) -> tuple[int, int, int]:
+            return math.prod(config.kwargs.values()), config.num_warps, config.num_stages
+
+        for config in sorted(self.configs, key=size, reverse=True):
+            options = {**kwargs, **config.all_kwargs()}
+            given = {name: x for name, x in options.items() if name not in ("grid", "warmup")}
+            compiled, _ = compiler_for(arch)(self.fn, args, given)
+            if compiled.metadata["shared"] <= ARCHITECTURES[arch].shared_per_block:
+                return self.fn.run(*args, **options)
+        raise Unavailable("no configuration fits into shared memory")
+
+    with mock.patch.object(Autotuner, "run", run), torch.compiler.set_stance("force_eager"):
+        yield
