@@ -127,7 +127,7 @@ class SharedMemory:
         self.state[units] = DELIVERED
 
     def note_async_access(self, strand, units: np.ndarray, line: int) -> None:
-        """An access by an engine that does not see stores before a proxy fence, issued by a strand's warps."""
+        """An access by an engine, which does not see stores before a proxy fence, for a strand."""
         stores = self.by_store[units]
         if stores.any():
             writer = agent_of(self.written[units])

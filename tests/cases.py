@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 
 import torch
@@ -38,6 +39,7 @@ class WindowCase:
     D: int = 16
     Dv: int = 16
     cu_seqlens: tuple[int, ...] | None = None
+    cu_seqlens_k: tuple[int, ...] | None = None  # those of the keys, where they differ
 
     def __str__(self) -> str:
         return self.reason.replace(" ", "-")
@@ -55,16 +57,21 @@ class WindowCase:
         return [x.to(device).requires_grad_() for x in tensors]
 
     def options(self, device: str = "cpu") -> dict:
-        if self.cu_seqlens is None:
-            return {"window_size": self.window_size}
-        cu_seqlens = torch.tensor(self.cu_seqlens, dtype=torch.int32, device=device)
-        return {"window_size": self.window_size, "cu_seqlens": cu_seqlens}
+        borders = {"cu_seqlens": self.cu_seqlens, "cu_seqlens_k": self.cu_seqlens_k}
+        return {"window_size": self.window_size} | {
+            name: torch.tensor(x, dtype=torch.int32, device=device)
+            for name, x in borders.items()
+            if x is not None
+        }
 
 
 def check_window_attn(
     fn: Callable, case: WindowCase, dtype: torch.dtype, device: str = "cpu"
 ) -> None:
-    """Outputs, lse and all gradients of `fn`, through o and lse both, against float64."""
+    """Outputs, lse and all gradients of `fn`, through o and lse both, against float64.
+
+    The lse is -inf exactly where a query sees nothing.
+    """
     inputs = case.inputs(dtype, device)
     options = case.options(device)
     exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
@@ -80,6 +87,10 @@ def check_window_attn(
         for outputs, xs in ((ours, inputs), (same, inputs), (exact, exact_inputs))
     ]
     for name, a, s, e in zip(("o", "lse", "dq", "dk", "dv"), *results):
+        if name == "lse":
+            blind = e == -math.inf
+            assert torch.equal(a == -math.inf, blind)
+            a, s, e = (x.masked_fill(blind, 0.0) for x in (a, s, e))
         if case.single_key and name in ("dq", "dk"):
             assert_cancelled(a, e, exact_inputs, cotangents[0], name)
         else:

@@ -1,7 +1,8 @@
 """The window attention kernels against the dense reference, launched directly.
 
-Without a GPU they run in Triton's interpreter, with blocks of 16 so that a few dozen tokens
-straddle every edge. The tests marked `gpu` run the same cases with the blocks of the table.
+Without a GPU they run in Triton's interpreter, in float32 and with blocks of 16 so that a few dozen
+tokens straddle every edge. The tests marked `gpu` run the same cases with the blocks of the table, those
+of tests/emulated run what is compiled of these, in every dtype.
 """
 
 import math
@@ -13,7 +14,6 @@ from lact_kernels.triton.configs import KernelConfig
 from lact_kernels.triton.window_attn_bwd import window_attn_bwd
 from lact_kernels.triton.window_attn_fwd import window_attn_fwd
 from reference.window_attn import window_attn
-from tests.bfloat16_interpreter import bfloat16_products
 from tests.cases import assert_cancelled, filled_with_nan
 from tests.tolerance import assert_close_to_float64
 
@@ -79,7 +79,7 @@ def make_inputs(B, Tq, Tk, Hq, Hkv, D, Dv, dtype):
 def run_kernels(q, k, v, do, dlse, window_size, scale, config, cu_seqlens=(None, None)):
     Tk = max(k.shape[1], 1)
     options = (Tk if window_size is None else min(window_size, Tk), scale, *cu_seqlens)
-    with filled_with_nan(), bfloat16_products(ON_CPU and q.dtype == torch.bfloat16):
+    with filled_with_nan():
         o, lse = window_attn_fwd(q, k, v, *options, config=config)
         grads = window_attn_bwd(do, dlse, q, k, v, o, lse, *options, config=config)
     return o, lse, *grads
@@ -116,10 +116,9 @@ def check(q, k, v, do, dlse, window_size, config, scale=None, cu_seqlens=(None, 
 
 
 @needs_interpreter
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("B, Tq, Tk, Hq, Hkv, D, Dv, window_size", CASES)
-def test_kernels_match_reference(B, Tq, Tk, Hq, Hkv, D, Dv, window_size, dtype):
-    check(*make_inputs(B, Tq, Tk, Hq, Hkv, D, Dv, dtype), window_size, SMALL)
+def test_kernels_match_reference(B, Tq, Tk, Hq, Hkv, D, Dv, window_size):
+    check(*make_inputs(B, Tq, Tk, Hq, Hkv, D, Dv, torch.float32), window_size, SMALL)
 
 
 def check_packed(borders, Hq, Hkv, D, Dv, dtype, window_size, config):
@@ -131,10 +130,9 @@ def check_packed(borders, Hq, Hkv, D, Dv, dtype, window_size, config):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("borders, Hq, Hkv, D, Dv, window_size", PACKED_CASES)
-def test_packed_sequences_match_reference(borders, Hq, Hkv, D, Dv, window_size, dtype):
-    check_packed(borders, Hq, Hkv, D, Dv, dtype, window_size, SMALL)
+def test_packed_sequences_match_reference(borders, Hq, Hkv, D, Dv, window_size):
+    check_packed(borders, Hq, Hkv, D, Dv, torch.float32, window_size, SMALL)
 
 
 @pytest.mark.gpu
@@ -158,12 +156,6 @@ def test_unequal_blocks(block_m, block_n):
 def test_dk_and_dv_in_launches_of_their_own():
     config = KernelConfig(16, 16, num_warps=4, num_stages=1, split=True)
     check(*make_inputs(1, 31, 40, 4, 2, 16, 24, torch.float32), 13, config)
-
-
-@needs_interpreter
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_blocks_of_the_table(dtype):
-    check(*make_inputs(1, 150, 170, 1, 1, 64, 64, dtype), 70, None)
 
 
 @pytest.mark.gpu
@@ -233,10 +225,9 @@ def test_huge_scores_stay_finite(dtype):
     assert_close_to_float64(actual[1], same[1], exact[1], "lse")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_scores_of_minus_infinity(dtype):
+def test_scores_of_minus_infinity():
     """A row whose every score is -inf sees nothing; elsewhere only finite scores count."""
-    q, k, v, do, dlse = make_inputs(1, 40, 40, 1, 1, 16, 16, dtype)
+    q, k, v, do, dlse = make_inputs(1, 40, 40, 1, 1, 16, 16, torch.float32)
     q, k = torch.full_like(q, 1e30), k.clone()
     k[:, 7:31] = -1e30
     o, lse, *grads = run_kernels(q, k, v, do, dlse, 10, 0.25, SMALL)

@@ -1,0 +1,126 @@
+"""`window_attn` as it is compiled, in the tiles of the table: outputs, lse and gradients against float64.
+
+Nothing may be reported either: an access out of bounds, a race, a read of what has not arrived. The
+lengths are such that the loops over tiles meet left edge, interior and diagonal, and run often enough
+for every buffer of their pipelines to be used again.
+"""
+
+import functools
+import math
+
+import pytest
+import torch
+
+import reference
+from benchmarks.emulation import emulated_device
+from lact_kernels.ops.window_attn import run_window_attn
+from tests.cases import WindowCase, check_window_attn, filled_with_nan
+from tests.emulated.layouts import bordered, heads_first
+from tests.emulated.targets import FLOAT_TARGETS, HALF_TARGETS, TWO_TARGETS, target
+
+case_of = functools.partial(WindowCase, D=64, Dv=64, Hq=2, Hkv=1)
+# Tiles have 64 or 128 queries by 64 or 128 keys; those of float32 have 32 by 32.
+CASE = case_of("all three segments", 410, 300)
+FLOAT_CASE = case_of("all three segments", 170, 110)
+PACKED_FLOAT_CASE = case_of("packed", 150, 80, cu_seqlens=(0, 0, 1, 40, 40, 150))
+# Two kernels for all of them: dense and packed.
+LENGTHS = [
+    case_of("no window and heads of their own", 290, None, Hkv=2),
+    case_of("window of one", 130, 1),
+    case_of("window beyond the keys in two rows", 129, 1000, B=2),
+    case_of("fewer queries than keys", 100, 180, Tk=330),
+    case_of("few queries by the kernel of the cache", 5, 90, Tk=150),
+    case_of("queries before the keys", 200, 50, Tk=60),
+    case_of("packed with sequences of nothing and of one", 410, 200, cu_seqlens=(0, 0, 1, 120, 410)),
+    case_of(
+        "packed with queries without keys", 200, None, Tk=210,
+        cu_seqlens=(0, 60, 60, 200), cu_seqlens_k=(0, 0, 150, 210),
+    ),
+]  # fmt: skip
+HEAD_DIMS = [
+    case_of("narrow and padded beside wider values", 150, 70, Hq=1, D=40, Dv=64),
+    case_of("padded", 270, None, Hq=1, D=80, Dv=80),
+    case_of("wide", 390, 260, Hq=1, D=128, Dv=128),
+    case_of("widest", 200, 150, Hq=1, D=256, Dv=256),
+]
+
+
+def check(arch, dtype, case, layout=lambda x: x, attend=run_window_attn):
+    """`attend` on q, k and v in another layout."""
+
+    def fn(q, k, v, window_size, cu_seqlens=None, cu_seqlens_k=None, return_lse=True):
+        borders = cu_seqlens, cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+        return attend(layout(q), layout(k), layout(v), window_size, None, *borders, "triton")
+
+    with emulated_device(arch) as emulation, filled_with_nan():
+        check_window_attn(fn, case, dtype)
+    launched = {launch.kernel for launch in emulation.launches}
+    assert {"_window_attn_bwd_dq_kernel", "_window_attn_bwd_dkv_kernel"} < launched
+
+
+@pytest.mark.parametrize("arch, dtype", HALF_TARGETS)
+def test_half(arch, dtype):
+    check(arch, dtype, CASE)
+
+
+@pytest.mark.parametrize("arch, dtype", FLOAT_TARGETS)
+def test_float(arch, dtype):
+    check(arch, dtype, FLOAT_CASE)
+
+
+@pytest.mark.parametrize("arch, dtype", FLOAT_TARGETS[:1])
+def test_packed_float(arch, dtype):
+    check(arch, dtype, PACKED_FLOAT_CASE)
+
+
+@pytest.mark.parametrize("arch, dtype", TWO_TARGETS)
+@pytest.mark.parametrize("case", LENGTHS, ids=str)
+def test_lengths(arch, dtype, case):
+    check(arch, dtype, case)
+
+
+@pytest.mark.parametrize("arch, dtype", TWO_TARGETS)
+@pytest.mark.parametrize("case", HEAD_DIMS, ids=str)
+def test_head_dims(arch, dtype, case):
+    check(arch, dtype, case)
+
+
+@pytest.mark.parametrize("arch, dtype", [target(90, "bfloat16")])
+def test_wider_and_padded_head_dim_beside_narrower_values(arch, dtype):
+    """On sm_80 it has the tiles of the widest head dim."""
+    check(arch, dtype, case_of("", 200, 150, Hq=1, D=192, Dv=128))
+
+
+@pytest.mark.parametrize("arch, dtype", TWO_TARGETS)
+@pytest.mark.parametrize("layout", [bordered, heads_first])
+def test_layouts(arch, dtype, layout):
+    check(arch, dtype, case_of("", 200, 70), layout)
+
+
+@pytest.mark.parametrize("arch, dtype", TWO_TARGETS)
+def test_without_gradient_of_lse(arch, dtype):
+    """As in training, where only the outputs have one: the lse comes from the reference."""
+
+    def attend(q, k, v, window_size, *rest):
+        o, _ = run_window_attn(q, k, v, window_size, *rest)
+        return o, reference.window_attn(q, k, v, window_size, return_lse=True)[1]
+
+    check(arch, dtype, case_of("", 200, 70), attend=attend)
+
+
+@pytest.mark.parametrize("arch, dtype", [target(90, "bfloat16"), target(80, "bfloat16")])
+def test_scores_of_minus_infinity(arch, dtype):
+    """A row whose every score is -inf sees nothing; elsewhere only finite scores count."""
+    q, k, v = case_of("", 40, None).inputs(dtype)
+    with torch.no_grad():
+        q.fill_(1e30)
+        k[:, 7:31] = -1e30
+    with emulated_device(arch), filled_with_nan():
+        o, lse = run_window_attn(q, k, v, 10, None, None, None, "triton")
+        cotangents = [torch.randn_like(x) for x in (o, lse)]
+        grads = torch.autograd.grad((o, lse), (q, k, v), cotangents)
+    assert all(x.isfinite().all() for x in (o, *grads))
+    assert torch.equal(o == 0, (lse.mT == -math.inf)[..., None].expand_as(o))
+    assert [row.nonzero().flatten().tolist() for row in lse[0] == -math.inf] == 2 * [
+        [*range(16, 31)]
+    ]
