@@ -10,6 +10,7 @@ import dataclasses
 
 import numpy as np
 
+from ptx_emulator import reports
 from ptx_emulator.accesses import note_access, shared_offsets
 from ptx_emulator.errors import EmulatorError, UnsupportedInstruction
 from ptx_emulator.translator import BLOCKED
@@ -31,11 +32,21 @@ class MBarrier:
 
     count: int
     missing: int  # arrivals
+    engine: int  # the agent that copies for it, see order.py
     bytes_missing: int = 0
     phase: int = 0
     known: np.ndarray | int = 0  # in the current phase
     released: np.ndarray | int = 0  # by the phases that have ended
     transfers: list = dataclasses.field(default_factory=list)  # see bulk_copies.py
+    line: int = 0  # of the last load that announced itself
+
+    @property
+    def bytes_coming(self) -> int:
+        return sum(transfer.num_bytes for transfer in self.transfers)
+
+    @property
+    def lacks(self) -> str:
+        return f"{self.missing} arrivals and {self.bytes_missing - self.bytes_coming} bytes"
 
 
 def trap(S, mask, line):
@@ -95,12 +106,17 @@ def mbarrier_init(S, address, count, mask, line):
     count = int(S.uniform(count, line))
     _note(S, "write", address, mask, line)
     place = mbarrier_place(S, address, mask, line)
-    S.batch.mbarriers[place] = MBarrier(count, count)
+    engine = S.batch.clocks.engine(place)
+    if engine is None:
+        S.fail(UnsupportedInstruction, line, "so many mbarriers and warps")
+    S.batch.mbarriers[place] = MBarrier(count, count, engine)
 
 
 def mbarrier_inval(S, address, mask, line):
     _note(S, "write", address, mask, line)
-    S.batch.mbarriers.pop(mbarrier_place(S, address, mask, line), None)
+    mbarrier = S.batch.mbarriers.pop(mbarrier_place(S, address, mask, line), None)
+    if mbarrier:
+        report_unawaited(S, mbarrier, S.warps)
 
 
 def mbarrier_expect(S, address, num_bytes, mask, line):
@@ -131,13 +147,20 @@ def mbarrier_wait(S, address, parity, place, then, line):
     mbarrier = mbarrier_at(S, address, None, line)
     parity = int(S.uniform(parity, line)) & 1
     if mbarrier.phase % 2 == parity:
-        S.block_on(f"an mbarrier of {mbarrier.missing} more arrivals", S.block, line)
+        S.block_on(f"an mbarrier that lacks {mbarrier.lacks}", S.block, line)
         S.condition = (mbarrier_place(S, address, None, line), parity)
         return BLOCKED
     S.registers[place] = np.array([[True]])
     S.batch.clocks.acquire(S.warps, mbarrier.released)
     S.update_settled()
     return then
+
+
+def report_unawaited(S, mbarrier: MBarrier, warps: np.ndarray) -> None:
+    """Loads that are in flight, or have come and none of these warps knows it."""
+    known = S.batch.clocks.seen[warps, mbarrier.engine].max()
+    if mbarrier.transfers or S.batch.clocks.now[mbarrier.engine] > known + 1:
+        S.report(reports.LOAD_IN_FLIGHT, mbarrier.line)
 
 
 def _note(S, what, address, mask, line) -> None:
@@ -165,14 +188,13 @@ def advance(batch, mbarrier: MBarrier) -> None:
 
     Copies are completed here, as late as can be, and not when they are issued.
     """
-    arriving = sum(transfer.num_bytes for transfer in mbarrier.transfers)
-    if mbarrier.missing or mbarrier.bytes_missing != arriving:
+    if mbarrier.missing or mbarrier.bytes_missing != mbarrier.bytes_coming:
         return
     for transfer in mbarrier.transfers:
-        transfer.deliver(batch)
+        transfer.deliver(batch, mbarrier.engine)
     if mbarrier.transfers:
         batch.time += 1
-        engine = np.array([batch.clocks.engine])
+        engine = np.array([mbarrier.engine])
         mbarrier.known = np.maximum(mbarrier.known, batch.clocks.release(engine))
     mbarrier.released = np.maximum(mbarrier.released, mbarrier.known)
     mbarrier.transfers, mbarrier.bytes_missing, mbarrier.known = [], 0, 0

@@ -36,10 +36,10 @@ class Transfer:
         """Of each program."""
         return self.data.shape[1] * self.element_bytes
 
-    def deliver(self, batch) -> None:
+    def deliver(self, batch, engine: int) -> None:
         offsets = batch.shared.flat(self.offsets)
         units = batch.shared.units(offsets, self.element_bytes)
-        batch.shared.mark_written(batch, units, np.array(batch.clocks.engine), by_store=False)
+        batch.shared.mark_written(batch, units, np.array(engine), by_store=False)
         batch.shared.scatter(offsets, self.element_bytes, self.data)
 
 
@@ -76,9 +76,9 @@ def bulk_load(S, target, mbarrier, descriptor, coordinates, mask, line):
         ones = np.full(size, 0xFF, np.uint8).view(UNSIGNED[size])
         S.shared.scatter(flat, size, np.broadcast_to(ones, flat.shape))
         S.batch.time += 1
-        S.batch.clocks.start_engine()
         barrier = mbarrier_at(S, of(mbarrier), None, line)
         barrier.transfers.append(Transfer(offsets, data, size))
+        barrier.line = line
         advance(S.batch, barrier)
     S.update_settled()
 

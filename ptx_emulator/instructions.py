@@ -127,6 +127,9 @@ def _nothing(t: Translator, i: Instruction) -> list[str]:
 def _fence(t: Translator, i: Instruction) -> list[str]:
     if i.parts[1] == "proxy" and i.parts[2].startswith("async"):
         return ["proxy_fence(S)"]
+    if i.parts[1] == "proxy" and i.parts[2] == "tensormap::generic" and "acquire" in i.parts:
+        address = t.read(i.operands[0].split("+")[0].strip("[] "), "u64")
+        return [f"acquire_descriptor(S, {address}, {t.mask(i)})"]
     return []  # of the generic proxy: every write is seen at once here
 
 

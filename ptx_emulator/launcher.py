@@ -79,10 +79,10 @@ class Emulation:
         if warmup:
             return
         grid = grid(bound) if callable(grid) else grid
-        ptx = compiled.ptx
-        if self.edit:
-            ptx = self.edit(compiled.metadata["name"], ptx)
-        program = _program(ptx)
+        program = _program(compiled.ptx)
+        edited = self.edit(compiled.metadata["name"], compiled.ptx) if self.edit else compiled.ptx
+        if edited != compiled.ptx:
+            program = Program(edited)  # likely never seen again
         compile_seconds = time.perf_counter() - started
         arguments = _arguments(compiled, bound, math.prod(grid))
         launch = _launch(program, arguments, grid, compiled.metadata["shared"], self.options)

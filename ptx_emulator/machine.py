@@ -16,6 +16,7 @@ import dataclasses
 import numpy as np
 
 from ptx_emulator import reports
+from ptx_emulator.barriers import report_unawaited
 from ptx_emulator.errors import (
     Deadlock,
     Divergence,
@@ -24,7 +25,7 @@ from ptx_emulator.errors import (
     UnsupportedInstruction,
 )
 from ptx_emulator.global_memory import GlobalMemory
-from ptx_emulator.order import Clocks
+from ptx_emulator.order import MAX_AGENTS, Clocks
 from ptx_emulator.program import Program
 from ptx_emulator.reports import Report
 from ptx_emulator.shared_memory import SharedMemory
@@ -87,6 +88,7 @@ class Batch:
     shared: SharedMemory
     clocks: Clocks
     fenced: np.ndarray  # time of each warp's last proxy fence
+    unacquired_descriptors: set[int]  # addresses of tensor maps, see tensormap.py
     barriers: dict  # those that somebody waits at
     mbarriers: dict  # by their place in shared memory
     strands: list[Strand]
@@ -100,8 +102,8 @@ class Batch:
         num_warps = batch.num_warps
         batch.shared = SharedMemory(len(ids), launch.shared_bytes, program.shared_unit, num_warps)
         batch.clocks = Clocks(num_warps)
-        batch.fenced = np.zeros(num_warps + 1, np.int64)
-        batch.barriers, batch.mbarriers = {}, {}
+        batch.fenced = np.zeros(MAX_AGENTS, np.int64)
+        batch.barriers, batch.mbarriers, batch.unacquired_descriptors = {}, {}, set()
         batch.strands = [Strand(batch, 0, np.arange(num_warps), list(program.initial))]
         batch._set_places()
         return batch
@@ -131,6 +133,8 @@ class Batch:
                 return parts
             if strand.block == ENDED:
                 self.strands.remove(strand)
+        for mbarrier in self.mbarriers.values():
+            report_unawaited(strand, mbarrier, np.arange(self.num_warps))
         return []
 
     def split(self, groups: list[np.ndarray]) -> list[Batch]:
@@ -143,6 +147,7 @@ class Batch:
         batch.shared = self.shared.of_programs(index)
         batch.clocks, batch.fenced = self.clocks.copy(), self.fenced.copy()
         batch.barriers = copy.deepcopy(self.barriers)
+        batch.unacquired_descriptors = set(self.unacquired_descriptors)
         batch._set_places()
         choose = Chooser(len(self.ids), index)
         batch.mbarriers = choose(self.mbarriers)
@@ -160,9 +165,8 @@ class Chooser:
         self, num_programs: int, programs: np.ndarray | None, threads: np.ndarray | None = None
     ):
         self.num_programs, self.programs, self.threads = num_programs, programs, threads
-        self._known: dict[
-            int, tuple
-        ] = {}  # with the array itself, so that its id is not used again
+        # By id; with the array itself, so that its id is not used again.
+        self._known: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __call__(self, x):
         if isinstance(x, np.ndarray):

@@ -1,9 +1,11 @@
 """Which of two accesses comes first: vector clocks of the warps of a program.
 
-Each agent (a warp, or the engine that copies tiles) has a clock, which ticks when the agent lets go of
-something: arrives at a barrier, or completes a copy. `seen[a, b]` is the last tick of b that a has waited
-for, directly or through others. What b did at tick t comes before what a does now if `seen[a, b] >= t`; two
-accesses of which neither comes first are a race. The programs of a batch run in lockstep and share clocks.
+Each agent has a clock, which ticks when the agent lets go of something. Agents are the warps, which let go
+where they arrive at a barrier, and the engines that copy tiles, one for each mbarrier that announces such
+copies: they come in any order, and waiting for one says nothing of another. `seen[a, b]` is the last tick of
+b that a has waited for, directly or through others. What b did at tick t comes before what a does now if
+`seen[a, b] >= t`; two accesses of which neither comes first are a race. The programs of a batch run in
+lockstep and share clocks.
 """
 
 import copy
@@ -11,7 +13,7 @@ import copy
 import numpy as np
 
 AGENT_BITS = 7  # a stamp is `tick << AGENT_BITS | agent`
-_EVERYTHING = 1 << (30 - AGENT_BITS)
+MAX_AGENTS = 1 << AGENT_BITS
 
 
 def agent_of(stamps: np.ndarray) -> np.ndarray:
@@ -19,17 +21,20 @@ def agent_of(stamps: np.ndarray) -> np.ndarray:
 
 
 class Clocks:
-    """Of the warps of a program, and behind them of the engine, which is `engine`."""
+    """Of the warps of a program, and behind them of the engines, by the place of their mbarriers."""
 
     def __init__(self, num_warps: int):
-        self.engine = num_warps
-        self.seen = np.zeros((num_warps + 1, num_warps + 1), np.int32)
-        self.now = np.ones(num_warps + 1, np.int32)
-        self.seen[:, self.engine] = _EVERYTHING  # until it does something
+        self.num_agents = num_warps
+        self.engines: dict[int, int] = {}
+        self.seen = np.zeros((MAX_AGENTS, MAX_AGENTS), np.int32)
+        self.now = np.ones(MAX_AGENTS, np.int32)
 
-    def start_engine(self) -> None:
-        if self.now[self.engine] == 1:
-            self.seen[:, self.engine] = 0
+    def engine(self, place: int) -> int | None:
+        """The agent that copies for the mbarrier at a place; None if there are too many."""
+        if place not in self.engines and self.num_agents < MAX_AGENTS:
+            self.engines[place] = self.num_agents
+            self.num_agents += 1
+        return self.engines.get(place)
 
     def copy(self) -> "Clocks":
         return copy.deepcopy(self)
@@ -56,4 +61,4 @@ class Clocks:
 
     def settled(self, agents: np.ndarray) -> int:
         """Every stamp below this comes before what any of these agents does now."""
-        return (int(self.seen[agents].min()) + 1) << AGENT_BITS
+        return (int(self.seen[agents, : self.num_agents].min()) + 1) << AGENT_BITS

@@ -10,6 +10,7 @@ import dataclasses
 import numpy as np
 from torch import Tensor
 
+from ptx_emulator import reports
 from ptx_emulator.accesses import (
     global_index,
     note_access,
@@ -82,6 +83,8 @@ class TensorMapArgument:
 
 def decode(S, address, line) -> TensorMap:
     """The descriptors at the global addresses `[programs or 1, 1]`."""
+    if not S.batch.unacquired_descriptors.isdisjoint(address.ravel().tolist()):
+        S.report(reports.NO_TENSORMAP_FENCE, line)
     index = global_index(S, address + np.arange(0, NUM_BYTES, 4, dtype=np.uint64), 4, None, line)
     data = np.ascontiguousarray(S.memory.views[4][index]).view(np.uint8)
 
@@ -128,7 +131,16 @@ def publish_descriptor(S, to, source, mask, line):
     offsets = shared_offsets(S, source, NUM_BYTES, None, line) + words
     note_access(S, "read", offsets[:, :1], NUM_BYTES, mask, line)
     data = S.all_programs(S.shared.gather(offsets, 4))
-    to = S.of_first_active(to, mask) + words.astype(np.uint64)
+    to = S.of_first_active(to, mask)
+    S.batch.unacquired_descriptors.update(to.ravel().tolist())
+    to = to + words.astype(np.uint64)
     index = S.all_programs(global_index(S, to, 4, None, line))
     program = np.broadcast_to(S.batch.ids[:, None], index.shape)
     write_global(S, index.ravel(), 4, data.ravel(), program.ravel(), line)
+
+
+def acquire_descriptor(S, address, mask):
+    """`fence.proxy.tensormap`: what has been published there may be used from here on."""
+    S.batch.unacquired_descriptors.difference_update(
+        S.of_first_active(address, mask).ravel().tolist()
+    )

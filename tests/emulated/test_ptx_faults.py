@@ -15,6 +15,7 @@ from ptx_emulator import (
     Options,
     Reported,
     StepLimit,
+    TensorMapArgument,
     UnsupportedInstruction,
     emulate,
     reports,
@@ -271,6 +272,75 @@ def test_threads_of_one_warp_that_part():
 def test_a_trap():
     with pytest.raises(EmulatorError, match="called trap"):
         run("trap;", torch.zeros(4))
+
+
+# --- tiles ------------------------------------------------------------------------------------------------
+
+LOADS = (
+    OWN_WORD
+    + """
+    add.s32 %r11, %r3, 1024;
+    add.s32 %r12, %r3, 2048;
+    add.s32 %r13, %r3, 2056;
+    setp.eq.b32 %p1, %r1, 0;
+    mov.b32 %r14, 0;
+    @%p1 mbarrier.init.shared::cta.b64 [%r12], 1;
+    @%p1 mbarrier.init.shared::cta.b64 [%r13], 1;
+    bar.sync 0;
+    @%p1 mbarrier.arrive.expect_tx.shared.b64 _, [%r12], 256;
+    @%p1 {load} [%r3], [%rd1, {{%r14, %r14}}], [%r12];
+    @%p1 mbarrier.arrive.expect_tx.shared.b64 _, [%r13], {second};
+    @%p1 {load} [%r11], [%rd1, {{%r14, %r14}}], [%r13];
+    {before}
+    ld.shared.b32 %r7, [%r4];
+    {after}
+"""
+)
+LOAD = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+
+
+def waits(*barriers):
+    """The usual loop around a wait, with names of its own."""
+    return "".join(
+        f"""
+        {{
+        .reg .pred done;
+        wait:
+        mbarrier.try_wait.parity.shared.b64 done, [{barrier}], 0;
+        @!done bra.uni wait;
+        }}
+        """
+        for barrier in barriers
+    )
+
+
+@pytest.mark.parametrize(
+    "before, after, kinds",
+    [
+        (["%r12"], ["%r13"], set()),
+        (["%r13"], ["%r12"], {reports.READ_AFTER_WRITE}),
+        ([], ["%r12", "%r13"], {reports.READ_AFTER_WRITE}),
+        (["%r12"], [], {reports.LOAD_IN_FLIGHT}),
+    ],
+    ids=["right", "waits_for_another_load", "waits_afterwards", "does_not_wait_for_the_other"],
+)
+def test_loads_of_tiles(before, after, kinds):
+    """One mbarrier for each of two loads of 8 x 8 numbers, of which the first is read."""
+    body = LOADS.format(load=LOAD, second=256, before=waits(*before), after=waits(*after))
+    tile = TensorMapArgument(torch.randn(8, 8), (8, 8), (8, 1), (8, 8), element_type=7, swizzle=0)
+    if not kinds:
+        run(body, tile)
+        return
+    with pytest.raises(Reported) as error:
+        run(body, tile)
+    assert kinds_of(error) == kinds
+
+
+def test_a_load_that_announces_other_bytes():
+    body = LOADS.format(load=LOAD, second=512, before=waits("%r12", "%r13"), after="")
+    tile = TensorMapArgument(torch.randn(8, 8), (8, 8), (8, 1), (8, 8), element_type=7, swizzle=0)
+    with pytest.raises(Deadlock, match="for an mbarrier that lacks 0 arrivals and 256 bytes"):
+        run(body, tile)
 
 
 # --- mbarriers, tiles and products, in a kernel whose warps have jobs of their own ------------------------
