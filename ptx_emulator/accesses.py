@@ -8,47 +8,76 @@ import numpy as np
 
 from ptx_emulator import counts, reports
 from ptx_emulator.errors import InvalidAccess
-from ptx_emulator.global_memory import BASE, IN_ARGUMENT, NOWHERE
-from ptx_emulator.shared_memory import SHARED_BASE
+from ptx_emulator.global_memory import BASE, IN_ELEMENT, NOBODY, NOWHERE, SEVERAL
+from ptx_emulator.shared_memory import SHARED_BASE, same_bits
 from ptx_emulator.types import UNSIGNED
 
 
 def load_global(S, address, size, count, mask, line):
-    memory, total = S.memory, size * count
+    total = size * count
     index = global_index(S, address, total, mask, line)
     counts.count_global(S, "read", index, total, mask)
-    writer = memory.writer[index * total // 4]
-    foreign = (writer >= 0) & (writer != S.batch.ids[:, None])
-    if mask is not None:
-        foreign &= mask
-    if foreign.any():
-        S.report(reports.FOREIGN_READ, line)
-    return _elements(memory.views[total][index], size, count)
+    note_global_read(S, index, total, mask, line)
+    return _elements(S.memory.views[total][index], size, count)
 
 
 def store_global(S, address, size, values, mask, line):
     total = size * len(values)
     index = S.all_threads(global_index(S, address, total, mask, line))
     counts.count_global(S, "written", index, total, mask)
-    data = _joined(S, values, size)
-    program = S.all_threads(S.batch.ids[:, None])
-    index, data, program = S.active(mask, index, data, program)
-    write_global(S, index, total, data, program, line)
+    program, warps = _who(S)
+    index, data, program, warps = S.active(mask, index, _joined(S, values, size), program, warps)
+    write_global(S, index, total, data, program, S.batch.clocks.stamps(warps), line)
 
 
-def write_global(S, index, size, data, program, line):
-    """Give elements of `size` bytes, all arrays of one axis, new values, and note which program did."""
+def _who(S):
+    """The program and the warp of each thread: `[programs, threads]`."""
+    return S.all_threads(S.batch.ids[:, None]), S.all_threads(S.warp_of_thread)
+
+
+def note_global_read(S, index, size, mask, line):
+    """Threads read elements of `size` bytes: no other program may have written them, nor a warp just now."""
     memory = S.memory
-    places = (index * size // 4)[:, None] + np.arange(max(size // 4, 1))
-    view = memory.views[size]
-    if size >= 4:  # of two halves of a word another program may own one
-        before = memory.writer[places]
-        other = ((before >= 0) & (before != program[:, None])).any(1)
-        if other.any() and not _same_bits(view[index[other]], data[other]):
-            S.report(reports.FOREIGN_WRITE, line)
-    memory.writer[places] = program[:, None]
+    index, program, warps = S.active(mask, S.all_threads(index), *_who(S))
+    units, program = memory.units(index, size), program[:, None]
+    note_program_read(S, units, program, line)
+    own = memory.writer[units] == program
+    if own.any():
+        stamps = memory.stamp[units]
+        if (own & S.batch.clocks.unordered(warps[:, None], stamps)).any():
+            S.report(reports.GLOBAL_READ_AFTER_WRITE, line)
+
+
+def note_program_read(S, units, program, line):
+    """Programs read units of global memory, `program` broadcasting against `units`."""
+    memory = S.memory
+    program = np.broadcast_to(program, units.shape)
+    writer = memory.writer[units]
+    if ((writer != NOBODY) & (writer != program)).any():
+        S.report(reports.FOREIGN_READ, line)
+    before = memory.reader[units]
+    memory.reader[units] = program
+    # Read by others before, or by another one in this very access.
+    several = (before != NOBODY) & (before != program) | (memory.reader[units] != program)
+    if several.any():
+        memory.reader[units[several]] = SEVERAL
+
+
+def write_global(S, index, size, data, program, stamps, line):
+    """Give elements of `size` bytes, all arrays of one axis, new values, and note which program did."""
+    memory, view = S.memory, S.memory.views[size]
+    units, of_program = memory.units(index, size), program[:, None]
+    writer, reader = memory.writer[units], memory.reader[units]
+    other = (writer != NOBODY) & (writer != of_program) | (reader != NOBODY) & (
+        reader != of_program
+    )
+    other = other.any(1)
+    if other.any() and not same_bits(view[index[other]], data[other]):
+        S.report(reports.FOREIGN_WRITE, line)
+    memory.writer[units] = of_program
+    memory.stamp[units] = stamps[:, None]
     view[index] = data
-    if not _same_bits(view[index], data):
+    if not same_bits(view[index], data):
         S.report(reports.LANES_DIFFER, line)
 
 
@@ -67,10 +96,10 @@ def global_index(S, address, size, mask, line):
     index = offset // size
     owner = memory.owners(size)[index]
     if mask is not None:
-        owner = np.where(mask, owner, IN_ARGUMENT)
-    if (owner < IN_ARGUMENT).any():
+        owner = np.where(mask, owner, IN_ELEMENT)
+    if (owner < IN_ELEMENT).any():
         kind = reports.OUT_OF_BOUNDS if (owner == NOWHERE).any() else reports.OUTSIDE_ARGUMENT
-        S.report(kind, line, S.first_thread(owner < IN_ARGUMENT))
+        S.report(kind, line, S.first_thread(owner < IN_ELEMENT))
     return index
 
 
@@ -140,9 +169,3 @@ def _joined(S, values, size):
     for place, value in enumerate(values):
         data[..., place] = value
     return data.view(UNSIGNED[size * len(values)])[..., 0]
-
-
-def _same_bits(x, y):
-    return np.array_equal(
-        np.ascontiguousarray(x).view(np.uint8), np.ascontiguousarray(y).view(np.uint8)
-    )

@@ -13,6 +13,7 @@ import numpy as np
 from ptx_emulator import reports
 from ptx_emulator.accesses import note_access, shared_offsets
 from ptx_emulator.errors import EmulatorError, UnsupportedInstruction
+from ptx_emulator.shared_memory import MBARRIER
 from ptx_emulator.translator import BLOCKED
 from ptx_emulator.warps import WARP
 
@@ -54,17 +55,22 @@ def trap(S, mask, line):
         S.fail(EmulatorError, line, "the kernel has called trap, as where an assertion fails")
 
 
-def proxy_fence(S):
+def proxy_fence(S, mask=None):
+    """Of the threads that execute it: for all that a warp has stored it takes all of its threads."""
     S.batch.time += 1
-    S.batch.fenced[S.warps] = S.batch.time
+    threads = S.all_threads(True if mask is None else mask).all(0).reshape(-1, WARP)
+    S.batch.partly_fenced[S.warps[threads.any(1)]] = S.batch.time
+    S.batch.fenced[S.warps[threads.all(1)]] = S.batch.time
 
 
 # --- bar.sync and bar.arrive ----------------------------------------------------------------------------
 
 
 def barrier_sync(S, number, num_threads, then, line):
-    barrier = _arrive(S, number, num_threads, line)
-    if barrier is None:  # this strand was the last one
+    barrier, known = _arrive(S, number, num_threads, line)
+    if known is not None:  # this strand was the last one
+        S.batch.clocks.acquire(S.warps, known)
+        S.update_settled()
         return then
     barrier.waiting.append(S.id)
     S.block_on(f"barrier {number}", then, line)
@@ -72,11 +78,13 @@ def barrier_sync(S, number, num_threads, then, line):
 
 
 def barrier_arrive(S, number, num_threads, line):
+    """Waits for nobody, and so comes after nobody, also if it is the last one."""
     _arrive(S, number, num_threads, line)
+    S.update_settled()
 
 
-def _arrive(S, number, num_threads, line) -> Barrier | None:
-    """Count the strand's warps; where they complete the barrier wake who waits, and return None."""
+def _arrive(S, number, num_threads, line) -> tuple[Barrier, np.ndarray | None]:
+    """Count the strand's warps. If they complete the barrier wake who waits: then also what is known."""
     batch = S.batch
     if not isinstance(number, int):
         number = int(S.uniform(number, line))
@@ -89,14 +97,13 @@ def _arrive(S, number, num_threads, line) -> Barrier | None:
     if barrier.arrived > expected:
         S.fail(EmulatorError, line, f"{barrier.arrived} warps at a barrier of {expected}")
     if barrier.arrived < expected:
-        return barrier
+        return barrier, None
     del batch.barriers[number]
-    waiting = [s for s in batch.strands if s.id in barrier.waiting]
-    for strand in (*waiting, S):
-        batch.clocks.acquire(strand.warps, barrier.known)
-        strand.wake()
-    batch.time += 1
-    return None
+    for strand in batch.strands:
+        if strand.id in barrier.waiting:
+            batch.clocks.acquire(strand.warps, barrier.known)
+            strand.wake()
+    return barrier, barrier.known
 
 
 # --- mbarrier -------------------------------------------------------------------------------------------
@@ -110,6 +117,7 @@ def mbarrier_init(S, address, count, mask, line):
     if engine is None:
         S.fail(UnsupportedInstruction, line, "so many mbarriers and warps")
     S.batch.mbarriers[place] = MBarrier(count, count, engine)
+    S.shared.state[_units(S, place)] = MBARRIER
 
 
 def mbarrier_inval(S, address, mask, line):
@@ -120,19 +128,23 @@ def mbarrier_inval(S, address, mask, line):
 
 
 def mbarrier_expect(S, address, num_bytes, mask, line):
+    """By each active thread."""
     _note(S, "read", address, mask, line)
-    mbarrier_at(S, address, mask, line).bytes_missing += int(S.uniform(num_bytes, line))
+    threads = S.active_threads(mask, line)
+    mbarrier_at(S, address, mask, line).bytes_missing += int(S.uniform(num_bytes, line)) * len(
+        threads
+    )
 
 
 def mbarrier_arrive(S, address, count, num_bytes, mask, line):
     """By each active thread, with `count` arrivals, after announcing `num_bytes` of copies."""
+    if num_bytes is not None:
+        mbarrier_expect(S, address, num_bytes, mask, line)
     _note(S, "read", address, mask, line)
     mbarrier = mbarrier_at(S, address, mask, line)
-    active = S.all_threads(True if mask is None else mask)
-    arrivals = int(active[0].sum()) * (1 if count is None else int(S.uniform(count, line)))
-    warps = S.warps[active[0].reshape(-1, WARP).any(1)]
-    if num_bytes is not None:
-        mbarrier.bytes_missing += int(S.uniform(num_bytes, line)) * int(active[0].sum())
+    threads = S.active_threads(mask, line)
+    arrivals = len(threads) * (1 if count is None else int(S.uniform(count, line)))
+    warps = np.unique(S.warp_of_thread[0, threads])
     mbarrier.known = np.maximum(mbarrier.known, S.batch.clocks.release(warps))
     mbarrier.missing -= arrivals
     if mbarrier.missing < 0:
@@ -176,10 +188,16 @@ def mbarrier_place(S, address, mask, line) -> int:
     return int(S.uniform(offsets, line))
 
 
+def _units(S, place: int) -> np.ndarray:
+    return S.shared.units(S.shared.flat(np.array([[place]])), 8)
+
+
 def mbarrier_at(S, address, mask, line) -> MBarrier:
     place = mbarrier_place(S, address, mask, line)
     if place not in S.batch.mbarriers:
         S.fail(UnsupportedInstruction, line, f"no mbarrier has been made at byte {place}")
+    if (S.shared.state[_units(S, place)] != MBARRIER).any():
+        S.report(reports.MBARRIER_OVERWRITTEN, line)
     return S.batch.mbarriers[place]
 
 

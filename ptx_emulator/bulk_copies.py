@@ -13,14 +13,19 @@ import math
 import numpy as np
 
 from ptx_emulator import counts, reports
-from ptx_emulator.accesses import global_index, shared_offsets, write_global
+from ptx_emulator.accesses import (
+    global_index,
+    note_program_read,
+    shared_offsets,
+    write_global,
+)
 from ptx_emulator.barriers import advance, mbarrier_at
 from ptx_emulator.shared_memory import IN_FLIGHT, SHARED_BASE
 from ptx_emulator.tensormap import TensorMap, decode
 from ptx_emulator.types import UNSIGNED
 from ptx_emulator.wgmma import swizzled
 
-SWIZZLED_BITS = {0: 0, 1: 1, 2: 3, 3: 7}
+SWIZZLED_BITS_OF_MODE = {0: 0, 1: 1, 2: 3, 3: 7}  # of a tensor map, unlike those of wgmma
 
 
 @dataclasses.dataclass(eq=False)
@@ -65,12 +70,15 @@ def bulk_load(S, target, mbarrier, descriptor, coordinates, mask, line):
         index = global_index(S, addresses, size, inside, line)
         inside = S.all_programs(inside)
         counts.count(S, "bytes_read", int(np.count_nonzero(inside)) * size)
+        program = np.broadcast_to(S.batch.ids[:, None], inside.shape)
+        units = S.memory.units(S.all_programs(index)[inside], size)
+        note_program_read(S, units, program[inside][:, None], line)
         data = S.memory.views[size][index]
         data = np.where(inside, data, data.dtype.type(0))
         offsets = of.tile(tensor, target)
         flat = S.shared.flat(offsets)
         units = S.shared.units(flat, size)
-        S.shared.note_async_access(S, units, line)
+        S.shared.note_async_access(S, units, of.warp, line)
         S.shared.note_write(S, units, of.warp[:, None, None], line, copy=True)
         S.shared.state[units] = IN_FLIGHT
         ones = np.full(size, 0xFF, np.uint8).view(UNSIGNED[size])
@@ -93,12 +101,14 @@ def bulk_store(S, source, descriptor, coordinates, mask, line):
         inside = S.all_programs(inside)
         offsets = of.tile(tensor, source)
         units = S.shared.units(S.shared.flat(offsets), size)
-        S.shared.note_async_access(S, units, line)
+        S.shared.note_async_access(S, units, of.warp, line)
         S.shared.note_read(S, units, of.warp[:, None, None], line)
         data = S.shared.gather(offsets, size)
         program = np.broadcast_to(S.batch.ids[:, None], data.shape)
         counts.count(S, "bytes_written", int(np.count_nonzero(inside)) * size)
-        write_global(S, index[inside], size, data[inside], program[inside], line)
+        stamps = np.broadcast_to(S.batch.clocks.stamps(of.warp)[0], data.shape)
+        values = index[inside], size, data[inside], program[inside], stamps[inside]
+        write_global(S, *values, line)
         S.open_stores.append(Store(offsets, data, size, of.warp, S.batch.time, line))
 
 
@@ -137,7 +147,7 @@ class _Operands:
         offsets = shared_offsets(S, start, 128, None, line)
         shared_offsets(S, start + np.uint32(count * tensor.element_bytes - 1), 1, None, line)
         linear = offsets + SHARED_BASE + np.arange(count) * tensor.element_bytes
-        offsets = swizzled(linear, SWIZZLED_BITS[tensor.swizzle]) - SHARED_BASE
+        offsets = swizzled(linear, SWIZZLED_BITS_OF_MODE[tensor.swizzle]) - SHARED_BASE
         return S.all_programs(offsets)
 
 

@@ -22,6 +22,11 @@ class Compiled:
     signature: dict[str, str]
     metadata: dict[str, Any]
 
+    @property
+    def asm(self) -> dict[str, str]:
+        """As of Triton's own compiled kernels."""
+        return {"ptx": self.ptx}
+
 
 class Compiler:
     """Compiles for one architecture, such as 90, as a launch would; every specialisation once."""

@@ -8,7 +8,7 @@ import collections
 import numpy as np
 
 from ptx_emulator import counts, reports
-from ptx_emulator.accesses import global_index, shared_offsets
+from ptx_emulator.accesses import global_index, note_global_read, shared_offsets
 from ptx_emulator.errors import UnsupportedInstruction
 from ptx_emulator.shared_memory import IN_FLIGHT
 from ptx_emulator.types import UNSIGNED
@@ -26,6 +26,7 @@ def copy_async(S, target, source, size, num_read, mask, line):
         reads = num_read == size if mask is None else (num_read == size) & mask
     index = global_index(S, source, size, reads, line)
     counts.count_global(S, "read", index, size, reads)
+    note_global_read(S, index, size, reads, line)
     counts.count_banks(S, "cp_async", offsets, size, mask)
     data = S.memory.views[size][index]
     if reads is not None:

@@ -1,12 +1,15 @@
-"""Global memory of one launch: the storages of its tensors in one arena, with gaps between them.
+"""Global memory of one launch: what its tensors cover in one arena, with gaps between them.
 
-For each byte `owner` tells whether it is in no tensor, in a storage but in no argument's elements (such as
-between the rows of a slice), or in an argument. For each 4 bytes `writer` tells which program wrote there:
-programs of one launch run in any order, so what one writes no other may read.
+For each byte `owner` tells whether it is in no tensor, between the elements of a tensor (such as between the
+rows of a slice), or in an element. Programs of one launch run in any order, so what one writes no other may
+read or overwrite: for each unit, the narrowest store of the kernel, `writer` and `reader` tell which program
+was the last one to write it and which has read it. `stamp` is the time of the write for the warps of
+that program: see order.py.
 """
 
+import ctypes
+
 import numpy as np
-import torch
 from torch import Tensor
 
 from ptx_emulator.counts import SECTOR
@@ -15,55 +18,52 @@ from ptx_emulator.types import UNSIGNED
 BASE = 0x7F00_0000_0000
 GAP = 1 << 16
 ALIGNMENT = 256
-NOWHERE, IN_STORAGE, IN_ARGUMENT = 0, 1, 2
+NOWHERE, BETWEEN_ELEMENTS, IN_ELEMENT = 0, 1, 2
+NOBODY, SEVERAL = -1, -2
 
 
 class GlobalMemory:
     """Of a launch on CPU tensors. `write_back` copies to the tensors what the programs changed."""
 
-    def __init__(self, tensors: list[Tensor]):
-        self._storages: dict[
-            int, tuple[int, torch.UntypedStorage]
-        ] = {}  # (offset, storage), by address
+    def __init__(self, tensors: list[Tensor], unit: int):
+        self.unit = unit
+        # Held here, as their memory is written at the end.
+        self._tensors = tensors = [x for x in tensors if x.numel()]
+        self._spans: list[tuple[int, int, int]] = []  # real address, offset in the arena, bytes
         size = GAP
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            address = storage.data_ptr()
-            if address not in self._storages and storage.nbytes():
-                # The alignment of the real pointer, which Triton has specialised on, is kept.
-                self._storages[address] = (size + address % ALIGNMENT, storage)
-                size += storage.nbytes() + GAP + ALIGNMENT
-                size = -(-size // ALIGNMENT) * ALIGNMENT
+        for start, stop in _merged([(x.data_ptr(), x.data_ptr() + _extent(x)) for x in tensors]):
+            # The alignment of the real pointer, which Triton has specialised on, is kept.
+            self._spans.append((start, size + start % ALIGNMENT, stop - start))
+            size = -(-(size + stop - start + GAP + ALIGNMENT) // ALIGNMENT) * ALIGNMENT
         words = np.zeros(size // 16, np.complex128)
         self.bytes = words.view(np.uint8)
         self.views = {n: words.view(dtype) for n, dtype in UNSIGNED.items()}
         owner = np.zeros(size, np.uint8)
-        for start, storage in self._storages.values():
-            self.bytes[start : start + storage.nbytes()] = _bytes_of(storage)
-            owner[start : start + storage.nbytes()] = IN_STORAGE
-        for tensor in tensors:
-            if tensor.numel():
-                size = tensor.element_size()
-                elements = torch.from_numpy(owner[self._offset(tensor) :])
-                strides = [*(s * size for s in tensor.stride()), 1]
-                elements.as_strided([*tensor.shape, size], strides).fill_(IN_ARGUMENT)
+        for address, offset, length in self._spans:
+            self.bytes[offset : offset + length] = _memory_at(address, length)
+            owner[offset : offset + length] = BETWEEN_ELEMENTS
+        for x in tensors:
+            strides = [*(s * x.element_size() for s in x.stride()), 1]
+            elements = np.lib.stride_tricks.as_strided(
+                owner[self._offset(x) :], [*x.shape, x.element_size()], strides
+            )
+            elements[...] = IN_ELEMENT
         self._owners = {1: owner}
-        self.writer = np.full(len(owner) // 4, -1, np.int32)
-        sectors = len(self.bytes) // SECTOR + 1
-        self.touched = {verb: np.zeros(sectors, np.bool_) for verb in ("read", "written")}
-        self._before = {
-            a: self.bytes[s : s + x.nbytes()].copy() for a, (s, x) in self._storages.items()
+        self.writer = np.full(size // unit, NOBODY, np.int32)
+        self.reader = np.full(size // unit, NOBODY, np.int32)
+        self.stamp = np.zeros(size // unit, np.int32)
+        self.touched = {
+            verb: np.zeros(size // SECTOR + 1, np.bool_) for verb in ("read", "written")
         }
+        self._before = [self.bytes[offset : offset + n].copy() for _, offset, n in self._spans]
 
     def _offset(self, tensor: Tensor) -> int:
-        start, _ = self._storages[tensor.untyped_storage().data_ptr()]
-        return start + tensor.storage_offset() * tensor.element_size()
+        address = tensor.data_ptr()
+        return next(o + address - a for a, o, length in self._spans if a <= address < a + length)
 
     def address(self, tensor: Tensor) -> int:
         """What the kernel gets as the pointer of a tensor."""
-        if not tensor.untyped_storage().nbytes():
-            return BASE
-        return BASE + self._offset(tensor)
+        return BASE + (self._offset(tensor) if tensor.numel() else 0)
 
     def fill(self, tensor: Tensor, data: np.ndarray) -> None:
         """Give a contiguous tensor other bytes, here alone."""
@@ -76,12 +76,34 @@ class GlobalMemory:
             self._owners[size] = self._owners[1].reshape(-1, size).min(1)
         return self._owners[size]
 
+    def units(self, index: np.ndarray, size: int) -> np.ndarray:
+        """The units of elements of `size` bytes: `[..., units of one]`."""
+        return (index * size // self.unit)[..., None] + np.arange(max(size // self.unit, 1))
+
     def write_back(self) -> None:
-        for address, (start, storage) in self._storages.items():
-            now = self.bytes[start : start + storage.nbytes()]
-            if not np.array_equal(now, self._before[address]):
-                _bytes_of(storage)[:] = now
+        for (address, offset, length), before in zip(self._spans, self._before):
+            now = self.bytes[offset : offset + length]
+            if not np.array_equal(now, before):
+                _memory_at(address, length)[:] = now
 
 
-def _bytes_of(storage: torch.UntypedStorage) -> np.ndarray:
-    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last one."""
+    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride()))
+    return (last + 1) * tensor.element_size()
+
+
+def _merged(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those that overlap as one."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in sorted(spans):
+        if merged and start < merged[-1][1]:
+            start, stop = merged[-1][0], max(stop, merged[-1][1])
+            merged.pop()
+        merged.append((start, stop))
+    return merged
+
+
+def _memory_at(address: int, length: int) -> np.ndarray:
+    """The bytes of this process at an address, for as long as a tensor that has them is held."""
+    return np.ctypeslib.as_array((ctypes.c_uint8 * length).from_address(address))

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from unittest import mock
 import torch
 import triton
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
+from triton.runtime.jit import TensorWrapper
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ptx_emulator.compiler import Compiled, compiler_for
@@ -32,6 +34,15 @@ from ptx_emulator.reports import Report
 from ptx_emulator.tensormap import NUM_BYTES, TensorMapArgument
 
 NUM_SCRATCH_POINTERS = 2  # Triton's last parameters: memory of its own, and of its profiler
+# What a launch may ask for (CUDA programming guide, "Compute Capabilities"): KiB of shared memory by
+# architecture, which are also those that can be emulated; threads of a program; programs along each axis.
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
+MAX_THREADS = 1024
+MAX_GRID = (2**31 - 1, 65535, 65535)
+_FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_emulations: list[
+    tuple[int, Emulation]
+] = []  # those in progress, innermost last, and their threads
 
 
 class Reported(EmulatorError):
@@ -70,27 +81,47 @@ class Emulation:
     def reports(self) -> list[Report]:
         return [report for launch in self.launches for report in launch.reports]
 
-    def run(self, kernel, *args, grid, warmup, **kwargs) -> None:
+    def run(self, kernel, *args, grid, warmup, **kwargs) -> Compiled:
         """In place of JITFunction.run."""
         started = time.perf_counter()
         for hook in kernel.pre_run_hooks:
             hook(*args, **kwargs)
         compiled, bound = compiler_for(self.arch)(kernel, args, kwargs)
         if warmup:
-            return
+            return compiled
         grid = grid(bound) if callable(grid) else grid
         program = _program(compiled.ptx)
         edited = self.edit(compiled.metadata["name"], compiled.ptx) if self.edit else compiled.ptx
+        if not isinstance(edited, str):
+            raise TypeError(f"edit must return the PTX to run, got {edited!r}")
         if edited != compiled.ptx:
             program = Program(edited)  # likely never seen again
         compile_seconds = time.perf_counter() - started
+        grid = _checked_grid(kernel.__name__, grid)
         arguments = _arguments(compiled, bound, math.prod(grid))
-        launch = _launch(program, arguments, grid, compiled.metadata["shared"], self.options)
+        launch = self._launch(program, arguments, grid, compiled.metadata["shared"])
         self._execute(launch, compile_seconds)
+        return compiled
 
     def run_ptx(self, ptx: str, arguments: list, grid: tuple, shared_bytes: int = 0) -> None:
         """Run a kernel that need not be Triton's on tensors, numbers and `TensorMapArgument`s."""
-        self._execute(_launch(_program(ptx), arguments, grid, shared_bytes, self.options), 0.0)
+        program = _program(ptx)
+        grid = _checked_grid(program.kernel.name, grid)
+        self._execute(self._launch(program, arguments, grid, shared_bytes), 0.0)
+
+    def _launch(
+        self, program: Program, arguments: list, grid: tuple[int, int, int], shared_bytes: int
+    ) -> Launch:
+        kernel, limit = program.kernel, SHARED_KIB[self.arch] * 1024
+        if shared_bytes > limit:
+            raise EmulatorError(
+                f"{kernel.name} needs {shared_bytes} bytes of shared memory, and sm_{self.arch} has {limit}"
+            )
+        if kernel.num_threads > MAX_THREADS:
+            raise EmulatorError(
+                f"{kernel.name} has {kernel.num_threads} threads, and a program at most {MAX_THREADS}"
+            )
+        return _launch(program, arguments, grid, shared_bytes, self.options)
 
     def _execute(self, launch: Launch, compile_seconds: float) -> None:
         started = time.perf_counter()
@@ -124,8 +155,13 @@ def emulate(
 
     At the end `Reported` is raised if a launch did what it may not, unless `check` is False; other
     errors are raised at once, as subclasses of `EmulatorError`. `edit(name, ptx)` may return other PTX to
-    run. Needs a process in which the interpreter has not replaced the compiler.
+    run. Blocks may be nested, and of several threads one at a time may be in them. Needs a process in which
+    the interpreter has not replaced the compiler.
     """
+    if arch not in SHARED_KIB:
+        raise ValueError(f"arch must be one of {', '.join(map(str, SHARED_KIB))}, got {arch}")
+    if _emulations and _emulations[-1][0] != threading.get_ident():
+        raise RuntimeError("another thread emulates: one at a time may")
     if triton.knobs.runtime.interpret:
         raise RuntimeError(
             "TRITON_INTERPRET is set, so there is no compiled code to emulate: start the process without"
@@ -136,6 +172,7 @@ def emulate(
     def run(kernel, *args, grid, warmup, **kwargs):
         return emulation.run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
 
+    _emulations.append((threading.get_ident(), emulation))
     with mock.patch.object(triton.runtime.jit.JITFunction, "run", run):
         try:
             yield emulation
@@ -143,6 +180,8 @@ def emulate(
             if emulation.reports and hasattr(error, "add_note"):  # from Python 3.11 on
                 error.add_note(f"The emulator reports:\n{Reported(emulation.reports)}")
             raise
+        finally:
+            _emulations.pop()
     if check and emulation.reports:
         raise Reported(emulation.reports)
 
@@ -174,10 +213,32 @@ def _arguments(compiled: Compiled, bound: dict, num_programs: int) -> list:
                 *value.strides,
             ]
         elif compiled.signature[name] != "constexpr":
-            arguments.append(value)
+            arguments.append(_converted(value, compiled.signature[name]))
     size = compiled.metadata.get("global_scratch_size") or 0
     arguments.append(torch.empty(size * num_programs, dtype=torch.uint8))
     return arguments + [0] * (NUM_SCRATCH_POINTERS - 1)
+
+
+def _converted(value, type: str):
+    """As the parameter is declared: a number for a float is none of its bits."""
+    if isinstance(value, TensorWrapper):  # of triton.reinterpret
+        return value.base
+    if isinstance(value, torch.Tensor) or value is None:
+        return value
+    if type in _FLOATS:
+        return int(torch.tensor(float(value), dtype=_FLOATS[type]).view(torch.int16)) & 0xFFFF
+    if type == "fp64":
+        return int(torch.tensor(float(value), dtype=torch.float64).view(torch.int64))
+    return float(value) if type == "fp32" else int(value)
+
+
+def _checked_grid(name: str, grid) -> tuple[int, int, int]:
+    if not isinstance(grid, (tuple, list)) or not 1 <= len(grid) <= 3:
+        raise EmulatorError(f"{name}: a grid has one to three numbers, got {grid!r}")
+    grid = (*map(int, grid), 1, 1)[:3]
+    if any(not 0 <= n <= most for n, most in zip(grid, MAX_GRID)):
+        raise EmulatorError(f"{name}: a grid is at most {MAX_GRID}, got {grid}")
+    return grid
 
 
 def _launch(
@@ -198,12 +259,11 @@ def _launch(
     for tensor in tensors:
         if tensor.device.type != "cpu":
             raise EmulatorError(f"{kernel.name}: needs CPU tensors, got one on {tensor.device}")
-    memory = GlobalMemory(tensors)
+    memory = GlobalMemory(tensors, program.global_unit)
     for place, tensor_map in maps.items():
         memory.fill(values[place], tensor_map.encode(memory.address(tensor_map.base)))
     parameters = {
         parameter.name: memory.address(x) if isinstance(x, torch.Tensor) else x
         for parameter, x in zip(kernel.parameters, values)
     }
-    grid = (*map(int, grid), 1, 1)[:3]
     return Launch(program, memory, parameters, grid, shared_bytes, options)

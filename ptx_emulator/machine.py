@@ -87,7 +87,8 @@ class Batch:
     ids: np.ndarray  # of the programs, in the launch
     shared: SharedMemory
     clocks: Clocks
-    fenced: np.ndarray  # time of each warp's last proxy fence
+    fenced: np.ndarray  # time of the last proxy fence by all threads of each warp
+    partly_fenced: np.ndarray  # by any thread
     unacquired_descriptors: set[int]  # addresses of tensor maps, see tensormap.py
     barriers: dict  # those that somebody waits at
     mbarriers: dict  # by their place in shared memory
@@ -102,7 +103,7 @@ class Batch:
         num_warps = batch.num_warps
         batch.shared = SharedMemory(len(ids), launch.shared_bytes, program.shared_unit, num_warps)
         batch.clocks = Clocks(num_warps)
-        batch.fenced = np.zeros(MAX_AGENTS, np.int64)
+        batch.fenced, batch.partly_fenced = np.zeros((2, MAX_AGENTS), np.int64)
         batch.barriers, batch.mbarriers, batch.unacquired_descriptors = {}, {}, set()
         batch.strands = [Strand(batch, 0, np.arange(num_warps), list(program.initial))]
         batch._set_places()
@@ -145,7 +146,8 @@ class Batch:
         batch = Batch()
         batch.launch, batch.ids, batch.time = self.launch, self.ids[index], self.time
         batch.shared = self.shared.of_programs(index)
-        batch.clocks, batch.fenced = self.clocks.copy(), self.fenced.copy()
+        batch.clocks = self.clocks.copy()
+        batch.fenced, batch.partly_fenced = self.fenced.copy(), self.partly_fenced.copy()
         batch.barriers = copy.deepcopy(self.barriers)
         batch.unacquired_descriptors = set(self.unacquired_descriptors)
         batch._set_places()
@@ -180,10 +182,9 @@ class Chooser:
         if isinstance(x, dict):
             return {k: self(v) for k, v in x.items()}
         if dataclasses.is_dataclass(x):
-            fields = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}
             new = copy.copy(x)
-            for name, value in fields.items():
-                setattr(new, name, value if name in ("known", "released", "warps") else self(value))
+            for field in dataclasses.fields(x):
+                setattr(new, field.name, self(getattr(x, field.name)))
             return new
         return x
 

@@ -52,7 +52,9 @@ class Program:
             counts.pop(None, None)
             self.unit_counts.append(counts)
         self.last_lines = [code[block.stop - 1].line for block in translator.blocks]
-        self.shared_unit = min([4, *map(_shared_store_bytes, code)])
+        # How finely order is kept: the narrowest stores.
+        self.shared_unit = min([4, *(_store_bytes(i, "shared") for i in code)])
+        self.global_unit = min([4, *(_store_bytes(i, "global") for i in code)])
 
     @functools.cached_property
     def _at_line(self) -> dict[int, Instruction]:
@@ -63,9 +65,9 @@ class Program:
         return self._at_line[line]
 
 
-def _shared_store_bytes(instruction: Instruction) -> int:
-    """How finely an instruction writes shared memory."""
-    if instruction.opcode == "st" and any(x.startswith("shared") for x in instruction.parts):
+def _store_bytes(instruction: Instruction, space: str) -> int:
+    """The bytes that one thread stores there; 4 where the instruction is no such store."""
+    if instruction.opcode == "st" and any(x.startswith(space) for x in instruction.parts):
         count = instruction.operands[1].count(",") + 1
         return count * int(instruction.parts[-1][1:]) // 8
     return 4

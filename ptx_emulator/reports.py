@@ -15,10 +15,12 @@ NO_WGMMA_FENCE = "no wgmma.fence between a write to a register and the wgmma tha
 NO_PROXY_FENCE = "no fence.proxy.async between a store and an asynchronous access"
 NO_TENSORMAP_FENCE = "no fence.proxy.tensormap between a descriptor's publication and its use"
 LOAD_IN_FLIGHT = "nobody has waited for an asynchronous load when its mbarrier or the program ends"
+MBARRIER_OVERWRITTEN = "an mbarrier is used that a store or copy has overwritten"
 OUT_OF_BOUNDS = "access outside of every tensor"
 OUTSIDE_ARGUMENT = "access outside of the elements of every argument"
 FOREIGN_READ = "race: read of global memory that another program wrote"
-FOREIGN_WRITE = "race: write of another value to global memory that another program wrote"
+FOREIGN_WRITE = "race: write of another value to global memory that another program wrote or read"
+GLOBAL_READ_AFTER_WRITE = "race: read of global memory that another warp wrote, with no barrier between"
 
 
 @dataclasses.dataclass

@@ -12,7 +12,7 @@ from ptx_emulator.order import AGENT_BITS, Clocks, agent_of
 from ptx_emulator.types import UNSIGNED
 
 SHARED_BASE = 1024  # the first KiB is the system's
-DELIVERED, NEVER_WRITTEN, IN_FLIGHT = 0, 1, 2
+DELIVERED, NEVER_WRITTEN, IN_FLIGHT, MBARRIER = range(4)
 
 
 class SharedMemory:
@@ -59,7 +59,7 @@ class SharedMemory:
         """Store elements at flat byte offsets; False if two of different value met at one place."""
         view, index = self.views[size].reshape(-1), offsets // size
         view[index] = values
-        return _same_bits(view[index], np.broadcast_to(values, index.shape))
+        return same_bits(view[index], np.broadcast_to(values, index.shape))
 
     def _first(self, ndim: int, row: int) -> np.ndarray:
         return (np.arange(len(self.words)) * row).reshape(-1, *[1] * (ndim - 1))
@@ -126,14 +126,16 @@ class SharedMemory:
         self.by_store[units] = by_store
         self.state[units] = DELIVERED
 
-    def note_async_access(self, strand, units: np.ndarray, line: int) -> None:
-        """An access by an engine, which does not see stores before a proxy fence, for a strand."""
+    def note_async_access(self, strand, units: np.ndarray, warps: np.ndarray, line: int) -> None:
+        """An access by an engine for `warps`, which does not see stores before a proxy fence.
+
+        Either the warp that stored has executed one since, with all its threads, or the issuing warps have.
+        """
         stores = self.by_store[units]
         if stores.any():
+            batch = strand.batch
             writer = agent_of(self.written[units])
-            fenced = np.maximum(
-                strand.batch.fenced[writer], strand.batch.fenced[strand.warps].min()
-            )
+            fenced = np.maximum(batch.fenced[writer], batch.partly_fenced[warps].min())
             late = stores & (self.write_time[units] >= fenced)
             if late.any():
                 strand.report(reports.NO_PROXY_FENCE, line, self._where(units, late))
@@ -143,8 +145,8 @@ class SharedMemory:
         return f"first at byte {unit % self.num_units * self.unit} of shared memory"
 
 
-def _same_bits(x: np.ndarray, y: np.ndarray) -> bool:
-    size = x.dtype.itemsize
-    if size == 16:
-        x, y = (np.ascontiguousarray(z).view(np.uint64) for z in (x, y))
-    return np.array_equal(x, y)
+def same_bits(x: np.ndarray, y: np.ndarray) -> bool:
+    """Whether arrays of one shape and dtype have the same bytes: NaN equals itself, 0 not -0."""
+    return np.array_equal(
+        np.ascontiguousarray(x).view(np.uint8), np.ascontiguousarray(y).view(np.uint8)
+    )

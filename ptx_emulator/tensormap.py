@@ -18,7 +18,7 @@ from ptx_emulator.accesses import (
     store_shared,
     write_global,
 )
-from ptx_emulator.errors import UnsupportedInstruction
+from ptx_emulator.errors import InvalidAccess, UnsupportedInstruction
 
 NUM_BYTES = 128
 # Name of tensormap.replace: first byte, bytes of an entry. Up to five axes, the innermost first.
@@ -36,6 +36,7 @@ FIELDS = {
 }
 # Bytes of an element, by the code of its type: u8, u16, u32, s32, u64, s64, f16, f32, f32.ftz, f64, bf16.
 ELEMENT_BYTES = (1, 2, 4, 4, 8, 8, 2, 4, 4, 8, 2)
+WIDEST = {0: 4096, 1: 32, 2: 64, 3: 128}  # bytes of a box along the innermost axis, by swizzle
 
 
 @dataclasses.dataclass
@@ -102,17 +103,22 @@ def decode(S, address, line) -> TensorMap:
     (element_type,), (swizzle,) = same("elemtype"), same("swizzle_mode")
     if rank > 5 or element_type >= len(ELEMENT_BYTES) or swizzle > 3:
         S.fail(UnsupportedInstruction, line, "what it reads is no tensor map")
+    box = same("box_dim", rank)
+    inner_bytes = box[0] * ELEMENT_BYTES[element_type]
+    inner = np.full((len(data), 1), ELEMENT_BYTES[element_type], np.int64)
+    outer = field("global_stride", rank - 1).astype(np.int64) if rank > 1 else inner[:, :0]
+    if (field("global_address") % 16).any() or (outer % 16).any():
+        S.fail(InvalidAccess, line, "a tensor map whose address or strides 16 bytes do not divide")
+    if not all(1 <= x <= 256 for x in box) or inner_bytes % 16 or inner_bytes > WIDEST[swizzle]:
+        S.fail(InvalidAccess, line, f"a tensor map with the box {box[::-1]}, swizzle {swizzle}")
     if any(x != 1 for x in same("element_stride", rank)) or same("interleave_layout") != [0]:
         S.fail(UnsupportedInstruction, line, "an element stride or an interleaved layout")
-    element_bytes = ELEMENT_BYTES[element_type]
-    inner = np.full((len(data), 1), element_bytes, np.int64)
-    strides = field("global_stride", rank - 1).astype(np.int64) if rank > 1 else inner[:, :0]
     return TensorMap(
         field("global_address")[:, 0],
         field("global_dim", rank).astype(np.int64),
-        np.concatenate([inner, strides], axis=1),
-        tuple(same("box_dim", rank)),
-        element_bytes,
+        np.concatenate([inner, outer], axis=1),
+        tuple(box),
+        ELEMENT_BYTES[element_type],
         swizzle,
     )
 
@@ -136,7 +142,8 @@ def publish_descriptor(S, to, source, mask, line):
     to = to + words.astype(np.uint64)
     index = S.all_programs(global_index(S, to, 4, None, line))
     program = np.broadcast_to(S.batch.ids[:, None], index.shape)
-    write_global(S, index.ravel(), 4, data.ravel(), program.ravel(), line)
+    stamps = np.full(data.size, S.batch.clocks.stamps(S.warps[:1])[0])
+    write_global(S, index.ravel(), 4, data.ravel(), program.ravel(), stamps, line)
 
 
 def acquire_descriptor(S, address, mask):

@@ -103,7 +103,7 @@ def _operand(S, descriptor, rows, kind, transposed, line) -> Operand:
         S.fail(InvalidAccess, line, f"bytes {offsets.min()} to {offsets.max()} of shared memory")
     operand = Operand(offsets, words, S.shared.gather(offsets, size))
     units, warps = _units(S, operand)
-    S.shared.note_async_access(S, units, line)
+    S.shared.note_async_access(S, units, S.warps, line)
     S.shared.note_read(S, units, warps, line)
     counts.count(S, "wgmma_shared_bytes", offsets[0].size * size * S.num_programs)
     return operand

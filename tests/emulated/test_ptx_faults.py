@@ -1,7 +1,9 @@
 """What kernels may not do, each found and named, with the line of PTX and, where there is one, the source."""
 
 import contextlib
+import threading
 
+import numpy as np
 import pytest
 import torch
 import triton
@@ -59,35 +61,101 @@ def test_load_from_between_the_rows_of_a_slice():
     assert kinds_of(error) == {reports.OUTSIDE_ARGUMENT}
 
 
-def test_programs_that_read_what_an_earlier_one_wrote():
-    body = """
-        ld.param.b64 %rd1, [k_param_0];
-        mov.u32 %r1, %ctaid.x;
-        mul.wide.u32 %rd2, %r1, 4;
-        add.s64 %rd3, %rd1, %rd2;
-        ld.global.b32 %r2, [%rd3];
-        st.global.b32 [%rd3+4], %r2;
-    """
-    with pytest.raises(Reported) as error:
-        run(body, torch.zeros(8), grid=(2,), options=Options(threads_per_batch=64))
-    assert kinds_of(error) == {reports.FOREIGN_READ}
+IN_TURN = Options(threads_per_batch=64)  # programs one after the other
+
+
+@triton.jit
+def _shift(x_ptr, BLOCK: tl.constexpr, BACKWARDS: tl.constexpr):
+    """Each program reads one element of its neighbour's, and overwrites its own."""
+    program = tl.program_id(0)
+    if BACKWARDS:
+        program = tl.num_programs(0) - 1 - program
+    i = program * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i + 1, mask=i + 1 < tl.num_programs(0) * BLOCK, other=0.0)
+    tl.debug_barrier()
+    tl.store(x_ptr + i, x)
+
+
+@pytest.mark.parametrize("options", [IN_TURN, Options()], ids=["in_turn", "together"])
+@pytest.mark.parametrize("backwards", [False, True], ids=["reads_first", "writes_first"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_programs_that_shift_each_others_elements(dtype, backwards, options):
+    x = torch.arange(1, 65).to(dtype)
+    with pytest.raises(Reported) as error, emulate(90, options=options):
+        _shift[(2,)](x, BLOCK=32, BACKWARDS=backwards, num_warps=1)
+    assert kinds_of(error) <= {reports.FOREIGN_READ, reports.FOREIGN_WRITE}
+
+
+@triton.jit
+def _halve(x_ptr, n, BLOCK: tl.constexpr):
+    """In place, in segments of n, which need not be a word's end."""
+    i = tl.arange(0, BLOCK)
+    place = x_ptr + tl.program_id(0) * n + i
+    tl.store(place, tl.load(place, mask=i < n) // 2, mask=i < n)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32], ids=str)
+def test_programs_whose_elements_share_a_word(dtype):
+    x = torch.arange(0, 70, 2).to(dtype)
+    with emulate(90, options=IN_TURN):
+        _halve[(5,)](x, 7, BLOCK=8, num_warps=1)
+    assert torch.equal(x, torch.arange(35).to(dtype))
+
+
+@triton.jit
+def _sum_of_what_others_write(x_ptr, y_ptr, BLOCK: tl.constexpr, N: tl.constexpr):
+    """The first program writes x; the second one reads it, in a loop whose loads are asynchronous copies."""
+    i = tl.arange(0, BLOCK)
+    if tl.program_id(0) == 0:
+        tl.store(x_ptr + i, i.to(tl.float32))
+    else:
+        total = tl.zeros([BLOCK], tl.float32)
+        for first in tl.range(0, N, BLOCK, num_stages=3):
+            total += tl.load(x_ptr + first + i)
+        tl.store(y_ptr + i, total)
+
+
+def test_copies_of_what_another_program_wrote():
+    with pytest.raises(Reported) as error, emulate(90):
+        _sum_of_what_others_write[(2,)](torch.ones(512), torch.ones(128), BLOCK=128, N=512)
+    assert kinds_of(error) <= {reports.FOREIGN_READ, reports.FOREIGN_WRITE}
 
 
 def test_programs_that_write_one_place():
     body = """
         ld.param.b64 %rd1, [k_param_0];
         mov.u32 %r1, %ctaid.x;
-        st.global.b32 [%rd1], {value};
+        st.global.{type} [%rd1], {value};
     """
-    run(body.format(value=7), torch.zeros(4), grid=(2,))  # the same value: nothing is undefined
-    with pytest.raises(Reported) as error:
-        run(
-            body.format(value="%r1"),
-            torch.zeros(4),
-            grid=(2,),
-            options=Options(threads_per_batch=64),
-        )
-    assert kinds_of(error) == {reports.FOREIGN_WRITE}
+    run(
+        body.format(type="b32", value=7), torch.zeros(4), grid=(2,)
+    )  # the same: nothing is undefined
+    for type, value in (("b32", "%r1"), ("b16", "%rs1")):
+        convert = "cvt.u16.u32 %rs1, %r1;\n st.global"
+        different = body.format(type=type, value=value).replace("st.global", convert)
+        with pytest.raises(Reported) as error:
+            run(different, torch.zeros(4), grid=(2,), options=IN_TURN)
+        assert kinds_of(error) == {reports.FOREIGN_WRITE}
+
+
+@triton.jit
+def _reverse_twice(x_ptr, scratch_ptr, y_ptr, N: tl.constexpr, BARRIER: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(scratch_ptr + i, tl.load(x_ptr + i))
+    if BARRIER:
+        tl.debug_barrier()
+    tl.store(y_ptr + i, tl.load(scratch_ptr + (N - 1 - i)))
+
+
+def test_warps_that_read_global_memory_too_early():
+    x = torch.randn(512)
+    scratch, y = torch.zeros(512), torch.zeros(512)
+    with emulate(90):
+        _reverse_twice[(1,)](x, scratch, y, N=512, BARRIER=True)
+    assert torch.equal(y, x.flip(0))
+    with pytest.raises(Reported) as error, emulate(90):
+        _reverse_twice[(1,)](x, scratch, y, N=512, BARRIER=False)
+    assert kinds_of(error) == {reports.GLOBAL_READ_AFTER_WRITE}
 
 
 def test_threads_that_store_different_values_to_one_place():
@@ -188,6 +256,25 @@ def test_barriers_of_a_part_of_the_warps_order_no_others():
         reports.READ_NEVER_WRITTEN,
         reports.WRITE_AFTER_READ,
     }
+
+
+def test_who_arrives_and_does_not_wait_comes_after_nobody():
+    """The reader waits for the writer's arrival, not the writer for the reader's."""
+    body = """
+        mov.u32 %r1, %tid.x;
+        mov.b32 %r3, global_smem;
+        setp.ge.u32 %p2, %r1, 32;
+        @%p2 bra $L_other;
+        ld.shared.b32 %r7, [%r3];
+        bar.sync 1, 64;
+        ret;
+        $L_other:
+        bar.arrive 1, 64;
+        st.shared.b32 [%r3], 2;
+    """
+    with pytest.raises(Reported) as error:
+        run(body, torch.zeros(4))
+    assert reports.WRITE_AFTER_READ in kinds_of(error)
 
 
 def test_memory_that_was_never_written():
@@ -336,6 +423,68 @@ def test_loads_of_tiles(before, after, kinds):
     assert kinds_of(error) == kinds
 
 
+@pytest.mark.parametrize(
+    "elected, kinds", [("@%p1", {reports.NO_PROXY_FENCE}), ("", set())], ids=["one_thread", "all"]
+)
+def test_a_fence_is_for_the_threads_that_execute_it(elected, kinds):
+    """All threads store, one fences, then a barrier, and another warp's thread has the tile stored."""
+    body = (
+        OWN_WORD
+        + f"""
+        st.shared.b32 [%r4], %r1;
+        setp.eq.b32 %p1, %r1, 0;
+        setp.eq.b32 %p2, %r1, 32;
+        {elected} fence.proxy.async.shared::cta;
+        bar.sync 0;
+        mov.b32 %r14, 0;
+        @%p2 cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd1, {{%r14, %r14}}], [%r3];
+        cp.async.bulk.commit_group;
+        cp.async.bulk.wait_group.read 0;
+    """
+    )
+    x = torch.zeros(8, 8, dtype=torch.int32)
+    tile = TensorMapArgument(x, (8, 8), (8, 1), (8, 8), element_type=3, swizzle=0)
+    if not kinds:
+        run(body, tile)
+        assert torch.equal(x.view(-1), torch.arange(64, dtype=torch.int32))
+        return
+    with pytest.raises(Reported) as error:
+        run(body, tile)
+    assert kinds_of(error) == kinds
+
+
+def test_an_mbarrier_that_is_overwritten():
+    body = LOADS.format(
+        load=LOAD, second=256, before="st.shared.b32 [%r13], 0; bar.sync 0;", after=""
+    )
+    tile = TensorMapArgument(torch.randn(8, 8), (8, 8), (8, 1), (8, 8), element_type=7, swizzle=0)
+    with pytest.raises(Reported) as error:
+        run(body + waits("%r12", "%r13"), tile)
+    assert reports.MBARRIER_OVERWRITTEN in kinds_of(error)
+
+
+@pytest.mark.parametrize(
+    "strides, box, shift, swizzle",
+    [
+        ((9, 1), (8, 8), 0, 0),
+        ((8, 1), (8, 8), 1, 0),
+        ((8, 1), (8, 6), 0, 0),
+        ((8, 1), (8, 8), 0, 3 - 3),
+    ],
+    ids=["stride", "address", "box", "right"],
+)
+def test_tensor_maps_that_no_gpu_takes(strides, box, shift, swizzle):
+    body = LOADS.format(load=LOAD, second=256, before=waits("%r12", "%r13"), after="")
+    memory = torch.randn(100)
+    x = memory[shift:].as_strided((8, 8), strides)
+    tile = TensorMapArgument(x, (8, 8), strides, box, element_type=7, swizzle=swizzle)
+    if (strides, box, shift) == ((8, 1), (8, 8), 0):
+        run(body, tile)
+        return
+    with pytest.raises(InvalidAccess, match="a tensor map"):
+        run(body, tile)
+
+
 def test_a_load_that_announces_other_bytes():
     body = LOADS.format(load=LOAD, second=512, before=waits("%r12", "%r13"), after="")
     tile = TensorMapArgument(torch.randn(8, 8), (8, 8), (8, 1), (8, 8), element_type=7, swizzle=0)
@@ -406,6 +555,81 @@ def test_wrong_number_of_arguments():
         emulate(90) as e,
     ):
         e.run_ptx(kernel(""), [torch.zeros(1), 3], (1,))
+
+
+@pytest.mark.parametrize(
+    "arguments, match",
+    [
+        ({"grid": (1, 70000)}, "a grid is at most"),
+        ({"grid": (1, 1, 1, 1)}, "one to three numbers"),
+        (
+            {"shared_bytes": 300 * 1024},
+            "300.* bytes of shared memory, and sm_90 has 232448|307200 bytes",
+        ),
+        ({"num_threads": 2048}, "2048 threads, and a program at most 1024"),
+    ],
+    ids=["long_grid", "axes", "shared_memory", "threads"],
+)
+def test_launches_that_no_gpu_takes(arguments, match):
+    with pytest.raises(EmulatorError, match=match):
+        run("", torch.zeros(4), **arguments)
+
+
+@pytest.mark.parametrize("arch", [33, 70, 100])
+def test_architectures_that_are_not_emulated(arch):
+    with pytest.raises(ValueError, match=f"arch must be one of 80, .* got {arch}"), emulate(arch):
+        pass
+
+
+@triton.jit
+def _fill(x_ptr, value: tl.float32, half: tl.float16, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(x_ptr + i, value + half.to(tl.float32) + tl.zeros([BLOCK], tl.float32))
+
+
+def test_numbers_become_what_parameters_are():
+    x = torch.zeros(32)
+    with emulate(90):
+        _fill[(1,)](x, 2, 0.25, BLOCK=32)
+    assert (x == 2.25).all()
+
+
+def test_tensors_that_share_memory():
+    """Also where torch sees storages of their own."""
+    memory = np.zeros(256, np.float32)
+    x, y = torch.from_numpy(memory), torch.from_numpy(memory[128:])
+    with emulate(90):
+        kernels.copy[(1,)](torch.ones(64), x, 64, BLOCK=64)
+        kernels.copy[(1,)](torch.full((64,), 2.0), y, 64, BLOCK=64)
+
+    @triton.jit
+    def both(x_ptr, y_ptr, BLOCK: tl.constexpr):
+        i = tl.arange(0, BLOCK)
+        tl.store(x_ptr + 64 + i, i * 0.0 + 3)
+        tl.store(y_ptr + 64 + i, i * 0.0 + 4)
+
+    with emulate(90):
+        both[(1,)](x, y, BLOCK=64)
+    assert memory.reshape(4, 64)[:, 0].tolist() == [1, 3, 2, 4]
+
+
+def test_one_thread_at_a_time():
+    errors = []
+
+    def other():
+        try:
+            with emulate(90):
+                pass
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    with emulate(80), emulate(90):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert errors == ["another thread emulates: one at a time may"]
+    other()
+    assert len(errors) == 1
 
 
 def test_the_interpreter_is_refused(monkeypatch):

@@ -158,6 +158,7 @@ def test_products_of_tensor_descriptors(tile, dtype, on_host):
     """Tiles that reach beyond the tensors: what lies there reads as 0 and is not written."""
     M, N, K = 160, 136, 200
     BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages = tile
+    BLOCK_K //= dtype.itemsize // 2  # so much fits into shared memory
     a, b = integers(M, K, dtype=dtype), integers(N, K, dtype=dtype)
     a, b = (a % 3 - 1).to(dtype), (b % 3 - 1).to(dtype)  # small sums, exact in bfloat16
     c = empty_like(a, (M, N))
