@@ -32,7 +32,7 @@ def store_global(S, address, size, values, mask, line):
 
 def _who(S):
     """The program and the warp of each thread: `[programs, threads]`."""
-    return S.all_threads(S.batch.ids[:, None]), S.all_threads(S.warp_of_thread)
+    return S.all_threads(S.batch.names), S.all_threads(S.warp_of_thread)
 
 
 def note_global_read(S, index, size, mask, line):

@@ -1,7 +1,9 @@
 """Arithmetic of the instructions on arrays, as translated code calls it.
 
 Not bit for bit that of a GPU: a product that is added rounds twice here (`fma`), and the special
-functions are exact to half a unit where the hardware approximates within two.
+functions are exact to half a unit. The hardware approximates them within about two, but for tanh.approx,
+whose relative error reaches 2^-11, and for sin.approx and cos.approx, whose absolute error of 2^-20 or so
+is many units where the result is small, and grows outside of [-pi, pi].
 """
 
 import numpy as np
@@ -13,47 +15,124 @@ def fma(x, y, z):
     return x * y + z
 
 
-def packed(opcode, *operands):
-    """add, sub, mul or fma of pairs of float32 in 64 bits."""
-    pairs = [np.ascontiguousarray(x).view(np.float32).reshape(*x.shape, 2) for x in operands]
-    function = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": fma}[opcode]
-    return np.ascontiguousarray(function(*pairs)).view(np.uint64)[..., 0]
-
-
-def _flushed(x):
+def flushed(x):
+    """With `.ftz` subnormal numbers are zeros of their sign."""
     return np.where(np.abs(x) < SMALLEST_NORMAL, x * np.float32(0), x)
 
 
-def ex2(x, ftz):
-    return _flushed(np.exp2(_flushed(x))) if ftz else np.exp2(x)
+def clamped(x):
+    """To [0, 1], and 0 for NaN."""
+    return np.where(x > 0, np.minimum(x, np.float32(1)), np.float32(0))
 
 
-def lg2(x, ftz):
-    return np.log2(_flushed(x) if ftz else x)
+def saturated(x):
+    """A sum in 64 bits as one of 32."""
+    limits = np.iinfo(np.int32)
+    return np.clip(x, limits.min, limits.max).astype(np.int32)
 
 
-def rsqrt(x, ftz):
-    return np.float32(1) / np.sqrt(_flushed(x) if ftz else x)
+def maximum(x, y):
+    """Of floats: a NaN loses, and -0 is less than 0."""
+    return _of_signed_zeros(x, y, np.fmax(x, y), np.bitwise_and)
 
 
-def sqrt(x, ftz):
-    return np.sqrt(_flushed(x) if ftz else x)
+def minimum(x, y):
+    return _of_signed_zeros(x, y, np.fmin(x, y), np.bitwise_or)
 
 
-def rcp(x, ftz):
-    return np.float32(1) / (_flushed(x) if ftz else x)
+def maximum_or_nan(x, y):
+    return _of_signed_zeros(x, y, np.maximum(x, y), np.bitwise_and)
 
 
-def sin(x, ftz):
+def minimum_or_nan(x, y):
+    return _of_signed_zeros(x, y, np.minimum(x, y), np.bitwise_or)
+
+
+def _of_signed_zeros(x, y, result, combine):
+    """Equal numbers have the same bits, but for the sign of zeros."""
+    bits = f"u{x.dtype.itemsize}"
+    return np.where(x == y, combine(x.view(bits), y.view(bits)).view(x.dtype), result)
+
+
+def with_signs_of(magnitude, x, y):
+    """Negative where one of x and y is."""
+    return np.where(np.signbit(x) ^ np.signbit(y), -magnitude, magnitude)
+
+
+LANES = {"f32": np.float32, "s16": np.int16, "u16": np.uint16, "f16": np.float16, "bf16": np.uint16}
+
+
+def packed(function, kind, *operands):
+    """A function of the elements of registers, two of bf16x2 and one of bf16, say.
+
+    Floats of 16 bits are computed with in float64, and rounded once.
+    """
+    element = kind.removesuffix("x2")
+    lanes = [np.ascontiguousarray(x).view(LANES[element]).reshape(*x.shape, -1) for x in operands]
+    if element == "bf16":
+        lanes = [from_bf16(x) for x in lanes]
+    if element in ("bf16", "f16"):
+        to_bits = to_bf16 if element == "bf16" else to_f16
+        result = to_bits(function(*(x.astype(np.float64) for x in lanes)))
+    else:
+        result = function(*lanes)
+    return np.ascontiguousarray(result).view(operands[0].dtype)[..., 0]
+
+
+def half_of(x, place):
+    """The lower or the upper 16 bits of 32."""
+    return (x >> np.uint32(16 * place)).astype(np.uint16)
+
+
+def ex2(x):
+    return np.exp2(x)
+
+
+def lg2(x):
+    return np.log2(x)
+
+
+def rsqrt(x):
+    return np.float32(1) / np.sqrt(x)
+
+
+def sqrt(x):
+    return np.sqrt(x)
+
+
+def rcp(x):
+    return np.float32(1) / x
+
+
+def sin(x):
     return np.sin(x)
 
 
-def cos(x, ftz):
+def cos(x):
     return np.cos(x)
 
 
-def tanh(x, ftz):
+def tanh(x):
     return np.tanh(x)
+
+
+def popc(x):
+    return np.bitwise_count(x).astype(np.uint32)
+
+
+def clz(x):
+    """How many zeros stand before the first one."""
+    bits = 8 * x.dtype.itemsize
+    for distance in (1, 2, 4, 8, 16, bits // 2):  # all ones from the first one on
+        x = x | x >> x.dtype.type(distance)
+    return np.uint32(bits) - popc(x)
+
+
+def brev(x):
+    """The bits in reverse."""
+    data = np.ascontiguousarray(x)[..., None].view(np.uint8)
+    bits = np.unpackbits(data, axis=-1, bitorder="little")[..., ::-1]
+    return np.packbits(bits, axis=-1, bitorder="little").view(x.dtype)[..., 0]
 
 
 def quotient(x, y):
@@ -72,9 +151,24 @@ def remainder(x, y):
 
 def high_product(x, y):
     """The upper half of a product."""
+    if x.dtype.itemsize == 8:
+        return _high_product_of_64(x, y)
     wide = np.dtype(f"{x.dtype.kind}{2 * x.dtype.itemsize}")
     bits = wide.type(8 * x.dtype.itemsize)
     return ((x.astype(wide) * y.astype(wide)) >> bits).astype(x.dtype)
+
+
+def _high_product_of_64(x, y):
+    """By halves: (a 2^32 + b) (c 2^32 + d)."""
+    half, low = np.uint64(32), np.uint64(0xFFFFFFFF)
+    ux, uy = x.view(np.uint64), y.view(np.uint64)
+    (a, b), (c, d) = ((v >> half, v & low) for v in (ux, uy))
+    inner = a * d + (b * d >> half)
+    outer = b * c + (inner & low)
+    high = a * c + (inner >> half) + (outer >> half)
+    if x.dtype.kind == "i":  # a negative number was read as one that is greater by 2^64
+        high = high - np.where(x < 0, uy, np.uint64(0)) - np.where(y < 0, ux, np.uint64(0))
+    return high.view(x.dtype)
 
 
 def shifted_left(x, distance):
@@ -120,31 +214,46 @@ def from_f16(bits):
 
 
 def to_bf16(x):
-    """Rounded to the nearest, ties to even, as bits."""
-    bits = x.view(np.uint32)
+    """Rounded to the nearest, ties to even, as bits; from float32 or float64."""
+    bits = (_rounded_to_odd(x) if x.dtype == np.float64 else x).view(np.uint32)
     rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     nan = np.isnan(x)
     rounded = (rounded >> np.uint32(16)).astype(np.uint16)
     return np.where(nan, np.uint16(0x7FFF), rounded) if nan.any() else rounded
 
 
+def _rounded_to_odd(x):
+    """Float64 to float32, inexact results with a last bit of 1: a second rounding errs no more than one."""
+    near = x.astype(np.float32)
+    bits = near.view(np.uint32) - (np.abs(near) > np.abs(x))
+    return np.where(near == x, near, (bits | np.uint32(1)).view(np.float32))
+
+
 def to_f16(x):
-    return x.astype(np.float16).view(np.uint16)
+    bits = x.astype(np.float16).view(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FFF), bits)
 
 
-def to_tf32(x):
-    """Rounded to 10 bits of mantissa, ties away from zero, as bits of a float32."""
-    return (x.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
+def to_tf32(x, ties):
+    """Rounded to 10 bits of mantissa, as bits of a float32: `ties` "rn" to even, "rna" away from zero."""
+    bits = x.view(np.uint32)
+    half = np.uint32(0x1000)
+    if ties == "rn":
+        half = np.uint32(0xFFF) + (bits >> np.uint32(13) & np.uint32(1))
+    return np.where(np.isnan(x), np.uint32(0x7FFFFFFF), (bits + half) & np.uint32(0xFFFFE000))
 
 
 def to_integer(x, dtype):
-    """Saturating, and 0 for NaN."""
+    """Saturating; NaN becomes 0, but the highest bit alone of 64."""
     limits = np.iinfo(dtype)
     wide = np.nan_to_num(x.astype(np.float64), nan=0.0, posinf=limits.max, neginf=limits.min)
     # The largest integer of 64 bits is none of float64: what rounds up to it is put back.
     clipped = np.clip(wide, float(limits.min), float(limits.max))
     at_most = np.where(clipped >= float(limits.max), 0, clipped).astype(dtype)
-    return np.where(clipped >= float(limits.max), dtype(limits.max), at_most)
+    result = np.where(clipped >= float(limits.max), dtype(limits.max), at_most)
+    if limits.bits < 64:
+        return result
+    return np.where(np.isnan(x), np.uint64(1 << 63).astype(dtype), result)
 
 
 def joined(low, high):

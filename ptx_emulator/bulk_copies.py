@@ -70,7 +70,7 @@ def bulk_load(S, target, mbarrier, descriptor, coordinates, mask, line):
         index = global_index(S, addresses, size, inside, line)
         inside = S.all_programs(inside)
         counts.count(S, "bytes_read", int(np.count_nonzero(inside)) * size)
-        program = np.broadcast_to(S.batch.ids[:, None], inside.shape)
+        program = np.broadcast_to(S.batch.names, inside.shape)
         units = S.memory.units(S.all_programs(index)[inside], size)
         note_program_read(S, units, program[inside][:, None], line)
         data = S.memory.views[size][index]
@@ -104,7 +104,7 @@ def bulk_store(S, source, descriptor, coordinates, mask, line):
         S.shared.note_async_access(S, units, of.warp, line)
         S.shared.note_read(S, units, of.warp[:, None, None], line)
         data = S.shared.gather(offsets, size)
-        program = np.broadcast_to(S.batch.ids[:, None], data.shape)
+        program = np.broadcast_to(S.batch.names, data.shape)
         counts.count(S, "bytes_written", int(np.count_nonzero(inside)) * size)
         stamps = np.broadcast_to(S.batch.clocks.stamps(of.warp)[0], data.shape)
         values = index[inside], size, data[inside], program[inside], stamps[inside]

@@ -32,11 +32,9 @@ def unit_of(instruction: Instruction) -> str | None:
         space = "shared" if any(x.startswith("shared") for x in parts) else "global"
         return f"{space}_{'load' if opcode == 'ld' else 'store'}"
     if opcode == "cp":
-        return (
-            "barrier"
-            if any("group" in x for x in parts) and "bulk_group" not in parts
-            else "async_copy"
-        )
+        if "bulk_group" in parts:  # a store, which says what its group is of
+            return "async_copy"
+        return "barrier" if any("group" in x for x in parts) else "async_copy"
     if opcode in ("bar", "barrier", "mbarrier", "fence", "membar", "wgmma"):
         return "barrier"
     if opcode in ("shfl", "redux", "vote", "elect"):
@@ -45,6 +43,8 @@ def unit_of(instruction: Instruction) -> str | None:
         return "control"
     if opcode == "mov" or opcode == "cvta":
         return None
+    if opcode != "cvt" and "f16" in type:
+        return "fp32"
     return "fp32" if type in ("f32", "f32x2") else "integer"
 
 

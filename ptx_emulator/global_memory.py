@@ -16,10 +16,12 @@ from ptx_emulator.counts import SECTOR
 from ptx_emulator.types import UNSIGNED
 
 BASE = 0x7F00_0000_0000
-GAP = 1 << 16
+GAP = (
+    1 << 24
+)  # so far beyond a tensor an access is seen to be so: zeros that nobody touches cost nothing
 ALIGNMENT = 256
 NOWHERE, BETWEEN_ELEMENTS, IN_ELEMENT = 0, 1, 2
-NOBODY, SEVERAL = -1, -2
+NOBODY, SEVERAL = 0, -1  # instead of a program, which are counted from 1 here
 
 
 class GlobalMemory:
@@ -31,7 +33,13 @@ class GlobalMemory:
         self._tensors = tensors = [x for x in tensors if x.numel()]
         self._spans: list[tuple[int, int, int]] = []  # real address, offset in the arena, bytes
         size = GAP
-        for start, stop in _merged([(x.data_ptr(), x.data_ptr() + _extent(x)) for x in tensors]):
+        # In the order of the arguments, so that an access that goes astray always goes to the same place.
+        merged = _merged([(x.data_ptr(), x.data_ptr() + _extent(x)) for x in tensors])
+        places = [x.data_ptr() for x in tensors]
+        merged.sort(
+            key=lambda span: next(i for i, x in enumerate(places) if span[0] <= x < span[1])
+        )
+        for start, stop in merged:
             # The alignment of the real pointer, which Triton has specialised on, is kept.
             self._spans.append((start, size + start % ALIGNMENT, stop - start))
             size = -(-(size + stop - start + GAP + ALIGNMENT) // ALIGNMENT) * ALIGNMENT
@@ -49,9 +57,7 @@ class GlobalMemory:
             )
             elements[...] = IN_ELEMENT
         self._owners = {1: owner}
-        self.writer = np.full(size // unit, NOBODY, np.int32)
-        self.reader = np.full(size // unit, NOBODY, np.int32)
-        self.stamp = np.zeros(size // unit, np.int32)
+        self.writer, self.reader, self.stamp = (np.zeros(size // unit, np.int32) for _ in range(3))
         self.touched = {
             verb: np.zeros(size // SECTOR + 1, np.bool_) for verb in ("read", "written")
         }
@@ -73,7 +79,11 @@ class GlobalMemory:
     def owners(self, size: int) -> np.ndarray:
         """For each `size` bytes in a row: the least owner among them."""
         if size not in self._owners:
-            self._owners[size] = self._owners[1].reshape(-1, size).min(1)
+            owners = self._owners[size] = np.zeros(len(self.bytes) // size, np.uint8)
+            for _, offset, length in self._spans:
+                first, stop = offset // 16 * 16, -(-(offset + length) // 16) * 16
+                part = self._owners[1][first:stop].reshape(-1, size)
+                owners[first // size : stop // size] = part.min(1)
         return self._owners[size]
 
     def units(self, index: np.ndarray, size: int) -> np.ndarray:

@@ -35,9 +35,8 @@ from ptx_emulator.tensormap import NUM_BYTES, TensorMapArgument
 
 NUM_SCRATCH_POINTERS = 2  # Triton's last parameters: memory of its own, and of its profiler
 # What a launch may ask for (CUDA programming guide, "Compute Capabilities"): KiB of shared memory by
-# architecture, which are also those that can be emulated; threads of a program; programs along each axis.
+# architecture, which are also those that can be emulated; programs along each axis.
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
-MAX_THREADS = 1024
 MAX_GRID = (2**31 - 1, 65535, 65535)
 _FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _emulations: list[
@@ -116,10 +115,6 @@ class Emulation:
         if shared_bytes > limit:
             raise EmulatorError(
                 f"{kernel.name} needs {shared_bytes} bytes of shared memory, and sm_{self.arch} has {limit}"
-            )
-        if kernel.num_threads > MAX_THREADS:
-            raise EmulatorError(
-                f"{kernel.name} has {kernel.num_threads} threads, and a program at most {MAX_THREADS}"
             )
         return _launch(program, arguments, grid, shared_bytes, self.options)
 

@@ -113,6 +113,11 @@ class Batch:
     def num_warps(self) -> int:
         return self.launch.program.kernel.num_threads // 32
 
+    @property
+    def names(self) -> np.ndarray:
+        """Of the programs in global memory: see global_memory.py."""
+        return self.ids[:, None] + 1
+
     def _set_places(self) -> None:
         x, y, _ = self.launch.grid
         places = self.ids % x, self.ids // x % y, self.ids // x // y

@@ -85,13 +85,15 @@ def shortened(text: str, limit: int = 120) -> str:
 def parse(ptx: str) -> Kernel:
     """The only kernel in `ptx`; raises UnsupportedInstruction where a line is none of the known forms."""
     lines = [line.split("//")[0].strip() for line in ptx.splitlines()]
-    entry = next(i for i, line in enumerate(lines) if ".entry" in line)
+    entry = next((i for i, line in enumerate(lines) if ".entry" in line), None)
+    if entry is None:
+        raise UnsupportedInstruction("a text without .entry: this is no PTX of a kernel")
     name = re.search(r"\.entry\s+([\w$]+)", lines[entry])[1]
     opening = lines.index("{", entry)
     header = lines[entry:opening]
     matches = [m for line in header if (m := _PARAMETER.search(line))]
     parameters = [Parameter(m[2], m[1], int(m[3]) if m[3] else None) for m in matches]
-    threads = re.search(r"\.reqntid\s+(\d+)", " ".join(header))
+    num_threads = _num_threads(name, " ".join(header))
 
     files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', ptx, re.MULTILINE))
     registers, instructions, labels, branch_targets, source = {}, [], {}, {}, ""
@@ -110,12 +112,23 @@ def parse(ptx: str) -> Kernel:
     return Kernel(
         name,
         tuple(parameters),
-        int(threads[1]),
+        num_threads,
         registers,
         tuple(instructions),
         labels,
         branch_targets,
     )
+
+
+def _num_threads(kernel: str, header: str) -> int:
+    """Of a program, by `.reqntid`: up to 32 whole warps along the first axis."""
+    match = re.search(r"\.reqntid\s+([\d, ]+)", header)
+    if not match:
+        raise UnsupportedInstruction(f"{kernel}: without .reqntid its number of threads is unknown")
+    number, *others = map(int, match[1].split(","))
+    if number % 32 or not 0 < number <= 1024 or any(x != 1 for x in others):
+        raise UnsupportedInstruction(f"{kernel}: {match[0].strip()} is not 1 to 32 whole warps")
+    return number
 
 
 def _declared(text: str) -> Iterator[str]:

@@ -20,7 +20,9 @@ OUT_OF_BOUNDS = "access outside of every tensor"
 OUTSIDE_ARGUMENT = "access outside of the elements of every argument"
 FOREIGN_READ = "race: read of global memory that another program wrote"
 FOREIGN_WRITE = "race: write of another value to global memory that another program wrote or read"
-GLOBAL_READ_AFTER_WRITE = "race: read of global memory that another warp wrote, with no barrier between"
+GLOBAL_READ_AFTER_WRITE = (
+    "race: read of global memory that another warp wrote, with no barrier between"
+)
 
 
 @dataclasses.dataclass

@@ -141,7 +141,7 @@ def publish_descriptor(S, to, source, mask, line):
     S.batch.unacquired_descriptors.update(to.ravel().tolist())
     to = to + words.astype(np.uint64)
     index = S.all_programs(global_index(S, to, 4, None, line))
-    program = np.broadcast_to(S.batch.ids[:, None], index.shape)
+    program = np.broadcast_to(S.batch.names, index.shape)
     stamps = np.full(data.size, S.batch.clocks.stamps(S.warps[:1])[0])
     write_global(S, index.ravel(), 4, data.ravel(), program.ravel(), stamps, line)
 

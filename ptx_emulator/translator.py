@@ -11,17 +11,22 @@ uint32 if they do not; it is reinterpreted where it is read as the other.
 """
 
 import dataclasses
+import functools
 import re
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 
 from ptx_emulator import instructions, reports
 from ptx_emulator.errors import UnsupportedInstruction
+from ptx_emulator.forms import check_form
 from ptx_emulator.parser import Instruction, Kernel, number, vector
 from ptx_emulator.shared_memory import SHARED_BASE
 from ptx_emulator.types import DTYPES, numpy_name, plain, size_of
 
 ENDED, BLOCKED = -1, -2
+T = TypeVar("T")
 _REGISTER = re.compile(r"%?[a-zA-Z]\w*")
 
 
@@ -40,6 +45,8 @@ class Translator:
 
     def __init__(self, kernel: Kernel):
         self.kernel = kernel
+        for instruction in kernel.instructions:
+            self._known(instruction, self._check)
         self.registers: dict[str, int] = {}  # places in R
         for instruction in kernel.instructions:
             for name in _REGISTER.findall(instruction.text.split(" ", 1)[-1]):
@@ -82,10 +89,27 @@ class Translator:
             lines.append(f"return {index + 1}")
         return f"def b{index}(R, S):\n" + "".join(f"    {line}\n" for line in lines)
 
+    def _check(self, instruction: Instruction) -> None:
+        """Before anything is made of the instructions: all have a known form and labels that exist."""
+        check_form(instruction)
+        labels = []
+        if instruction.opcode == "bra":
+            labels = [instruction.operands[0]]
+        if instruction.opcode == "brx":
+            labels = self.kernel.branch_targets[instruction.operands[1]]
+        for label in labels:
+            if label not in self.kernel.labels:
+                raise ValueError(f"there is no label {label}")
+
     def _emit(self, instruction: Instruction) -> list[str]:
+        emitter = instructions.EMITTERS[instruction.opcode]
+        return self._known(instruction, functools.partial(emitter, self))
+
+    def _known(self, instruction: Instruction, function: Callable[[Instruction], T]) -> T:
+        """`function(instruction)`, which says of its own accord only why it cannot."""
         try:
-            return instructions.EMITTERS[instruction.opcode](self, instruction)
-        except (KeyError, ValueError, IndexError, TypeError) as error:
+            return function(instruction)
+        except (KeyError, ValueError, IndexError, TypeError, StopIteration) as error:
             raise UnsupportedInstruction(
                 f"{self.kernel.name}, {instruction}: the emulator does not know this instruction"
                 f" ({type(error).__name__}: {error})"

@@ -566,7 +566,7 @@ def test_wrong_number_of_arguments():
             {"shared_bytes": 300 * 1024},
             "300.* bytes of shared memory, and sm_90 has 232448|307200 bytes",
         ),
-        ({"num_threads": 2048}, "2048 threads, and a program at most 1024"),
+        ({"num_threads": 2048}, "reqntid 2048 is not 1 to 32 whole warps"),
     ],
     ids=["long_grid", "axes", "shared_memory", "threads"],
 )
