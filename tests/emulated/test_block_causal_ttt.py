@@ -1,0 +1,134 @@
+"""`block_causal_ttt` as it is compiled, in the tiles of the table: outputs and all gradients against float64.
+
+Nothing may be reported either: an access out of bounds, a race, a read of what has not arrived. Half of the
+time goes into compiling, so cases share their sizes, and with these their kernels, where they can. The other
+combinations of options are in `test_block_causal_ttt_triton.py`.
+"""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+from benchmarks.emulation import emulated_device
+from lact_kernels import block_causal_ttt
+from lact_kernels.triton.ttt_layout import Dims
+from lact_kernels.triton.ttt_products import num_outer_splits
+from tests.cases import TTTCase, check_block_causal_ttt, filled_with_nan
+from tests.emulated.layouts import bordered
+from tests.emulated.targets import FLOAT_TARGETS, TARGETS, TWO_TARGETS, target
+from tests.ttt_pieces import in_pieces
+
+triton_block_causal_ttt = functools.partial(block_causal_ttt, backend="triton")
+
+MULTIPROCESSORS = 132
+BFLOAT16_TARGETS = [target(arch, "bfloat16") for arch in (90, 80)]
+FLOAT16_TARGETS = [target(arch, "float16") for arch in (90, 80)]
+
+# One tile for each matrix, rows and heads at multiples of 16 elements, three updates and a rest.
+MOMENTUM = TTTCase("", B=1, H=4, T=200, chunk_size=64, Dk=16, Dv=32, Dh=48, momentum=True)
+MOMENTUM_MUON = dataclasses.replace(MOMENTUM, T=150, muon=True)
+PACKED = TTTCase(
+    "", B=1, H=2, T=198, chunk_size=32, momentum=True, prenorm=True, batched_weights=True,
+    cu_seqlens=(0, 0, 30, 100, 100, 198),
+)  # fmt: skip
+WHOLE_TILES = TTTCase("", B=1, H=1, T=560, chunk_size=520, cu_seqlens=(0, 20, 560))
+# More tokens in a chunk than channels: a step with singular values of 0 would be rounding noise.
+ORTHOGONAL = TTTCase("", B=1, H=1, T=170, chunk_size=160, muon=True)
+
+
+def sized(case, dtype):
+    """With so many heads that its errors have statistics.
+
+    The gradient of momentum is one number for each head and update but the first. In 16 bits few are
+    enough, as plain PyTorch rounds more often than the kernels do.
+    """
+    return dataclasses.replace(case, H=2 * case.H) if dtype == torch.float32 else case
+
+
+def with_dims(case, dtype, half, single):
+    """With the dims Dk, Dv and Dh of `half`, or for the smaller tiles of float32 those of `single`."""
+    dims = single if dtype == torch.float32 else half
+    return dataclasses.replace(case, **dict(zip(("Dk", "Dv", "Dh"), dims)))
+
+
+def check(arch, dtype, case, fn=triton_block_causal_ttt, num_multiprocessors=1):
+    with emulated_device(arch, num_multiprocessors) as emulation, filled_with_nan():
+        check_block_causal_ttt(fn, case, dtype)
+    launched = {launch.kernel for launch in emulation.launches}
+    assert {"_ttt_update_kernel", "_ttt_hidden_bwd_kernel", "_ttt_rates_bwd_kernel"} < launched
+    assert ("_newton_schulz_multiply_kernel" in launched) == case.muon
+
+
+@pytest.mark.parametrize("arch, dtype", TARGETS)
+def test_momentum(arch, dtype):
+    check(arch, dtype, sized(MOMENTUM, dtype))
+
+
+@pytest.mark.parametrize("arch, dtype", TWO_TARGETS + FLOAT_TARGETS)
+def test_packed_sequences_with_weights_of_their_own(arch, dtype):
+    """Sequences of nothing, less than a chunk and more; several tiles for a matrix, none of them full."""
+    case = sized(PACKED, dtype)
+    check(arch, dtype, with_dims(case, dtype, half=(72, 40, 136), single=(40, 24, 72)))
+
+
+@pytest.mark.parametrize("arch, dtype", [*TWO_TARGETS, FLOAT_TARGETS[0]])
+def test_whole_tiles_and_sums_over_tokens_in_parts(arch, dtype):
+    """No mask of channels, a chunk of several tiles beside a short one, and a device to fill."""
+    case = with_dims(WHOLE_TILES, dtype, half=(128, 128, 128), single=(64, 32, 64))
+    check(arch, dtype, case, num_multiprocessors=MULTIPROCESSORS)
+    with emulated_device(arch, MULTIPROCESSORS):
+        q, dims = case.inputs(dtype)["q"], Dims(case.Dk, case.Dv, case.Dh)
+        assert num_outer_splits(q, 1, case.chunk_size, dims) > 1
+
+
+@pytest.mark.parametrize("arch, dtype", [BFLOAT16_TARGETS[0], FLOAT_TARGETS[1]])
+def test_momentum_muon_and_prenorm(arch, dtype):
+    check(arch, dtype, dataclasses.replace(sized(MOMENTUM_MUON, dtype), prenorm=True))
+
+
+@pytest.mark.parametrize("arch, dtype", BFLOAT16_TARGETS[1:])
+def test_momentum_and_muon(arch, dtype):
+    check(arch, dtype, MOMENTUM_MUON)
+
+
+@pytest.mark.parametrize("arch, dtype", [*FLOAT16_TARGETS, FLOAT_TARGETS[0]])
+def test_muon_of_several_tiles(arch, dtype):
+    """Squares with tiles beside the diagonal, of tall and wide matrices."""
+    check(arch, dtype, with_dims(ORTHOGONAL, dtype, half=(24, 136, 144), single=(24, 40, 48)))
+
+
+@pytest.mark.parametrize("arch, dtype", [*TWO_TARGETS, FLOAT_TARGETS[0]])
+def test_states(arch, dtype):
+    """Cut inside a chunk and at a border; gradients flow back through the states."""
+
+    def fn(**arguments):
+        return in_pieces(triton_block_causal_ttt, (40, 128), **arguments)[0]
+
+    check(arch, dtype, sized(MOMENTUM, dtype), fn)
+
+
+@pytest.mark.parametrize("arch, dtype", TWO_TARGETS[:1])
+def test_checkpoints(arch, dtype):
+    check(arch, dtype, MOMENTUM, functools.partial(triton_block_causal_ttt, checkpoint_interval=2))
+
+
+def check_bordered(arch, dtype, case):
+    """Rows of q, k and v at addresses that are multiples of nothing."""
+
+    def fn(q, k, v, **arguments):
+        return triton_block_causal_ttt(bordered(q), bordered(k), bordered(v), **arguments)
+
+    check(arch, dtype, case, fn)
+
+
+@pytest.mark.parametrize("arch, dtype", TWO_TARGETS[:1])
+def test_odd_strides_and_pointers(arch, dtype):
+    check_bordered(arch, dtype, dataclasses.replace(MOMENTUM, T=150))
+
+
+@pytest.mark.parametrize("arch, dtype", TWO_TARGETS)
+def test_odd_strides_pointers_and_dims(arch, dtype):
+    """Rows of weights and activations, too."""
+    check_bordered(arch, dtype, dataclasses.replace(MOMENTUM, T=150, Dk=13, Dv=21, Dh=35))
