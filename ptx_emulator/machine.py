@@ -272,7 +272,9 @@ class Strand:
         self.iterations += 1
         limit = self.options.max_iterations
         if self.iterations > limit:
-            self.fail(StepLimit, line, f"more than {limit} jumps back: a loop without an end?")
+            self.fail(
+                StepLimit, line, f"more than {limit} jumps back (Options.max_iterations): endless?"
+            )
 
     def _report_unfinished(self) -> None:
         for store in (*self.open_stores, *sum(self.store_groups, [])):

@@ -132,3 +132,8 @@ def test_odd_strides_and_pointers(arch, dtype):
 def test_odd_strides_pointers_and_dims(arch, dtype):
     """Rows of weights and activations, too."""
     check_bordered(arch, dtype, dataclasses.replace(MOMENTUM, T=150, Dk=13, Dv=21, Dh=35))
+
+
+@pytest.mark.parametrize("arch, dtype", FLOAT_TARGETS[:1])
+def test_many_rows_and_heads(arch, dtype):
+    check(arch, dtype, TTTCase("", B=16, H=16, T=3, chunk_size=2, Dk=4, Dv=3, Dh=5))
