@@ -29,8 +29,8 @@ asr-adaptation: $(INSTALLED)  ## does test-time training help a recogniser? Nine
 	$(BIN)/python -m benchmarks.asr_adaptation $(ARGS)
 
 test: $(INSTALLED)  ## all tests that need no GPU: emulator, interpreter and compiler gate included
-	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests -m 'not gpu' -n 2 --dist loadgroup
-	$(BIN)/python -m pytest tests -m 'not gpu' -n 2 --dist loadgroup
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/emulated -n 2 --dist loadgroup
+	$(BIN)/python -m pytest tests --ignore tests/emulated -m 'not gpu' -n 2 --dist loadgroup
 
 lint: $(INSTALLED)  ## style
 	$(BIN)/ruff check .
