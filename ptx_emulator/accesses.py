@@ -138,17 +138,21 @@ def shared_offsets(S, address, size, mask, line):
 
 def note_access(S, what, offsets, size, mask, line):
     """Tell shared memory who reads or writes, for offsets `[programs or 1, threads or 1]`."""
-    flat = S.all_threads(S.shared.flat(offsets))
-    warps = S.all_threads(S.warp_of_thread)
-    flat, warps = S.active(mask, flat, warps)
+    flat, units, warps = touched(S, offsets, size, mask)
     if not flat.size:
         return
-    units = S.shared.units(flat, size)
     if what == "read":
-        S.shared.note_read(S, units, warps[:, None], line)
+        S.shared.note_read(S, units, warps, line)
     else:
-        S.shared.note_write(S, units, warps[:, None], line)
+        S.shared.note_write(S, units, warps, line)
         S.batch.time += 1
+
+
+def touched(S, offsets, size, mask):
+    """Of the active threads: flat byte offsets `[n]`, the units there `[n, units]`, their warps `[n, 1]`."""
+    flat = S.all_threads(S.shared.flat(offsets))
+    flat, warps = S.active(mask, flat, S.all_threads(S.warp_of_thread))
+    return flat, S.shared.units(flat, size), warps[:, None]
 
 
 def scatter(S, offsets, size, data, mask, line):

@@ -8,7 +8,7 @@ import collections
 import numpy as np
 
 from ptx_emulator import counts, reports
-from ptx_emulator.accesses import global_index, note_global_read, shared_offsets
+from ptx_emulator.accesses import global_index, note_global_read, shared_offsets, touched
 from ptx_emulator.errors import UnsupportedInstruction
 from ptx_emulator.shared_memory import IN_FLIGHT
 from ptx_emulator.types import UNSIGNED
@@ -31,7 +31,7 @@ def copy_async(S, target, source, size, num_read, mask, line):
     data = S.memory.views[size][index]
     if reads is not None:
         data = np.where(reads, data, data.dtype.type(0))
-    flat, units, warps = _targets(S, offsets, size, mask)
+    flat, units, warps = touched(S, offsets, size, mask)
     if flat.size:
         S.shared.note_write(S, units, warps, line, copy=True)
         S.shared.state[units] = IN_FLIGHT
@@ -49,15 +49,8 @@ def wait_for_copies(S, pending):
     """Complete all groups but the last `pending`."""
     while len(S.copy_groups) > pending:
         for copy in S.copy_groups.popleft():
-            flat, units, warps = _targets(S, copy.offsets, copy.size, copy.mask)
+            flat, units, warps = touched(S, copy.offsets, copy.size, copy.mask)
             S.shared.mark_written(S.batch, units, warps, by_store=False)
             if not S.shared.scatter(flat, copy.size, *S.active(copy.mask, copy.data)):
                 S.report(reports.LANES_DIFFER, copy.line)
             S.batch.time += 1
-
-
-def _targets(S, offsets, size, mask):
-    """Of the active threads: flat byte offsets `[n]`, the units there `[n, units]`, their warps `[n, 1]`."""
-    flat = S.all_threads(S.shared.flat(offsets))
-    flat, warps = S.active(mask, flat, S.all_threads(S.warp_of_thread))
-    return flat, S.shared.units(flat, size), warps[:, None]

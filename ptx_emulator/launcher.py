@@ -39,9 +39,7 @@ NUM_SCRATCH_POINTERS = 2  # Triton's last parameters: memory of its own, and of 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}
 MAX_GRID = (2**31 - 1, 65535, 65535)
 _FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
-_emulations: list[
-    tuple[int, Emulation]
-] = []  # those in progress, innermost last, and their threads
+_emulating: list[int] = []  # the thread of each `emulate` in progress
 
 
 class Reported(EmulatorError):
@@ -155,7 +153,7 @@ def emulate(
     """
     if arch not in SHARED_KIB:
         raise ValueError(f"arch must be one of {', '.join(map(str, SHARED_KIB))}, got {arch}")
-    if _emulations and _emulations[-1][0] != threading.get_ident():
+    if _emulating and _emulating[-1] != threading.get_ident():
         raise RuntimeError("another thread emulates: one at a time may")
     if triton.knobs.runtime.interpret:
         raise RuntimeError(
@@ -167,7 +165,7 @@ def emulate(
     def run(kernel, *args, grid, warmup, **kwargs):
         return emulation.run(kernel, *args, grid=grid, warmup=warmup, **kwargs)
 
-    _emulations.append((threading.get_ident(), emulation))
+    _emulating.append(threading.get_ident())
     with mock.patch.object(triton.runtime.jit.JITFunction, "run", run):
         try:
             yield emulation
@@ -176,7 +174,7 @@ def emulate(
                 error.add_note(f"The emulator reports:\n{Reported(emulation.reports)}")
             raise
         finally:
-            _emulations.pop()
+            _emulating.pop()
     if check and emulation.reports:
         raise Reported(emulation.reports)
 

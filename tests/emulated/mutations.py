@@ -40,7 +40,6 @@ def _renamed(**names: str) -> Callable[[re.Match], str]:
     return lambda match: f"{match[1]}{names[match[2]]}{match[3]}"
 
 
-_EXCHANGED = r"\1\3\2\4"
 _PREDICATED = r"@!?%p\d+ "
 
 # Pattern of a whole statement, and its replacement as of re.sub.
