@@ -1,4 +1,7 @@
-"""Every shipped kernel configuration compiles well for every architecture, without a GPU."""
+"""Every shipped kernel configuration compiles well for every architecture, without a GPU.
+
+What the report reads from machine code and ptxas is tested in tests/emulated/test_reading_compiled_code.py.
+"""
 
 import json
 import os
@@ -18,12 +21,13 @@ WITHOUT_PRODUCTS = (
     "ttt_rates_bwd",
     "newton_schulz_inner",
     "newton_schulz_normalize",
+    "window_attn_combine",
     "branch_qkv_fwd",
     "branch_qkv_bwd",
     "branch_sum_fwd",
     "branch_sum_bwd",
 )
-MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 
 
 def run_report(*arguments, **variables):
@@ -43,26 +47,89 @@ def rows(tmp_path_factory):
 
 
 def describe(row):
-    return {k: row[k] for k in ("kernel", "arch", "dtype", "shape", "registers")}
+    return {k: row[k] for k in ("kernel", "arch", "dtype", "shape", "config", "registers")}
 
 
 def test_every_configuration_is_compiled(rows):
-    from lact_kernels.triton.configs import _TABLE, _TTT_TABLE
+    """Float32 once, as its rows are everybody's; rows for small shared memory for both generations."""
+    from lact_kernels.triton.configs import _TABLE, _TTT_TABLE, COMPILED_DENSE_FOR
 
+    def variants(name, arch, width):
+        if "kvcache" in name:
+            return ("",)
+        return ("", " packed") if width == 16 and arch in COMPILED_DENSE_FOR else (" packed",)
+
+    compiled_for = {0: (80,), 86: (86, 120)}
     attention = {
-        (*key, f"D{size}{packed}")
-        for key, row in _TABLE.items()
+        (name, arch, width, f"D{size}{variant}")
+        for (name, key, width), row in _TABLE.items()
+        for arch in compiled_for.get(key, (key,))
         for size in row
-        for packed in ("", " packed")
-        if not (packed and "kvcache" in key[0])
+        for variant in variants(name, arch, width)
+    }
+    fast_weights = {
+        (name, arch, width)
+        for name, key, width in _TTT_TABLE
+        for arch in compiled_for.get(key, (key,))
     }
     widths = {"bfloat16": 16, "float16": 16, "float32": 32}
-    compiled = {(r["kernel"], r["arch"], widths[r["dtype"]], r["shape"]) for r in rows}
+    products = [r for r in rows if r["kernel"] not in WITHOUT_PRODUCTS]
+    compiled = {(r["kernel"], r["arch"], widths[r["dtype"]], r["shape"]) for r in products}
     assert {x for x in compiled if x[0].startswith("window_attn")} == attention
-    fast_weights = {x[:3] for x in compiled if not x[0].startswith("window_attn")}
-    assert {x for x in fast_weights if x[0] not in WITHOUT_PRODUCTS} == set(_TTT_TABLE)
+    assert {x[:3] for x in compiled if not x[0].startswith("window_attn")} == fast_weights
     for kernel in WITHOUT_PRODUCTS:
-        assert {arch for name, arch, _ in fast_weights if name == kernel} == {80, 90, 100}
+        assert {r["arch"] for r in rows if r["kernel"] == kernel} == {80, 90, 100}
+
+
+def test_fast_weight_kernels_are_compiled_in_every_variant(rows):
+    shapes = {}
+    for row in rows:
+        shapes.setdefault((row["kernel"], row["arch"]), set()).add(row["shape"])
+    for arch in (80, 90, 100):
+        for kernel in (
+            "ttt_hidden",
+            "ttt_hidden_grad",
+            "ttt_hidden_bwd",
+            "ttt_outer",
+            "ttt_project",
+        ):
+            assert "192x192x192 packed" in shapes[kernel, arch]
+        for kernel in ("ttt_rates_bwd", "ttt_mean_momentum"):
+            assert "1024x1024x1024 packed" in shapes[kernel, arch]
+        update = {"", " pre-norm", " to Muon", " from Muon"}
+        for kernel, own in (
+            ("ttt_update", " from Muon pre-norm"),
+            ("ttt_update_bwd", " to Muon pre-norm"),
+        ):
+            assert shapes[kernel, arch] == {f"1024x1024x1024{x}" for x in {*update, own}}
+
+
+def test_ptxas_warns_of_nothing(rows):
+    """Of serialised matrix instructions (C7515, C7511) above all."""
+    warned = [describe(row) | {"warnings": row["warnings"]} for row in rows if row["warnings"]]
+    assert not warned
+
+
+def test_no_product_is_computed_twice(rows):
+    known = [row for row in rows if row["product_repeats"] is not None]
+    assert {row["arch"] for row in known} == {80, 86, 90, 100, 120}
+    repeated = [describe(row) for row in known if row["product_repeats"] != 1]
+    assert not repeated
+
+
+def test_products_are_not_waited_for_one_by_one(rows):
+    """A product of tiles is several instructions, and takes one wait at most."""
+    loops = [(row, x) for row in rows for x in row["matrix_loops"] if x["products"]]
+    assert {row["arch"] for row, _ in loops} == {90, 100}
+    assert not [describe(row) for row, x in loops if x["waits"] > x["products"]]
+
+
+def test_a_third_stage_is_a_tile_on_its_way(rows):
+    loops = [
+        (row, x) for row in rows if row["config"]["num_stages"] >= 3 for x in row["matrix_loops"]
+    ]
+    assert len(loops) > 50
+    assert not [describe(row) for row, x in loops if not x["copies_in_flight"]]
 
 
 def test_nothing_spills(rows):
@@ -71,6 +138,8 @@ def test_nothing_spills(rows):
 
 
 def test_shared_memory_is_within_limits(rows):
+    """Those of the smallest architecture that takes the row: sm_80's rows serve sm_86, sm_89 and sm_120."""
+    assert {row["shared_limit"] for row in rows} == {x * 1024 for x in (99, 163, 227)}
     oversized = [describe(row) for row in rows if row["shared_bytes"] > row["shared_limit"]]
     assert not oversized
     assert all(row["programs_per_multiprocessor"] >= 1 for row in rows)

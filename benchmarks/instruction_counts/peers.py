@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.compile_report import ARCHITECTURES
+from benchmarks.compile_report.architectures import ARCHITECTURES
 from benchmarks.instruction_counts.points import Work
 from benchmarks.peers import Unavailable, variants
 from benchmarks.registry import BlockCausalTTT, WindowAttn

@@ -26,7 +26,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lact_kernels.triton.configs import CompileCase, RowConfig, row_config
+from lact_kernels.triton.configs import (
+    ARCHITECTURES,
+    FLOAT32_COMPILED_FOR,
+    CompileCase,
+    RowConfig,
+    others,
+    row_config,
+)
 from lact_kernels.triton.launch import num_multiprocessors, on_device, readable_in_place
 from lact_kernels.triton.primitives import LOG2_E
 
@@ -425,12 +432,16 @@ def constexprs(
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """The specialisations of some models' sizes, for benchmarks/compile_report.py."""
+    """The specialisations of some models' sizes, for benchmarks/compile_report."""
+    if arch not in ARCHITECTURES:
+        return
     floats = ("scale_ptr", "offset_ptr", "cos_ptr", "sin_ptr", "dscale_ptr", "doffset_ptr")
     kernels = {"branch_qkv_fwd": _branch_qkv_fwd_kernel, "branch_qkv_bwd": _branch_qkv_bwd_kernel}
     for name, kernel in kernels.items():
         names = [x.name for x in kernel.params if x.name.endswith("_ptr")]
         for dtype, head_dim, fast_dim in COMPILED:
+            if dtype == torch.float32 and arch != FLOAT32_COMPILED_FOR:
+                continue
             config = row_config(name, fast_dim // 2, dtype)
             yield CompileCase(
                 name=name,
@@ -441,4 +452,5 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
                 config=config,
                 pointers={x: torch.float32 if x in floats else dtype for x in names},
                 constexprs=constexprs(head_dim, fast_dim, True, True, config),
+                also=others(arch),
             )

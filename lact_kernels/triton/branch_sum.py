@@ -26,7 +26,14 @@ from lact_kernels.triton.branch_qkv import (
     row_offsets,
     token_strides,
 )
-from lact_kernels.triton.configs import CompileCase, RowConfig, row_config
+from lact_kernels.triton.configs import (
+    ARCHITECTURES,
+    FLOAT32_COMPILED_FOR,
+    CompileCase,
+    RowConfig,
+    others,
+    row_config,
+)
 from lact_kernels.triton.launch import on_device, outer_strides, readable_in_place
 
 
@@ -207,12 +214,16 @@ def constexprs(fast_dim: int, eps: float, config: RowConfig) -> dict:
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """The specialisations of some models' sizes, for benchmarks/compile_report.py."""
+    """The specialisations of some models' sizes, for benchmarks/compile_report."""
+    if arch not in ARCHITECTURES:
+        return
     floats = ("weight_ptr", "dweight_ptr")
     kernels = {"branch_sum_fwd": _branch_sum_fwd_kernel, "branch_sum_bwd": _branch_sum_bwd_kernel}
     for name, kernel in kernels.items():
         names = [x.name for x in kernel.params if x.name.endswith("_ptr")]
         for dtype, _, fast_dim in COMPILED:
+            if dtype == torch.float32 and arch != FLOAT32_COMPILED_FOR:
+                continue
             config = row_config(name, fast_dim, dtype)
             yield CompileCase(
                 name=name,
@@ -223,4 +234,5 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
                 config=config,
                 pointers={x: torch.float32 if x in floats else dtype for x in names},
                 constexprs=constexprs(fast_dim, 1e-5, config),
+                also=others(arch),
             )

@@ -1,7 +1,8 @@
 """Block sizes, warps and pipeline stages of every kernel: one table, in one place.
 
 A row is found by what decides it: the pass, the architecture, the width of the input dtype and the
-class of the head dims D and Dv. Up to 64 this is 64. Beyond, tiles are 128 or 256 channels wide: the
+class of the head dims D and Dv. Full float32 products know no matrix instructions, so float32 has one row
+for all architectures. Up to 64 the class of head dims is 64. Beyond, tiles are 128 or 256 channels wide: the
 classes 128 and 256 are head dims that fill them, 96 and 192 all those whose tiles are padded and
 masked, which takes registers. A length, a batch size, a head count or a window never decides it.
 
@@ -17,7 +18,13 @@ from typing import Any
 
 import torch
 
+# Those with a row of every pass for 16-bit inputs, and that of float32's rows, which are everybody's.
 ARCHITECTURES = (80, 90, 100)
+ALL = 0
+FLOAT32_COMPILED_FOR = 80  # by the compile report
+COMPILED_DENSE_FOR = (80, 90)
+# Compute capabilities 8.6, 8.9 and 12: sm_80's rows, but for those that do not fit 99 KiB of shared memory.
+SMALL = 86
 HEAD_DIM_CLASSES = (64, 96, 128, 192, 256)
 
 
@@ -70,12 +77,14 @@ class CompileCase:
     config: KernelConfig | TTTConfig | RowConfig
     pointers: dict[str, torch.dtype] = field(repr=False)
     constexprs: dict[str, Any] = field(repr=False)
+    also: tuple[int, ...] = ()  # architectures that take the same row
 
 
 def packing_cases(case: CompileCase) -> Iterator[CompileCase]:
-    """An attention kernel without and with packed sequences."""
+    """An attention kernel with packed sequences, which has all the code that it has without, and without."""
     names = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr")
-    yield replace(case, constexprs=case.constexprs | dict.fromkeys(names))
+    if case.dtype != torch.float32 and case.arch in COMPILED_DENSE_FOR:
+        yield replace(case, constexprs=case.constexprs | dict.fromkeys(names))
     packed = case.pointers | dict.fromkeys(names, torch.int32)
     yield replace(case, shape=f"{case.shape} packed", pointers=packed)
 
@@ -86,7 +95,7 @@ def _row(*entries: tuple) -> dict[int, KernelConfig]:
 
 
 # Each entry is (block_m, block_n, warps, stages), in the order of HEAD_DIM_CLASSES.
-# Chosen by the compiler's figures (benchmarks/compile_report.py), not yet timed on a GPU.
+# Chosen by the compiler's figures (benchmarks/compile_report), not yet timed on a GPU.
 _TABLE: dict[tuple[str, int, int], dict[int, KernelConfig]] = {
     ("window_attn_fwd", 80, 16): _row(
         (128, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)
@@ -98,7 +107,7 @@ _TABLE: dict[tuple[str, int, int], dict[int, KernelConfig]] = {
         (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2), (128, 32, 8, 2)
     ),
     ("window_attn_bwd_dkv", 80, 16): _row(
-        (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (32, 64, 8, 2)
+        (64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)
     ),
     ("window_attn_bwd_dkv", 90, 16): _row(
         (64, 128, 8, 2),
@@ -111,7 +120,7 @@ _TABLE: dict[tuple[str, int, int], dict[int, KernelConfig]] = {
         (64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 3), (32, 64, 8, 3)
     ),
     ("window_attn_bwd_dq", 80, 16): _row(
-        (64, 64, 4, 2), (128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2), (64, 32, 8, 2)
+        (64, 64, 4, 2), (128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 4, 3), (64, 32, 4, 3)
     ),
     ("window_attn_bwd_dq", 90, 16): _row(
         (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2)
@@ -129,14 +138,13 @@ _TABLE: dict[tuple[str, int, int], dict[int, KernelConfig]] = {
         (64, 64, 4, 3), (64, 32, 4, 3), (64, 32, 4, 3), (32, 32, 4, 2), (32, 32, 4, 2)
     ),
     ("window_attn_with_kvcache_wide", 90, 16): _row(
-        (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 8, 3), (64, 32, 8, 3)
+        (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 16, 4, 4), (64, 16, 4, 4)
     ),
     ("window_attn_with_kvcache_wide", 100, 16): _row(
         (64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3), (64, 32, 8, 3), (64, 32, 8, 3)
     ),
-    # Full float32 products know no matrix instructions, and no difference between architectures.
     **{
-        (name, arch, 32): _row(*entries)
+        (name, ALL, 32): _row(*entries)
         for name, entries in {
             "window_attn_fwd": (
                 (32, 32, 4, 2),
@@ -174,8 +182,17 @@ _TABLE: dict[tuple[str, int, int], dict[int, KernelConfig]] = {
                 (16, 16, 8, 2),
             ),
         }.items()
-        for arch in ARCHITECTURES
     },
+}
+# Tiles of 256 channels that fit 99 KiB. They have fewer queries than keys, or fewer keys than queries: only
+# so do eight warps share the columns of a product of few rows, and compute none of it twice.
+_TABLE |= {
+    (name, SMALL, 16): dict.fromkeys((192, 256), KernelConfig(*entry))
+    for name, entry in {
+        "window_attn_fwd": (32, 64, 8, 2),
+        "window_attn_bwd_dkv": (64, 16, 8, 2),
+        "window_attn_bwd_dq": (32, 64, 8, 1),
+    }.items()
 }
 
 
@@ -190,9 +207,10 @@ def kernel_config(
 
     `capability` is `(major, minor)`; None stands for no GPU (the interpreter) and reads as sm_90.
     """
-    return _TABLE[name, _architecture(capability), 8 * dtype.itemsize][
-        _head_dim_class(head_dim_qk, head_dim_v)
-    ]
+    head_dim = _head_dim_class(head_dim_qk, head_dim_v)
+    archs = _architectures(capability, dtype)
+    rows = (_TABLE.get((name, arch, 8 * dtype.itemsize), {}) for arch in archs)
+    return next(row[head_dim] for row in rows if head_dim in row)
 
 
 _TTT_PASSES = (
@@ -213,7 +231,7 @@ _TTT_TABLE: dict[tuple[str, int, int], TTTConfig] = {
     ("ttt_hidden_grad", 80, 16): TTTConfig(128, 64, 32, 8, 3),
     ("ttt_hidden_grad", 90, 16): TTTConfig(128, 64, 64, 8, 3),
     ("ttt_hidden_grad", 100, 16): TTTConfig(128, 64, 64, 8, 3),
-    ("ttt_hidden_bwd", 80, 16): TTTConfig(64, 32, 32, 8, 3),
+    ("ttt_hidden_bwd", 80, 16): TTTConfig(128, 32, 32, 8, 3),
     ("ttt_hidden_bwd", 90, 16): TTTConfig(128, 32, 64, 8, 3),
     ("ttt_hidden_bwd", 100, 16): TTTConfig(128, 32, 64, 8, 3),
     ("ttt_outer", 80, 16): TTTConfig(128, 128, 32, 8, 3),
@@ -228,17 +246,13 @@ _TTT_TABLE: dict[tuple[str, int, int], TTTConfig] = {
     ("newton_schulz_multiply", 80, 16): TTTConfig(128, 128, 32, 8, 3),
     ("newton_schulz_multiply", 90, 16): TTTConfig(128, 128, 64, 8, 3),
     ("newton_schulz_multiply", 100, 16): TTTConfig(128, 128, 64, 8, 3),
-    **{
-        (name, arch, 32): TTTConfig(32, 32, 32, 4, 2)
-        for name in _TTT_PASSES
-        for arch in ARCHITECTURES
-    },
+    **{(name, ALL, 32): TTTConfig(32, 32, 32, 4, 2) for name in _TTT_PASSES},
 }
 
 
 def ttt_config(name: str, dtype: torch.dtype, capability: tuple[int, int] | None) -> TTTConfig:
     """The row of pass `name` of the fast-weight kernels for this dtype and compute capability."""
-    return _TTT_TABLE[name, _architecture(capability), 8 * dtype.itemsize]
+    return _TTT_TABLE[name, _architectures(capability, dtype)[-1], 8 * dtype.itemsize]
 
 
 # Elements of a tile and warps, by pass and width of the input dtype. Rows are read whole, and what they
@@ -262,20 +276,35 @@ def row_config(name: str, columns: int, dtype: torch.dtype) -> RowConfig:
     return RowConfig(max(1, elements // block), block, num_warps)
 
 
-def shipped_configs(name: str, arch: int) -> Iterator[tuple[int, int, KernelConfig]]:
-    """Every row of pass `name` on one architecture: (dtype width in bits, head dim, config)."""
-    for (row_name, row_arch, width), row in _TABLE.items():
-        if (row_name, row_arch) == (name, arch):
-            for head_dim, config in row.items():
-                yield width, head_dim, config
+def shipped_configs(name: str, arch: int) -> Iterator[tuple[torch.dtype, int, KernelConfig, tuple]]:
+    """The rows of pass `name` that are compiled for `arch`: (dtype, head dim, config, who takes it too)."""
+    for dtype, key in _compiled_for(arch):
+        for head_dim, config in _TABLE.get((name, key, 8 * dtype.itemsize), {}).items():
+            own = _TABLE.get((name, SMALL, 8 * dtype.itemsize), {})
+            yield dtype, head_dim, config, () if head_dim in own else others(arch)
 
 
 def shipped_ttt_configs(name: str, arch: int) -> Iterator[tuple[torch.dtype, TTTConfig]]:
-    """Every row of pass `name` of the fast-weight kernels on one architecture, with a dtype of its width."""
-    half = torch.float16 if name.startswith("newton_schulz") else torch.bfloat16
-    for (row_name, row_arch, width), config in _TTT_TABLE.items():
-        if (row_name, row_arch) == (name, arch):
-            yield half if width == 16 else torch.float32, config
+    """The rows of pass `name` of the fast-weight kernels that are compiled for `arch`, each with a dtype."""
+    for dtype, key in _compiled_for(arch):
+        if name.startswith("newton_schulz") and dtype == torch.bfloat16:
+            dtype = torch.float16
+        if (name, key, 8 * dtype.itemsize) in _TTT_TABLE:
+            yield dtype, _TTT_TABLE[name, key, 8 * dtype.itemsize]
+
+
+def _compiled_for(arch: int) -> list[tuple[torch.dtype, int]]:
+    """Dtypes and the table's architecture of what the compile report compiles for `arch`: float32 once."""
+    sixteen = SMALL if arch in (86, 89, 120) else arch
+    return [
+        (torch.bfloat16, sixteen),
+        *([(torch.float32, ALL)] if arch == FLOAT32_COMPILED_FOR else []),
+    ]
+
+
+def others(arch: int) -> tuple[int, ...]:
+    """Architectures that take what is compiled for `arch`, unless they have rows of their own."""
+    return (SMALL,) if arch == 80 else ()
 
 
 # Of the CPU: None where kernels are interpreted, that of the emulated device where they are emulated.
@@ -292,17 +321,17 @@ def _cuda_capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-def _architecture(capability: tuple[int, int] | None) -> int:
+def _architectures(capability: tuple[int, int] | None, dtype: torch.dtype) -> tuple[int, ...]:
+    """Whose rows serve a device, in the order in which they are asked for."""
+    if dtype == torch.float32:
+        return (ALL,)
     if capability is None:
-        return 90
-    major = capability[0]
-    if major < 8:
-        raise ValueError(
-            f"compute capability {capability[0]}.{capability[1]} is not supported by the Triton"
-            " kernels: expected 8.0 or above"
-        )
+        return (90,)
+    if capability[0] in (9, 10):
+        return (10 * capability[0],)
     # Compute capability 12 has the matrix instructions of 8, not those of 9 and 10.
-    return {9: 90, 10: 100}.get(major, 80)
+    small = capability in ((8, 6), (8, 9)) or capability[0] == 12
+    return (SMALL, 80) if small else (80,)
 
 
 def _head_dim_class(head_dim_qk: int, head_dim_v: int) -> int:

@@ -423,7 +423,7 @@ def multiply_constexprs(dims: Dims, config: TTTConfig, in_place: bool) -> dict[s
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """Every shipped specialisation, for benchmarks/compile_report.py."""
+    """Every shipped specialisation, for benchmarks/compile_report."""
     name = "newton_schulz_symmetric"
     for square in (False, True):
         yield from ttt_compile_cases(

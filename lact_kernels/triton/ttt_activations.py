@@ -195,7 +195,8 @@ def _ttt_hidden_bwd_kernel(
     dgate_k = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     dup_k = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     hidden_v = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
-    # One loop for all four products with k, which is loaded once for them.
+    # One loop for all four products with k, which is loaded once for them. It is never skipped: see dot_rows.
+    tl.assume(num_k > 0)
     for start in range(0, num_k, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
         k = load_rows(k_pointers + inner[None, :], tokens, number, inner, DK, BLOCK_K, True)
@@ -308,7 +309,7 @@ def activation_constexprs(dims: Dims, config: TTTConfig) -> dict[str, int]:
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """Every shipped specialisation, for benchmarks/compile_report.py."""
+    """Every shipped specialisation, for benchmarks/compile_report."""
     acts = ("weights_ptr", "acts_ptr")
     yield from ttt_compile_cases(
         "ttt_hidden", _ttt_hidden_kernel, arch, activation_constexprs,

@@ -16,6 +16,7 @@ The weights of a chunk, those its queries are applied to, have the number of the
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,13 @@ from torch import Tensor
 
 from lact_kernels.ops.offsets import ChunkOffsets
 from lact_kernels.ops.ttt_types import Options, Triple, num_updates
-from lact_kernels.triton.configs import CompileCase, TTTConfig, shipped_ttt_configs
+from lact_kernels.triton.configs import (
+    ARCHITECTURES,
+    CompileCase,
+    TTTConfig,
+    others,
+    shipped_ttt_configs,
+)
 
 ALIGNMENT = 16  # elements
 
@@ -258,18 +265,34 @@ def ttt_compile_cases(
     absent: tuple[str, ...] = (),  # pointers that are None
     configs: Iterable[tuple[torch.dtype, TTTConfig]] | None = None,  # by default the table's
     dims: tuple[Dims, ...] = COMPILED_DIMS,
+    variant: str = "",
 ) -> Iterator[CompileCase]:
-    """One specialisation of one kernel, with every configuration of its, for the compile report."""
-    for dtype, config in configs or shipped_ttt_configs(name, arch):
+    """One specialisation of one kernel, with every configuration of its, for the compile report.
+
+    A kernel that reads packed sequences from a table is compiled with one as well, at the first dims.
+    """
+    if configs is None:
+        configs = shipped_ttt_configs(name, arch)
+    elif arch not in ARCHITECTURES:
+        return
+    for dtype, config in configs:
         pointers = dict.fromkeys(tokens, dtype) | dict.fromkeys(floats, torch.float32)
         for sizes in dims:
-            yield CompileCase(
+            case = CompileCase(
                 name=name,
                 kernel=kernel,
                 arch=arch,
                 dtype=dtype,
-                shape="x".join(map(str, sizes)),
+                shape=" ".join(filter(None, ["x".join(map(str, sizes)), variant])),
                 config=config,
                 pointers=pointers,
                 constexprs={**constexprs(sizes, config), **dict.fromkeys(absent)},
+                also=others(arch),
             )
+            yield case
+            if "table_ptr" in absent and sizes == dims[0]:
+                constants = {k: v for k, v in case.constexprs.items() if k != "table_ptr"}
+                packed = pointers | {"table_ptr": torch.int32}
+                yield replace(
+                    case, shape=f"{case.shape} packed", pointers=packed, constexprs=constants
+                )

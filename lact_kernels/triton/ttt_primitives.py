@@ -116,9 +116,11 @@ def dot_rows(
     """`acc + x w^T` for the matrices a and b: rows of x with rows of w `[NUM_W_ROWS, INNER]`.
 
     `length` is INNER as a runtime value, which keeps the compiler from unrolling the whole loop: that
-    takes registers, and seconds to compile.
+    takes registers, and seconds to compile. That it is positive must be said: where a loop may be skipped,
+    ptxas waits for each matrix instruction on its own (C7515).
     """
     CHECK: tl.constexpr = NUM_W_ROWS % BLOCK_N != 0
+    tl.assume(length > 0)
     for start in range(0, length, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
         x = load_rows(x_pointers + inner[None, :], rows, num_rows, inner, INNER, BLOCK_K, True)
@@ -149,6 +151,7 @@ def dot_columns(
 ):
     """`acc + x w` for the matrices a and b: rows of x with columns of w `[INNER, NUM_W_COLUMNS]`."""
     CHECK: tl.constexpr = INNER % BLOCK_K != 0
+    tl.assume(length > 0)
     for start in range(0, length, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
         x = load_rows(x_pointers + inner[None, :], rows, num_rows, inner, INNER, BLOCK_K, True)

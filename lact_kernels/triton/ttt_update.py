@@ -202,7 +202,13 @@ def row_programs(dims: Dims) -> tuple[int, dict[str, int]]:
 
 
 def row_compile_cases(
-    name: str, kernel: Any, arch: int, floats: tuple[str, ...], absent: tuple[str, ...], **more
+    name: str,
+    kernel: Any,
+    arch: int,
+    floats: tuple[str, ...],
+    absent: tuple[str, ...],
+    variant: str = "",
+    **more: int,
 ) -> Iterator[CompileCase]:
     """One specialisation of a kernel over rows, at the longest rows."""
 
@@ -212,17 +218,25 @@ def row_compile_cases(
     config = TTTConfig(PROGRAM_ELEMENTS // MAX_DIM, MAX_DIM, 1, NUM_WARPS, 3)
     yield from ttt_compile_cases(
         name, kernel, arch, constexprs, ("next_weights_ptr", "dsteps_ptr"), floats, absent,
-        [(torch.bfloat16, config)], LARGEST,
+        [(torch.bfloat16, config)], LARGEST, variant,
     )  # fmt: skip
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """The most demanding specialisations, for benchmarks/compile_report.py."""
-    floats = ("parts_ptr", "steps_ptr", "next_steps_ptr", "sums_ptr", "next_sums_ptr")
-    yield from row_compile_cases(
-        "ttt_update", _ttt_update_kernel, arch, (*floats, "norms_ptr", "betas_ptr"),
-        ("orthogonal_ptr", "squares_ptr"), PRENORM=False,
-    )  # fmt: skip
+    """The most demanding specialisations, for benchmarks/compile_report."""
+    common = ("sums_ptr", "next_sums_ptr", "norms_ptr")
+    gradients = ("parts_ptr", "steps_ptr", "next_steps_ptr", "betas_ptr")
+    orthogonal, squares = ("orthogonal_ptr",), ("squares_ptr",)
+    for variant, floats, absent in (
+        ("", gradients, orthogonal + squares),
+        ("to Muon", gradients + squares, orthogonal),
+        ("from Muon", orthogonal, gradients + squares),
+    ):
+        for prenorm in (False, True) if variant != "to Muon" else (False,):
+            yield from row_compile_cases(
+                "ttt_update", _ttt_update_kernel, arch, common + floats, absent,
+                " ".join(filter(None, [variant, "pre-norm" * prenorm])), PRENORM=prenorm,
+            )  # fmt: skip
     yield from ttt_compile_cases(
         "ttt_mean_momentum", _ttt_mean_momentum_kernel, arch, lambda *_: {"BLOCK": TOKEN_BLOCK},
         floats=("momentum_ptr", "betas_ptr"), absent=("table_ptr",), dims=LARGEST,

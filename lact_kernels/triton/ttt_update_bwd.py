@@ -33,6 +33,7 @@ from lact_kernels.triton.ttt_primitives import (
 )
 from lact_kernels.triton.ttt_update import (
     LARGEST,
+    MAX_DIM,
     NUM_WARPS,
     RENORM_EPS,
     matrix_rows,
@@ -90,12 +91,11 @@ def _ttt_update_bwd_kernel(
     offsets += element
     rows += row
     if dx_ptr is None:
-        carry = tl.load(carry_ptr + offsets, mask=inside, other=0.0)
         dweights = sum_parts(parts_ptr, offsets, inside, num_parts, stride_part)
         if apply_ptr is not None:
             dweights += sum_parts(apply_ptr, offsets, inside, num_apply_parts, stride_apply_part)
         if not PRENORM:
-            dweights += carry
+            dweights += tl.load(carry_ptr + offsets, mask=inside, other=0.0)
         x = tl.load(sums_ptr + offsets, mask=inside, other=0.0)
         norm = tl.load(norms_ptr + rows, mask=real, other=0.0)
         length = row_lengths(x)
@@ -104,8 +104,8 @@ def _ttt_update_bwd_kernel(
         tl.store(dnorms_ptr + rows, dnorm + along, mask=real)
         radial = x * tl.div_rn(along, tl.maximum(length, TINY))[:, None]
         dstep = (dweights - radial) * tl.div_rn(norm, length + RENORM_EPS)[:, None]
-        if PRENORM:
-            dstep += carry
+        if PRENORM:  # read late: across the divisions and roots it would not stay in registers
+            dstep += tl.load(carry_ptr + offsets, mask=inside, other=0.0)
         tl.store(carry_ptr + offsets, dstep, mask=inside)
     else:
         # Back through the division by the Frobenius norm that begins the iteration.
@@ -237,18 +237,24 @@ def rates_constexprs(dims: Dims) -> dict[str, int]:
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """The most demanding specialisations, for benchmarks/compile_report.py."""
-    floats = (
+    """The most demanding specialisations, for benchmarks/compile_report."""
+    common = (
         "parts_ptr", "carry_ptr", "sums_ptr", "norms_ptr", "dnorms_ptr", "betas_ptr", "steps_ptr",
         "dbuffers_ptr", "dbetas_ptr",
     )  # fmt: skip
-    for iteration in (False, True):
-        with_muon = ("next_steps_ptr", "dsquares_ptr", "squares_ptr", "dx_ptr", "inner_ptr")
-        yield from row_compile_cases(
-            "ttt_update_bwd", _ttt_update_bwd_kernel, arch,
-            (*floats, *with_muon) if iteration else (*floats, "apply_ptr"),
-            ("apply_ptr",) if iteration else with_muon, PRENORM=False, BLOCK_TOTAL=1024,
-        )  # fmt: skip
+    apply, muon = ("apply_ptr",), ("next_steps_ptr", "dsquares_ptr", "squares_ptr")
+    iteration = ("dx_ptr", "inner_ptr")
+    for variant, floats, absent in (
+        ("", apply, muon + iteration),
+        ("to Muon", apply + muon, (*iteration, "dsteps_ptr")),
+        ("from Muon", muon + iteration, apply),
+    ):
+        for prenorm in (False, True) if variant != "from Muon" else (False,):
+            yield from row_compile_cases(
+                "ttt_update_bwd", _ttt_update_bwd_kernel, arch, common + floats, absent,
+                " ".join(filter(None, [variant, "pre-norm" * prenorm])),
+                PRENORM=prenorm, BLOCK_TOTAL=MAX_DIM,
+            )  # fmt: skip
     yield from ttt_compile_cases(
         "ttt_rates_bwd", _ttt_rates_bwd_kernel, arch, lambda dims, _: rates_constexprs(dims),
         floats=("dlr_parts_ptr", "dbetas_ptr", "dlr_ptr", "dmomentum_ptr"), absent=("table_ptr",),

@@ -475,14 +475,13 @@ def window_attn_bwd(
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """Every shipped specialisation, for benchmarks/compile_report.py."""
+    """Every shipped specialisation, for benchmarks/compile_report."""
     passes = {
         "window_attn_bwd_dkv": (_window_attn_bwd_dkv_kernel, ("do_ptr", "dk_ptr", "dv_ptr")),
         "window_attn_bwd_dq": (_window_attn_bwd_dq_kernel, ("o_ptr", "do_ptr", "dq_ptr")),
     }
     for name, (kernel, outputs) in passes.items():
-        for width, head_dim, config in shipped_configs(name, arch):
-            dtype = torch.bfloat16 if width == 16 else torch.float32
+        for dtype, head_dim, config, also in shipped_configs(name, arch):
             pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", *outputs), dtype)
             pointers |= dict.fromkeys(("lse_ptr", "stats_ptr"), torch.float32)
             constexprs = _constexprs(head_dim, head_dim, config, _stats_width(config))
@@ -497,6 +496,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
                     config=config,
                     pointers=pointers,
                     constexprs=constexprs | variant,
+                    also=also,
                 )
                 yield from packing_cases(case)
 

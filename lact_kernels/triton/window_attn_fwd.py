@@ -237,9 +237,8 @@ def window_attn_fwd(
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """Every shipped specialisation, for benchmarks/compile_report.py."""
-    for width, head_dim, config in shipped_configs("window_attn_fwd", arch):
-        dtype = torch.bfloat16 if width == 16 else torch.float32
+    """Every shipped specialisation, for benchmarks/compile_report."""
+    for dtype, head_dim, config, also in shipped_configs("window_attn_fwd", arch):
         pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), dtype)
         case = CompileCase(
             name="window_attn_fwd",
@@ -250,5 +249,6 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
             config=config,
             pointers={**pointers, "lse_ptr": torch.float32},
             constexprs=attention_constexprs(head_dim, head_dim, config),
+            also=also,
         )
         yield from packing_cases(case)

@@ -21,10 +21,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lact_kernels.triton.configs import (
+    ARCHITECTURES,
+    HEAD_DIM_CLASSES,
     CompileCase,
     KernelConfig,
+    RowConfig,
     capability_of,
     kernel_config,
+    others,
     shipped_configs,
 )
 from lact_kernels.triton.launch import (
@@ -48,6 +52,7 @@ from lact_kernels.triton.primitives import (
 NARROW_ROWS = 16  # up to here a tile of the least rows that a matrix instruction takes
 MAX_SPLITS = 64
 PROGRAMS_PER_MULTIPROCESSOR = 2
+COMBINE_WARPS = 4
 
 
 @triton.jit(
@@ -236,8 +241,9 @@ def window_attn_with_kvcache(
         )  # fmt: skip
         if num_splits > 1:
             _window_attn_combine_kernel[(lse.numel(),)](
-                parts, part_lse, o, lse, Tq, num_splits, Hq, lse.numel(), **_combine_constexprs(Dv)
-            )
+                parts, part_lse, o, lse, Tq, num_splits, Hq, lse.numel(),
+                **_combine_constexprs(Dv), num_warps=COMBINE_WARPS,
+            )  # fmt: skip
     return o, lse
 
 
@@ -248,10 +254,9 @@ def choose_splits(num_keys: int, programs: int, config: KernelConfig, device: to
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """Every shipped specialisation, for benchmarks/compile_report.py."""
+    """Every shipped specialisation, for benchmarks/compile_report."""
     for name in ("window_attn_with_kvcache", "window_attn_with_kvcache_wide"):
-        for width, head_dim, config in shipped_configs(name, arch):
-            dtype = torch.bfloat16 if width == 16 else torch.float32
+        for dtype, head_dim, config, also in shipped_configs(name, arch):
             pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), dtype)
             yield CompileCase(
                 name=name,
@@ -262,7 +267,22 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
                 config=config,
                 pointers={**pointers, "lse_ptr": torch.float32, "seqlens_ptr": torch.int32},
                 constexprs=attention_constexprs(head_dim, head_dim, config),
+                also=also,
             )
+    if arch in ARCHITECTURES:
+        head_dim = HEAD_DIM_CLASSES[-1]
+        floats = ("parts_ptr", "part_lse_ptr", "lse_ptr")
+        yield CompileCase(
+            name="window_attn_combine",
+            kernel=_window_attn_combine_kernel,
+            arch=arch,
+            dtype=torch.bfloat16,
+            shape=f"D{head_dim}",
+            config=RowConfig(MAX_SPLITS, head_dim, COMBINE_WARPS),
+            pointers={"o_ptr": torch.bfloat16, **dict.fromkeys(floats, torch.float32)},
+            constexprs=_combine_constexprs(head_dim),
+            also=others(arch),
+        )
 
 
 def _combine_constexprs(Dv: int) -> dict[str, int]:

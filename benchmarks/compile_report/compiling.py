@@ -1,0 +1,115 @@
+"""From a kernel and its compile-time arguments to machine code, by Triton's own stages, without a GPU."""
+
+import contextlib
+import dataclasses
+import io
+import re
+
+import torch
+from triton import knobs
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+
+from lact_kernels.triton.configs import CompileCase
+
+WARP_SIZE = 32
+_POINTER_TYPES = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+}
+# Of ptxas, which has a number for each thing that it does not like: (C7515) Potential Performance Loss: ...
+_WARNING = re.compile(r"^.*(?:warning|Potential Performance Loss).*$", re.IGNORECASE | re.MULTILINE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A case as Triton takes it."""
+
+    ast: ASTSource
+    target: GPUTarget
+    options: dict[str, int]
+
+    @classmethod
+    def of(cls, case: CompileCase) -> "Source":
+        signature, attributes = _signature(case)
+        return cls(
+            ASTSource(case.kernel, signature, case.constexprs, attributes),
+            GPUTarget("cuda", case.arch, WARP_SIZE),
+            {"num_warps": case.config.num_warps, "num_stages": case.config.num_stages},
+        )
+
+    def key(self) -> str:
+        """All that decides what comes out, but for Triton itself."""
+        return f"{self.ast.hash()} {self.target} {sorted(self.options.items())}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Binary:
+    """What a kernel became on its way: layouts and tiles (ttgir), PTX, machine code."""
+
+    ttgir: str
+    ptx: str
+    cubin: bytes
+    log: str  # of ptxas
+    shared: int
+    tensor_columns: int
+
+    @property
+    def registers(self) -> int:
+        return int(re.search(r"Used (\d+) registers", self.log)[1])
+
+    @property
+    def warnings(self) -> list[str]:
+        """What ptxas warns of."""
+        return [line.split(":", 1)[-1].strip() for line in _WARNING.findall(self.log)]
+
+
+def compile_source(source: Source) -> Binary:
+    """Compile as a launch would, and keep what ptxas says."""
+    backend = make_backend(source.target)
+    options = backend.parse_options(source.options)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    module = source.ast.make_ir(
+        source.target,
+        options,
+        backend.get_codegen_implementation(options),
+        backend.get_module_map(),
+        context,
+    )
+    stages, metadata, made = {}, {}, {}
+    backend.add_stages(stages, options, source.ast.language)
+    log = io.StringIO()
+    with knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        knobs.nvidia.dump_ptxas_log = True
+        for name, stage in stages.items():
+            module = stage(module, metadata)
+            if name in ("ttgir", "ptx", "cubin"):
+                made[name] = module if name == "cubin" else str(module)
+    return Binary(
+        **made,
+        log=log.getvalue(),
+        shared=metadata["shared"],
+        tensor_columns=metadata.get("tmem_size") or 0,
+    )
+
+
+def _signature(case: CompileCase) -> tuple[dict[str, str], dict]:
+    """Argument types, and which arguments are multiples of 16, as a launch would find them."""
+    signature, attributes = {}, {}
+    for index, parameter in enumerate(case.kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr or name in case.constexprs:
+            signature[name] = "constexpr"
+            continue
+        if name in case.pointers:
+            signature[name] = _POINTER_TYPES[case.pointers[name]]
+        else:
+            signature[name] = "fp32" if name.endswith(("scale", "factor")) else "i32"
+        if signature[name] != "fp32" and not parameter.do_not_specialize:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, attributes

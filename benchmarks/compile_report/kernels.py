@@ -1,0 +1,37 @@
+"""The kernels, and the configurations in which each ships."""
+
+import importlib
+from collections.abc import Iterable, Iterator
+
+from lact_kernels.triton.configs import CompileCase
+
+# Modules with a function `compile_cases(arch)`. A new kernel is added here and nowhere else.
+KERNEL_MODULES = (
+    "lact_kernels.triton.window_attn_fwd",
+    "lact_kernels.triton.window_attn_bwd",
+    "lact_kernels.triton.window_attn_with_kvcache",
+    "lact_kernels.triton.ttt_activations",
+    "lact_kernels.triton.ttt_products",
+    "lact_kernels.triton.ttt_update",
+    "lact_kernels.triton.ttt_update_bwd",
+    "lact_kernels.triton.newton_schulz",
+    "lact_kernels.triton.branch_qkv",
+    "lact_kernels.triton.branch_sum",
+)
+
+
+# sm_80 stands for sm_86, sm_89 and sm_120 as well, which have cases where their rows are their own. For sm_89
+# the compiler does what it does for sm_86.
+COMPILED_FOR = (80, 86, 90, 100, 120)
+
+
+def compile_cases(
+    archs: Iterable[int] = COMPILED_FOR, passes: Iterable[str] = ()
+) -> Iterator[CompileCase]:
+    """The shipped configurations; `passes` restricts them to those names."""
+    wanted = set(passes)
+    for arch in archs:
+        for module in KERNEL_MODULES:
+            for case in importlib.import_module(module).compile_cases(arch):
+                if not wanted or case.name in wanted:
+                    yield case
