@@ -4,6 +4,7 @@ Every function raises before any work starts: `TypeError` for a wrong type or dt
 a wrong value, shape or device. Messages name the argument, what came and what was expected.
 """
 
+import functools
 import importlib.util
 import math
 import os
@@ -152,6 +153,8 @@ def choose_backend(backend: str, q: Tensor, obstacle: str | None) -> str:
     check_backend(backend)
     if not triton_runs_on(q):
         obstacle = f"it needs Triton and a CUDA tensor, and q is on {q.device}"
+    elif q.is_cuda and gpu_obstacle(q.device.index) is not None:
+        obstacle = gpu_obstacle(q.device.index)
     elif q.dtype not in TRITON_DTYPES:
         obstacle = f"it has no kernels for {q.dtype}"
     if backend == "auto":
@@ -165,3 +168,21 @@ def triton_runs_on(x: Tensor) -> bool:
     """Whether Triton is installed and can run kernels on this tensor: on a GPU, or interpreted."""
     on_device = x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
     return on_device and TRITON_INSTALLED
+
+
+@torch.compiler.assume_constant_result
+def gpu_obstacle(index: int | None) -> str | None:
+    """What keeps the kernels from the GPU of this index: they are made for NVIDIA's, from Ampere on."""
+    return _gpu_obstacle(index)
+
+
+@functools.cache
+def _gpu_obstacle(index: int | None) -> str | None:
+    if torch.version.hip is not None:
+        return "its kernels are for NVIDIA GPUs, and this PyTorch is built for ROCm"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return (
+            f"its kernels need compute capability 8.0 or above, and q's device has {major}.{minor}"
+        )
+    return None
