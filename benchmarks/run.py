@@ -128,6 +128,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--seq-len", type=positive, metavar="T")
+    parser.add_argument(
+        "--batch",
+        type=positive,
+        default=1,
+        metavar="B",
+        help="rows of T tokens, of window_attn and block_causal_ttt",
+    )
     parser.add_argument("--window-sizes", nargs="+", type=window_size, metavar="W")
     parser.add_argument(
         "--sequences",
@@ -168,6 +175,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--no-peers", action="store_true", help="only our own backends")
     parser.add_argument(
+        "--peers", nargs="+", metavar="NAME", help="only these peers, by the names in the table"
+    )
+    parser.add_argument(
         "--lact-checkout",
         default=os.environ.get("LACT_CHECKOUT"),
         metavar="PATH",
@@ -207,6 +217,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.repeats = options.repeats or defaults.rounds
     if options.heads % options.kv_heads:
         parser.error(f"--kv-heads {options.kv_heads} does not divide --heads {options.heads}")
+    if options.batch > 1 and options.sequences > 1:
+        parser.error(f"--sequences {options.sequences} are one row: --batch {options.batch}")
     if options.queries > min(options.cache_sizes):
         parser.error(
             f"--queries {options.queries} are more than --cache-sizes {min(options.cache_sizes)}"
@@ -214,7 +226,21 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.op = [op for op in options.op if set(OPERATIONS[op].modes) & set(options.mode)]
     if not options.op:
         parser.error(f"{WindowAttnWithKVCache.op} has no backward and no sweep over T")
+    _check_peers(parser, options)
     return options
+
+
+def _check_peers(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Peers that are asked for by name are peers of an operation that is measured."""
+    if options.peers is None:
+        return
+    if options.no_peers or options.memory:
+        parser.error("--peers cannot be combined with --no-peers or --memory")
+    device = torch.device(options.device)
+    known = [x.name for op in options.op for x in peers.variants(op, device) if not x.ours]
+    for name in options.peers:
+        if name not in known:
+            parser.error(f"--peers {name!r} is none of {', '.join(map(repr, known))}")
 
 
 def settle_device(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -245,7 +271,7 @@ def _sweeps(options: argparse.Namespace) -> list[tuple[str, list[Point]]]:
     T = options.seq_len
     heads = {"Hq": options.heads, "Hkv": options.kv_heads, "D": options.head_dim}
     if WindowAttn.op in options.op:
-        sizes = {"T": T, "Dv": options.head_dim, "sequences": options.sequences}
+        sizes = {"T": T, "B": options.batch, "Dv": options.head_dim, "sequences": options.sequences}
         points = [WindowAttn(window_size=W, **heads, **sizes) for W in options.window_sizes]
         sweeps += _sweep(points, options.memory)
     if WindowAttnWithKVCache.op in options.op:
@@ -256,7 +282,7 @@ def _sweeps(options: argparse.Namespace) -> list[tuple[str, list[Point]]]:
     if BlockCausalTTT.op in options.op:
         flags = {name: getattr(options, name) for name in ("muon", "momentum", "prenorm")}
         for D in options.fast_weight_dims:
-            dims = {"H": options.fast_weight_heads, "Dk": D, "Dv": D, "Dh": D}
+            dims = {"B": options.batch, "H": options.fast_weight_heads, "Dk": D, "Dv": D, "Dh": D}
             points = [
                 BlockCausalTTT(T=T, chunk_size=C, **dims, **flags) for C in options.chunk_sizes
             ]
@@ -274,6 +300,8 @@ def _sweep(points: list[Point], memory: bool) -> list[tuple[str, list[Point]]]:
 
 def _variants(point: Point, options: argparse.Namespace) -> list[peers.Variant]:
     variants = peers.variants(point.op, torch.device(options.device), options.lact_checkout)
+    if options.peers is not None:
+        return [x for x in variants if x.ours or x.name in options.peers]
     return [x for x in variants if x.ours or not (options.no_peers or options.memory)]
 
 

@@ -601,12 +601,26 @@ def test_interrupting_keeps_finished_rows(tmp_path, monkeypatch, capsys):
         (["--queries", "65"], "more than --cache-sizes 64"),
         (["--op", "window_attn_with_kvcache", "--mode", "fwd_bwd"], "no backward"),
         (["--op", "window_attn_with_kvcache", "--memory"], "no sweep over T"),
+        (["--batch", "2", "--sequences", "4"], "are one row"),
+        (["--peers", "FlashAttention-9"], "is none of 'dense-mask SDPA'"),
+        (["--peers", "reference loop", "--no-peers"], "cannot be combined"),
     ],
     ids=lambda x: x[1] if isinstance(x, list) else "",
 )
 def test_bad_arguments_are_refused_before_any_work(tmp_path, capsys, bad, message):
     out = tmp_path / "out"
     assert_refused_before_any_work(run.main, arguments(out, *bad), out, message, capsys)
+
+
+def test_a_batch_and_peers_by_name(tmp_path):
+    more = ("--op", "window_attn", "block_causal_ttt", "--peers", "reference loop")
+    options = run.parse(arguments(tmp_path, *more, "--batch", "3"))
+    points = [point for _, points in run._sweeps(options) for point in points]
+    assert [(point.op, point.B) for point in points] == 2 * [("window_attn", 3)] + [
+        ("block_causal_ttt", 3)
+    ]
+    names = [[x.name for x in run._variants(point, options) if not x.ours] for point in points]
+    assert names == [[], [], ["reference loop"]]
 
 
 def test_memory_sweep_is_over_lengths(tmp_path, capsys):
