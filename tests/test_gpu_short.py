@@ -1,0 +1,202 @@
+"""Every Triton kernel on a GPU in both 16-bit dtypes, in as few compilations as that takes.
+
+Outputs and all gradients are held against float64 by the rule of all tests. The complete cases are in
+the other files; what these launch is counted here without a GPU.
+"""
+
+import functools
+import importlib
+import pkgutil
+from unittest import mock
+
+import pytest
+import torch
+
+from benchmarks.compile_report import KERNEL_MODULES
+from lact_kernels import block_causal_ttt, window_attn
+from lact_kernels import triton as package
+from lact_kernels.triton import configs
+from tests import test_block_causal_ttt_triton as ttt
+from tests import test_branches as branches
+from tests import test_window_attn_with_kvcache as kvcache
+from tests.cases import (
+    TTTCase,
+    WindowCase,
+    check_block_causal_ttt,
+    check_window_attn,
+    filled_with_nan,
+)
+from tests.ttt_pieces import in_pieces
+
+triton_window_attn = functools.partial(window_attn, backend="triton")
+triton_block_causal_ttt = functools.partial(block_causal_ttt, backend="triton")
+needs_interpreter = pytest.mark.skipif(not ttt.ON_CPU, reason="counts in the interpreter")
+dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+# Windows whose tiles have a left edge, an interior and a diagonal. A head dim and packing compile anew,
+# lengths and heads do not.
+attention = functools.partial(WindowCase, Hq=4, Hkv=2)
+ATTENTION = [
+    attention("D64 grouped heads", 410, 300, B=2, D=64, Dv=64),
+    attention("D64 packed", 410, 200, D=64, Dv=64, cu_seqlens=(0, 0, 1, 120, 410)),
+    attention("D40 beside wider values", 150, 70, D=40, Dv=64),
+    attention("D80 padded", 400, 129, D=80, Dv=96),
+    attention("D128 on a cache", 390, 260, Tk=515, D=128, Dv=128),
+    attention("D128 packed", 700, 257, D=128, Dv=128, cu_seqlens=(0, 1, 300, 300, 700)),
+    attention("D192 beside narrower values", 390, 200, D=192, Dv=128),
+    attention("D256 without window", 385, None, D=256, Dv=256),
+]
+# Few rows of queries take the narrow tiles, many the wide ones.
+narrow = functools.partial(kvcache.CacheCase, Hq=8, Hkv=2)
+wide = functools.partial(narrow, Tq=40)
+CACHES = [
+    tiles(f"{kind} D{D}", 700, 600, lengths, D=D, Dv=Dv)
+    for kind, tiles, lengths in (("narrow", narrow, (700, 130, 1)), ("wide", wide, (700, 39)))
+    for D, Dv in ((64, 64), (80, 72), (128, 128), (192, 128), (256, 256))
+]
+# Several updates and a rest, and heads enough for the gradients of momentum to have statistics.
+OPTIONS = {str(case): case for case in ttt.MEDIUM}
+TTT = [
+    OPTIONS["momentum"],
+    OPTIONS["momentum-muon-prenorm"],
+    # Sizes of models: what is timed after the tests is compiled here, by many processes at once.
+    TTTCase("D768", B=1, T=600, chunk_size=256, H=1, Dk=768, Dv=768, Dh=768),
+    TTTCase("D384", B=1, T=600, chunk_size=256, H=1, Dk=384, Dv=384, Dh=384),
+    TTTCase("unequal dims muon", B=1, T=400, chunk_size=160, H=2, Dk=24, Dv=136, Dh=144, muon=True),
+    TTTCase(
+        "packed prenorm", B=1, T=1000, chunk_size=128, H=4, Dk=64, Dv=64, Dh=64, momentum=True,
+        prenorm=True, batched_weights=True, cu_seqlens=(0, 0, 1, 130, 600, 1000),
+    ),
+]  # fmt: skip
+BRANCHES = [
+    branches.Case(f"C{C}", T=499, C=C, Hq=Hq, Hf=Hf, rows_of_angles=2)
+    for C, Hq, Hf in ((768, 12, 4), (640, 8, 4), (1024, 16, 8))
+]
+
+
+@pytest.fixture(autouse=True)
+def full_float32_products():
+    """The oracle's float32 products must not be TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def pieces(**arguments):
+    """Cut inside a chunk and at a border, so that states are read and written."""
+    return in_pieces(triton_block_causal_ttt, (40, 128), **arguments)[0]
+
+
+# Those that compile most come first, as they take longest.
+@pytest.mark.gpu
+@dtypes
+@pytest.mark.parametrize("case", TTT, ids=str)
+def test_block_causal_ttt(case, dtype):
+    with filled_with_nan():
+        check_block_causal_ttt(triton_block_causal_ttt, case, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@dtypes
+def test_block_causal_ttt_with_initial_states(dtype):
+    with filled_with_nan():
+        check_block_causal_ttt(pieces, OPTIONS["momentum"], dtype, "cuda")
+
+
+@pytest.mark.gpu
+@dtypes
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+def test_window_attn(case, dtype):
+    with filled_with_nan():
+        check_window_attn(triton_window_attn, case, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@dtypes
+@pytest.mark.parametrize("case", CACHES, ids=str)
+def test_window_attn_with_kvcache(case, dtype):
+    for num_splits in (1, 3):
+        kvcache.check_kernels(case, dtype, num_splits, None)
+
+
+@pytest.mark.gpu
+@dtypes
+@pytest.mark.parametrize("case", BRANCHES, ids=str)
+@branches.both
+def test_branches(check, case, dtype):
+    check(case, dtype, "triton", "cuda")
+
+
+def differentiate(outputs, inputs):
+    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    torch.autograd.grad(outputs, inputs, [torch.ones_like(x) for x in outputs])
+
+
+def run_all(dtype):
+    """All that the tests above compute with the kernels, without what it is compared with."""
+    for case in ATTENTION:
+        inputs = case.inputs(dtype)
+        differentiate(triton_window_attn(*inputs, **case.options(), return_lse=True), inputs)
+    for case in CACHES:
+        (q, k, v), options = case.inputs(dtype)
+        for num_splits in (1, 3):
+            kvcache.launch(q, k, v, options["cache_seqlens"], 600, 1.0, num_splits=num_splits)
+    for fn, case in [(triton_block_causal_ttt, case) for case in TTT] + [(pieces, TTT[0])]:
+        inputs = case.inputs(dtype)
+        differentiate(fn(**inputs, **case.options()), list(inputs.values()))
+    for case in BRANCHES:
+        tensors, options = case.qkv(dtype)
+        qkv = branches.call_qkv(branches.branch_qkv, tensors, options | {"backend": "triton"})
+        differentiate(qkv, list(tensors.values()))
+        tensors = case.sum(dtype)
+        out = branches.branch_sum(**tensors, eps=branches.EPS, backend="triton")
+        differentiate(out, list(tensors.values()))
+
+
+@pytest.fixture(scope="module", params=[torch.bfloat16, torch.float16], ids=str)
+def launches(request):
+    """Of `run_all`: names of kernels and their arguments. No kernel runs, and no value matters."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    recorded = []
+
+    def record(kernel, *args, grid, warmup, **options):
+        recorded.append((kernel.__name__, dict(zip(kernel.arg_names, args)) | options))
+
+    with (
+        mock.patch.object(InterpretedFunction, "run", record),
+        mock.patch.object(torch, "randn", torch.zeros),  # which takes less time
+        mock.patch.object(torch, "rand", torch.zeros),
+    ):
+        run_all(request.param)
+    return recorded
+
+
+@needs_interpreter
+def test_every_kernel_is_launched(launches):
+    names = {f"{package.__name__}.{x.name}" for x in pkgutil.iter_modules(package.__path__)}
+    assert set(KERNEL_MODULES) <= names
+    kernels = {
+        name
+        for module in map(importlib.import_module, names)
+        for name, x in vars(module).items()
+        if name.endswith("_kernel") and hasattr(x, "arg_names")
+    }
+    assert len(kernels) >= 20
+    assert {name for name, _ in launches} == kernels
+
+
+@needs_interpreter
+def test_attention_is_launched_in_every_row_of_the_table_and_packed(launches):
+    rows, packed = set(), set()
+    for name, arguments in launches:
+        if "HEAD_DIM_QK" in arguments:
+            size = configs._head_dim_class(arguments["HEAD_DIM_QK"], arguments["HEAD_DIM_V"])
+            rows.add((name, arguments["BLOCK_M"] > 16, size))
+            packed |= {name} if arguments.get("cu_seqlens_q_ptr") is not None else set()
+    passes = {f"_window_attn_{x}_kernel" for x in ("fwd", "bwd_dq", "bwd_dkv")}
+    kinds = {(name, True) for name in passes}
+    kinds |= {("_window_attn_with_kvcache_kernel", wide) for wide in (False, True)}
+    assert rows == {(*kind, size) for kind in kinds for size in configs.HEAD_DIM_CLASSES}
+    assert packed == passes
