@@ -1,18 +1,23 @@
-"""Every GPU test, then the GPU benchmarks with their peers, within ten minutes.
+"""Is it right and is it fast on this GPU? In four minutes, or all of it in ten.
 
 ```
-PYTHONPATH=. python3 -m benchmarks.gpu_check [--out DIR]
+PYTHONPATH=. python3 -m benchmarks.gpu_check [--all] [--out DIR]
 ```
 
-DIR is $GPU_CHECK_OUT, or gpu-check-results/, unless given. Each stage stops cleanly at its time budget
-and what it has finished is kept: the tests' log and JUnit report, the benchmarks' log, JSON lines and
-plots, and summary.json. Needs PyTorch, Triton and pytest; matplotlib only for the plots.
+The short check runs every kernel in both 16-bit dtypes against float64, then five timings beside their
+peers. `--all` runs every GPU test, then all GPU benchmarks. Both end with a summary of one screen.
+
+DIR is $GPU_CHECK_OUT, or gpu-check-results/, unless given. Each stage stops cleanly at its time budget,
+and all of them on Ctrl-C or SIGTERM. What is finished is kept: the tests' log and JUnit report, the
+benchmarks' log, JSON lines and plots, and summary.json, written anew after each stage. Needs PyTorch,
+Triton and pytest; matplotlib only for the plots.
 
 Exit status: 0 when all tests passed and the benchmarks' correctness gates too, or when there is no GPU
-(then nothing is checked); 1 otherwise; 130 after Ctrl-C.
+(then nothing is checked); 1 otherwise; 2 for bad arguments; 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -23,67 +28,48 @@ import sys
 import threading
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from benchmarks import report
-
-TEST_PROCESSES = 8
-GRACE_SECONDS = 15  # from asking a stage to stop to killing it
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    name: str
-    module: tuple[str, ...]  # what follows `python -m`
-    seconds: float
-    needs_rows: bool = True  # a benchmark that finishes nothing within its time has failed
+from benchmarks.gpu_stages import Stage, Tier, complete, junit_report, short
+from benchmarks.gpu_summary import stage_line, yardsticks
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     status: int
     seconds: float
-    stopped: bool  # at its time budget
+    stopped: bool  # at its time budget, or by a signal
 
 
-def stages(out: Path) -> tuple[Stage, list[Stage]]:
-    """The tests, and the benchmarks that follow when they pass."""
-    junit = str(out / "tests.xml")
-    tests = ("pytest", "tests", "-m", "gpu", "-ra", "--durations=10", "--junitxml", junit)
-    # A test file that lacks a module must not keep the others from running.
-    tests += ("--continue-on-collection-errors",)
-    if importlib.util.find_spec("xdist"):  # most of their time is compilation, on the host
-        tests += ("-n", str(TEST_PROCESSES), "--dist", "loadgroup")
-    common = ("--device", "cuda", "--repeats", "15", "--seconds", "3", "--out", str(out))
-    run = ("benchmarks.run", *common, "--op")
-    attention = (*run, "window_attn", "--window-sizes")
-    packed = (*attention, "4096", "--sequences", "16")
-    cache = (*run, "window_attn_with_kvcache", "--cache-sizes", "4096", "16384", "65536")
-    cache += ("--heads", "32", "--kv-heads", "8")
-    ttt = (*run, "block_causal_ttt", "--chunk-sizes", "2048", "--fast-weight-dims", "384", "768")
-    sizes = "--dtype bfloat16 --seq-len 32768 --chunk-size 2048 --fast-weight-heads 4"
-    phases = ("benchmarks.phases", "--device", "cuda", *sizes.split())
-    phases += ("--fast-weight-dim", "384", "768", "--repeats", "3", "--out", str(out))
-    model = ("benchmarks.model", "--device", "cuda", "--rounds", "3", "--out", str(out))
-    branches = ("benchmarks.branches", *common)
-    accuracy = ("benchmarks.accuracy_report", "--device", "cuda", "--out", str(out))
-    accuracy += ("--seq-len", "4096", "65536", "--heads", "2")
-    return Stage("tests", tests, 315), [
-        Stage("window_attn", (*attention, "1024", "4096", "16384"), 45),
-        Stage("window_attn-packed", packed, 20),
-        Stage("window_attn_with_kvcache", cache, 20),
-        Stage("accuracy", accuracy, 25),
-        Stage("block_causal_ttt", (*ttt, "--no-peers"), 25),
-        Stage("phases", phases, 25),
-        Stage("phases-muon", (*phases, "--muon"), 20),
-        Stage("branches", branches, 30),
-        # Its two processes start and compile first, and may take most of it.
-        Stage("model", model, 30, needs_rows=False),
-        # Compiling the reference takes long, and may take all of it.
-        Stage("block_causal_ttt-peers", (*ttt, "--mode", "fwd_bwd"), 15, needs_rows=False),
-    ]
+class Interruption:
+    """The signal that asks this program to stop, once there is one. Nothing is cut in the middle by it.
+
+    A signal that the parent process has set to be ignored stays ignored. A handler is set for it all the
+    same: stages would inherit that they ignore it, and not stop when they are asked to by SIGINT.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.signal: int | None = None
+
+    def __enter__(self) -> "Interruption":
+        self._before = {x: signal.getsignal(x) for x in self.SIGNALS}
+        for number, handler in self._before.items():
+            ignored = handler == signal.SIG_IGN
+            signal.signal(number, (lambda *_: None) if ignored else self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def _note(self, number: int, frame) -> None:
+        self.signal = number
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -93,6 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     default = Path(os.environ.get("GPU_CHECK_OUT") or "gpu-check-results")
+    parser.add_argument("--all", action="store_true", help="every GPU test and benchmark")
     parser.add_argument("--out", type=Path, default=default, metavar="DIR")
     options = parser.parse_args(arguments)
 
@@ -102,54 +89,81 @@ def main(arguments: list[str] | None = None) -> int:
     if importlib.util.find_spec("pytest") is None:
         print("pytest is not installed, so the GPU tests cannot run", file=sys.stderr)
         return 1
+    out = options.out.resolve()
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        _write(out, {"stopped": True, "ok": False})  # fails now rather than after the first stage
     except OSError as error:
         print(f"cannot write results to {options.out}: {error}", file=sys.stderr)
-        return 1
-    environment = report.environment(torch.device("cuda"))
-    report.announce(environment)
-    try:
-        return check(options.out.resolve(), environment)
-    except KeyboardInterrupt:
-        print(f"\nstopped; what was finished is in {options.out}", file=sys.stderr)
-        return 130
+        return 2
+    with Interruption() as interruption:
+        environment = report.environment(torch.device("cuda"))
+        report.announce(environment)
+        tier = complete(out) if options.all else short(out)
+        return check(tier, out, environment, interruption)
 
 
-def check(out: Path, environment: dict) -> int:
-    """Run the stages, print and write the summary; the exit status."""
-    tests, benchmarks = stages(out)
-    summary = {**environment, "stages": {}}
-    lines, ok = [], True
+def check(tier: Tier, out: Path, environment: dict, interruption: Interruption) -> int:
+    """Run the stages, write the summary after each, and print it at the end; the exit status."""
+    results: dict[str, dict] = {}
+    rows: list[dict] = []
+    summary = environment | {"tier": tier.name, "stopped": True, "ok": False, "stages": results}
+    _write(out, summary)  # of a check that was stopped, which it is until its last stage has ended
+    junit_report(out).unlink(missing_ok=True)  # an earlier check's
+    sound = True
+    for stage in tier.stages:
+        if interruption.signal or not sound:
+            break
+        seen = _line_counts(out)
+        outcome = run_stage(stage, out, tier.grace, interruption)
+        new = list(_rows_after(out, seen))
+        rows += new
+        if stage is tier.tests:
+            counts = count_tests(junit_report(out))
+            results[stage.name] = _tests_result(outcome, counts)
+            # Tests that only ran out of time do not keep the benchmarks back: these check what they time.
+            sound = counts.get("passed", 0) > 0 and not counts["failures"] + counts["errors"]
+        else:
+            results[stage.name] = _benchmark_result(stage, outcome, len(new))
+        _write(out, summary)
 
-    outcome = run_stage(tests, out)
-    counts = count_tests(out / "tests.xml")
-    passed = outcome.status == 0 and not outcome.stopped and counts.get("passed", 0) > 0
-    summary["stages"]["tests"] = dataclasses.asdict(outcome) | counts
-    lines.append(_summary_line(tests, outcome, passed, f"{counts or 'no report'}"))
-    ok &= passed
-    # Tests that only ran out of time do not keep the benchmarks back: these check what they time.
-    sound = counts.get("passed", 0) > 0 and not counts["failures"] + counts["errors"]
-    if not sound:
-        lines.append("the benchmarks were not run, because tests failed or none passed")
-
-    for stage in benchmarks if sound else []:
-        before = _count_rows(out)
-        outcome = run_stage(stage, out)
-        rows = _count_rows(out) - before
-        passed = (outcome.stopped or outcome.status == 0) and (rows > 0 or not stage.needs_rows)
-        summary["stages"][stage.name] = dataclasses.asdict(outcome) | {"rows": rows}
-        lines.append(_summary_line(stage, outcome, passed, f"{rows} rows"))
-        ok &= passed
-
-    summary["ok"] = ok
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print("\n" + "\n".join(lines) + f"\nresults in {out}")
-    print("GPU check passed" if ok else "GPU check FAILED")
-    return 0 if ok else 1
+    summary["stopped"] = interruption.signal is not None
+    complete_and_ok = len(results) == len(tier.stages) and all(x["ok"] for x in results.values())
+    summary["ok"] = complete_and_ok and not summary["stopped"]
+    _write(out, summary)
+    print("\n" + "\n".join(_screen(tier, summary, rows)) + f"\nresults in {out}")
+    if interruption.signal:
+        return 128 + interruption.signal
+    return int(not summary["ok"])
 
 
-def run_stage(stage: Stage, out: Path) -> Outcome:
+def _tests_result(outcome: Outcome, counts: dict[str, int]) -> dict:
+    ok = outcome.status == 0 and not outcome.stopped and counts.get("passed", 0) > 0
+    return {"ok": ok, **dataclasses.asdict(outcome), **counts}
+
+
+def _benchmark_result(stage: Stage, outcome: Outcome, num_rows: int) -> dict:
+    ended_well = outcome.stopped or outcome.status == 0
+    ok = ended_well and (num_rows > 0 or not stage.needs_rows)
+    return {"ok": ok, **dataclasses.asdict(outcome), "rows": num_rows}
+
+
+def _screen(tier: Tier, summary: dict, rows: list[dict]) -> Iterator[str]:
+    """What is printed at the end."""
+    results = summary["stages"]
+    for stage in tier.stages:
+        if stage.name in results:
+            yield stage_line(stage.name, results[stage.name], stage.seconds)
+    if summary["stopped"]:
+        yield "GPU check stopped"
+    elif len(results) < len(tier.stages):
+        yield "the benchmarks were not run, because tests failed or none passed"
+    yield from yardsticks(rows)
+    if not summary["stopped"]:
+        yield "GPU check passed" if summary["ok"] else "GPU check FAILED"
+
+
+def run_stage(stage: Stage, out: Path, grace: float, interruption: Interruption) -> Outcome:
     """Run a stage in a process of its own, its output on the screen and in `<out>/<stage>.log`."""
     print(f"\n== {stage.name}: up to {stage.seconds:.0f} s", flush=True)
     environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -169,14 +183,14 @@ def run_stage(stage: Stage, out: Path) -> Outcome:
     )
     copier = threading.Thread(target=_copy, args=(process.stdout, out / f"{stage.name}.log"))
     copier.start()
-    stopped = False
+    stopped = True
     try:
-        process.wait(stage.seconds)
-    except subprocess.TimeoutExpired:
-        stopped = True
-        print(f"== {stage.name}: its {stage.seconds:.0f} s are over, stopping it", flush=True)
+        stopped = not _ends_by_itself(process, started + stage.seconds, interruption)
+        if stopped:
+            reason = "interrupted" if interruption.signal else f"its {stage.seconds:.0f} s are over"
+            print(f"== {stage.name}: {reason}, stopping it", flush=True)
     finally:
-        _end(process)
+        _end(process, grace)
         copier.join()
     return Outcome(process.returncode, round(time.monotonic() - started, 1), stopped)
 
@@ -186,14 +200,26 @@ def _copy(stream, path: Path) -> None:
         for line in stream:
             print(line, end="", flush=True)
             log.write(line)
+            log.flush()
 
 
-def _end(process: subprocess.Popen) -> None:
+def _ends_by_itself(process: subprocess.Popen, deadline: float, interruption: Interruption) -> bool:
+    """Wait for its end; False once its time is over or a signal has come."""
+    while interruption.signal is None and (left := deadline - time.monotonic()) > 0:
+        try:
+            process.wait(min(left, 0.2))
+            return True
+        except subprocess.TimeoutExpired:
+            pass
+    return process.poll() is not None
+
+
+def _end(process: subprocess.Popen, grace: float) -> None:
     """Ask the process to finish as Ctrl-C does, then end whatever is left of its group."""
     if process.poll() is None:
         process.send_signal(signal.SIGINT)
         try:
-            process.wait(GRACE_SECONDS)
+            process.wait(grace)
         except subprocess.TimeoutExpired:
             pass
     try:
@@ -217,15 +243,23 @@ def count_tests(path: Path) -> dict[str, int]:
     return {"passed": total["tests"] - sum(rest.values()), **rest}
 
 
-def _count_rows(out: Path) -> int:
-    return sum(len(path.read_text().splitlines()) for path in out.glob("*.jsonl"))
+def _line_counts(out: Path) -> dict[Path, int]:
+    return {path: len(path.read_text().splitlines()) for path in out.glob("*.jsonl")}
 
 
-def _summary_line(stage: Stage, outcome: Outcome, passed: bool, details: str) -> str:
-    verdict = "ok" if passed else f"FAILED (exit status {outcome.status})"
-    if outcome.stopped:
-        verdict += ", stopped at its time budget"
-    return f"{stage.name:<24} {outcome.seconds:>6.1f} s  {verdict}; {details}"
+def _rows_after(out: Path, seen: dict[Path, int]) -> Iterator[dict]:
+    """What was appended to the JSON lines since they had `seen` lines."""
+    for path in sorted(out.glob("*.jsonl")):
+        for line in path.read_text().splitlines()[seen.get(path, 0) :]:
+            with contextlib.suppress(json.JSONDecodeError):  # of a process that was killed in it
+                yield json.loads(line)
+
+
+def _write(out: Path, summary: dict) -> None:
+    """Whole or not at all: a reader never finds half of it."""
+    part = out / "summary.json.part"
+    part.write_text(json.dumps(summary, indent=2) + "\n")
+    part.replace(out / "summary.json")
 
 
 if __name__ == "__main__":

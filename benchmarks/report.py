@@ -159,21 +159,22 @@ HEADER = (
 
 def table_line(row: Row) -> str:
     size = f"{row.place}" if row.shape[row.swept] is not None else "full"
-    times = " ".join(_number(x, 9, _decimals(x)) for x in (row.p20_ms, row.p50_ms, row.p80_ms))
+    times = " ".join(significant(x, 9) for x in (row.p20_ms, row.p50_ms, row.p80_ms))
     share = "" if row.share_of_matrix_rate is None else f"{row.share_of_matrix_rate:.0%}"
     mebibytes = None if row.peak_memory_bytes is None else row.peak_memory_bytes / 2**20
     return (
         f"{size:>7} {row.mode:<7} {row.variant:<30} {times}"
-        f" {_number(row.needed_tflops, 8, _decimals(row.needed_tflops))}"
+        f" {significant(row.needed_tflops, 8)}"
         f" {_number(row.needed_gb_per_s, 7, 1)}"
         f" {_number(row.ratio_to_baseline, 7, 2)} {share:>6} {_number(mebibytes, 9, 1)}  {row.status}"
     )
 
 
+def significant(value: float | None, width: int) -> str:
+    """With four significant digits, and at least one after the point."""
+    decimals = 3 if not value else min(max(3 - math.floor(math.log10(value)), 1), 4)
+    return _number(value, width, decimals)
+
+
 def _number(value: float | None, width: int, decimals: int) -> str:
     return f"{'-':>{width}}" if value is None else f"{value:>{width}.{decimals}f}"
-
-
-def _decimals(value: float | None) -> int:
-    """Four significant digits, at least one after the point."""
-    return 3 if not value else min(max(3 - math.floor(math.log10(value)), 1), 4)

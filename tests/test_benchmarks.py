@@ -13,12 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import reference
 from benchmarks import (
-    accuracy_report,
-    branches,
     gate,
-    gpu_check,
     measure,
-    model,
     peers,
     phases,
     report,
@@ -491,29 +487,6 @@ def test_bad_arguments_of_phases(tmp_path, capsys, bad, message):
     assert_refused_before_any_work(phases.main, phase_arguments(out, *bad), out, message, capsys)
 
 
-def test_gpu_check_asks_for_what_the_benchmarks_take(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    _, stages = gpu_check.stages(tmp_path)
-    parsers = {x.__name__: x.parse for x in (run, accuracy_report, phases, branches, model)}
-    options = {x.name: parsers[x.module[0]](list(x.module[1:])) for x in stages}
-    assert options["accuracy"].seq_len[-1] == accuracy_report.SEQ_LENS[-1]
-    for name, muon in (("phases", False), ("phases-muon", True)):
-        assert options[name].muon is muon
-        assert options[name].fast_weight_dim == [384, 768]
-        assert (options[name].seq_len, options[name].chunk_size) == (32768, 2048)
-        assert (options[name].dtype, options[name].fast_weight_heads) == ("bfloat16", 4)
-        assert options[name].backend == ["triton", "eager"]
-    assert options["branches"].op == list(branches.OPS)
-    assert options["branches"].shape == branches.SIZES["cuda"]
-    whole = options["model"]
-    assert (whole.dtype, whole.seq_len, whole.layers) == ("bfloat16", 16384, 12)
-    assert options["window_attn-packed"].sequences > 1
-    cache = options["window_attn_with_kvcache"]
-    assert cache.op == ["window_attn_with_kvcache"] and cache.heads > cache.kv_heads
-    total = sum(x.seconds for x in stages) + gpu_check.stages(tmp_path)[0].seconds
-    assert total <= 9.5 * 60
-
-
 def _unavailable(point, mode):
     raise peers.Unavailable("not installed")
 
@@ -666,14 +639,6 @@ def start(module, *arguments):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would start the GPU check itself")
-def test_gpu_check_without_a_gpu_says_so_and_exits_cleanly(tmp_path):
-    process = start("benchmarks.gpu_check", "--out", str(tmp_path / "out"))
-    assert process.returncode == 0
-    assert "no GPU" in process.stdout and "nothing was checked" in process.stdout
-    assert not (tmp_path / "out").exists()
-
-
 def test_demo_on_a_short_stereo_recording(tmp_path):
     soundfile = pytest.importorskip("soundfile")
     options = ("--device", "cpu", "--no-sweep")
@@ -702,47 +667,3 @@ def test_demo_refuses_what_it_cannot_use(tmp_path, capsys, case):
     reasons = {"missing": "there is no", "short": "at least 2 s", "not audio": "not a recording"}
     assert reasons[case] in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_gpu_check_stops_a_stage_at_its_budget_and_keeps_its_output(tmp_path, capsys):
-    code = "import time; print('begun', flush=True); time.sleep(60)"
-    outcome = gpu_check.run_stage(
-        gpu_check.Stage("slow", ("timeit", "-n1", "-r1", code), 2), tmp_path
-    )
-    assert outcome.stopped and outcome.seconds < 2 + gpu_check.GRACE_SECONDS
-    assert "begun" in (tmp_path / "slow.log").read_text()
-
-
-def gpu_check_of(code, seconds, tmp_path, monkeypatch):
-    """The exit status and the summary of the check of a test file with this code."""
-    file = tmp_path / "test_it.py"
-    file.write_text(code)
-    tests = ("pytest", str(file), "--rootdir", str(tmp_path))
-    write = f"open({str(tmp_path / 'device.jsonl')!r}, 'a').write('{{}}\\n')"
-    stages = [
-        gpu_check.Stage("tests", (*tests, "--junitxml", str(tmp_path / "tests.xml")), seconds),
-        gpu_check.Stage("benchmark", ("timeit", "-n1", "-r1", write), 60),
-    ]
-    monkeypatch.setattr(gpu_check, "stages", lambda out: (stages[0], stages[1:]))
-    status = gpu_check.check(tmp_path, {"device": "none"})
-    return status, json.loads((tmp_path / "summary.json").read_text())
-
-
-@pytest.mark.parametrize("passing", [True, False])
-def test_gpu_check_benchmarks_only_what_passes(tmp_path, monkeypatch, capsys, passing):
-    code = f"def test_it(): assert {passing}"
-    status, summary = gpu_check_of(code, 60, tmp_path, monkeypatch)
-    assert status == int(not passing)
-    assert summary["ok"] is passing
-    assert summary["stages"]["tests"]["passed"] == int(passing)
-    assert summary["stages"].get("benchmark", {}).get("rows", 0) == int(passing)
-    assert ("FAILED" in capsys.readouterr().out) is not passing
-
-
-def test_gpu_check_benchmarks_after_tests_that_ran_out_of_time(tmp_path, monkeypatch, capsys):
-    """And does not pass, as not all of them have."""
-    code = "import time\ndef test_it(): pass\ndef test_slow(): time.sleep(60)"
-    status, summary = gpu_check_of(code, 6, tmp_path, monkeypatch)
-    assert status == 1 and summary["ok"] is False
-    assert summary["stages"]["tests"]["stopped"] and summary["stages"]["tests"]["passed"] == 1
-    assert summary["stages"]["benchmark"]["rows"] == 1
