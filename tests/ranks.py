@@ -1,7 +1,8 @@
 """Processes that run functions of the tests as the ranks of a gloo group.
 
-The processes are started once for many tests: importing torch takes them seconds. A function must be at the
-top of its module; it is called on every rank with the same arguments, and checks its own results:
+The processes are started once for many tests, as forks of one that has imported torch: that takes seconds. A
+function must be at the top of its module; it is called on every rank with the same arguments, and checks its
+own results:
 
     def equals_one_process(size):
         mesh = mesh_of(size)
@@ -18,8 +19,10 @@ import datetime
 import functools
 import multiprocessing
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing import connection
 from typing import Any
 
 import pytest
@@ -28,8 +31,28 @@ import torch.distributed as dist
 from torch.distributed import device_mesh
 from torch.distributed.device_mesh import DeviceMesh
 
-TIMEOUT = 30  # seconds that a rank waits for another, in the group itself
-PATIENCE = 240  # seconds that a test waits for its ranks
+# Seconds. They end what hangs, and decide nothing else: a machine that is busy must not fail a test.
+TIMEOUT = 300  # that a rank waits for another, in the group itself
+PATIENCE = 600  # that a test waits for its ranks
+GRACE = 30  # that it waits for the others behind the first error: they may wait for that rank
+
+
+def warm_processes() -> Any:
+    """The `multiprocessing` whose processes begin with the imports done.
+
+    They are forks of one that has done nothing else: it has no threads, and no autograd has run in it.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            "tests.ranks",
+            "torch._decomp",
+            "lact_kernels.distributed",
+            "lact_kernels.compat.transformers",
+            "lact_kernels.asr.training",
+        ]
+    )
+    return context
 
 
 class RankError(AssertionError):
@@ -41,58 +64,67 @@ class RankError(AssertionError):
 
 
 class Ranks:
-    """`size` processes in one gloo group, which wait for functions to run."""
+    """`size` processes in one gloo group, which the first function starts, and which then wait for more."""
 
-    def __init__(self, size: int, timeout: float = TIMEOUT):
-        self.size, self.timeout = size, timeout
-        self._start()
+    def __init__(self, size: int):
+        self.size, self._pipes, self._processes = size, [], []
 
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        context = multiprocessing.get_context("spawn")
-        self._pipes, self.processes = [], []
+        context = warm_processes()
         for rank in range(self.size):
             here, there = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(there, rank, self.size, f"{self._folder.name}/store", self.timeout),
+                args=(there, rank, self.size, f"{self._folder.name}/store"),
                 daemon=True,
             )
             process.start()
             there.close()
             self._pipes.append(here)
-            self.processes.append(process)
+            self._processes.append(process)
 
     def run(self, function: Callable, *args: Any) -> list[Any]:
         """What `function(*args)` returns on each rank; `RankError` if it raises on one, or if one dies."""
+        if not self._processes:
+            self._start()
         for pipe in self._pipes:
             pipe.send((function, args))
-        answers = [self._answer(pipe) for pipe in self._pipes]
-        errors = [error for _, error in answers]
+        answers, end = {}, time.monotonic() + PATIENCE
+        while waiting := [pipe for pipe in self._pipes if pipe not in answers]:
+            ready = connection.wait(waiting, max(0, end - time.monotonic()))
+            for pipe in ready:
+                answers[pipe] = _received(pipe)
+                if answers[pipe][1]:
+                    end = min(end, time.monotonic() + GRACE)
+            if not ready:
+                answers |= dict.fromkeys(waiting, (None, "no answer in time"))
+        results, errors = zip(*(answers[pipe] for pipe in self._pipes), strict=True)
         if any(errors):
             self.close()  # a group in which a rank has failed is of no use any more
-            self._start()
-            raise RankError(errors)
-        return [result for result, _ in answers]
-
-    def _answer(self, pipe) -> tuple[Any, str | None]:
-        if not pipe.poll(PATIENCE):
-            return None, f"no answer within {PATIENCE} s"
-        try:
-            return pipe.recv()
-        except EOFError:
-            return None, "died"
+            raise RankError(list(errors))
+        return list(results)
 
     def close(self) -> None:
-        for pipe in self._pipes:
-            pipe.close()
-        for process in self.processes:
-            process.join(5)
-            process.kill()
-        self._folder.cleanup()
+        """End the processes. Another function starts new ones."""
+        if self._processes:
+            for process in self._processes:
+                process.kill()
+            for process, pipe in zip(self._processes, self._pipes, strict=True):
+                process.join()
+                pipe.close()
+            self._pipes, self._processes = [], []
+            self._folder.cleanup()
 
 
-def _serve(pipe, rank: int, size: int, store: str, timeout: float) -> None:
+def _received(pipe) -> tuple[Any, str | None]:
+    try:
+        return pipe.recv()
+    except (EOFError, ConnectionError):
+        return None, "died"
+
+
+def _serve(pipe, rank: int, size: int, store: str) -> None:
     torch.set_num_threads(1)
     # A group has threads that poll for ever: hundreds of tests must not make one each for the same mesh.
     device_mesh.init_device_mesh = functools.cache(device_mesh.init_device_mesh)
@@ -101,7 +133,7 @@ def _serve(pipe, rank: int, size: int, store: str, timeout: float) -> None:
         store=dist.FileStore(store, size),
         rank=rank,
         world_size=size,
-        timeout=datetime.timedelta(seconds=timeout),
+        timeout=datetime.timedelta(seconds=TIMEOUT),
     )
     while True:
         try:

@@ -1,18 +1,18 @@
 """Ranks that disagree, fail or die: every rank gets an error, and none waits for ever."""
 
+import datetime
 import os
-import time
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from lact_kernels.distributed import SequencePieces, block_causal_ttt, window_attn
 from tests.ranks import RankError, Ranks, mesh_of
 from tests.test_distributed_block_causal_ttt import CASES, TOKENS, inputs, options_of
 
 pytestmark = pytest.mark.xdist_group("ranks")
-
-TIMEOUT = 3  # seconds, in the groups of this file
 
 
 def errors_of(ranks, function, *args):
@@ -193,14 +193,9 @@ def test_layouts(ranks: Ranks):
 
 @pytest.fixture
 def two_ranks():
-    two = Ranks(2, timeout=TIMEOUT)
-    two.run(warm_up)
+    two = Ranks(2)
     yield two
     two.close()
-
-
-def warm_up():
-    attention_of(SequencePieces.even(mesh_of(2), 20), 5)
 
 
 def attention_of(pieces, window_size):
@@ -208,22 +203,29 @@ def attention_of(pieces, window_size):
     return window_attn(*x, window_size, pieces=pieces)
 
 
+def no_more_patience(pieces):
+    """What this group waits for from here on never comes: it may as well find out in a second.
+
+    Only behind what all ranks have done: until then nothing but the machine decides how long it takes.
+    """
+    dist.barrier(pieces.group)
+    distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=1), pieces.group)
+
+
 def dies_after(pieces_made):
     mesh = mesh_of(2)
     if pieces_made:
         pieces = SequencePieces.even(mesh, 20)
+        attention_of(pieces, 5)
     if mesh.get_local_rank() == 1:
         os._exit(1)
-    begin = time.monotonic()
-    try:
-        attention_of(pieces if pieces_made else SequencePieces.even(mesh, 20), 5)
-    finally:
-        assert time.monotonic() - begin < 3 * TIMEOUT
+    attention_of(pieces if pieces_made else SequencePieces.even(mesh, 20), 5)
 
 
 def forgets_the_backward():
     pieces = SequencePieces.even(mesh_of(2), 20)
     o = attention_of(pieces, 5)
+    no_more_patience(pieces)
     if pieces.rank == 0:
         o.sum().backward()
 
@@ -232,12 +234,15 @@ def calls_something_else():
     """Rank 1 has not heard of a window of 6, on which nobody agreed."""
     pieces = SequencePieces.even(mesh_of(2), 20)
     attention_of(pieces, 5)
+    no_more_patience(pieces)
     attention_of(pieces, 5 + pieces.rank)
 
 
-def test_a_rank_that_dies_is_an_error_on_the_other(two_ranks):
-    first, second = errors_of(two_ranks, dies_after, True)
-    assert second == "died" and first.startswith("RuntimeError")
+@pytest.mark.parametrize("pieces_made", [True, False], ids=["in a call", "before its pieces"])
+def test_a_rank_that_dies_is_an_error_on_the_other(two_ranks, pieces_made):
+    """At once: it does not take the timeout of the group to hear of it."""
+    first, second = errors_of(two_ranks, dies_after, pieces_made)
+    assert second == "died" and first.startswith("RuntimeError") and "Timed out" not in first
 
 
 def test_a_backward_that_a_rank_forgets_is_an_error(two_ranks):
