@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ ON_CPU = not torch.cuda.is_available()
 EMULATED = Path(__file__).parent / "emulated"
 if ON_CPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    # Threads that wait for each other on a busy machine cost more than what tests compute.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # the workers share the cores
 
 # A borrowed GPU machine may lack what speech needs. Elsewhere a package that is missing is an error.
 SPEECH = ("accelerate", "jiwer", "soundfile", "tensorboard", "torchaudio", "transformers")
@@ -42,6 +44,16 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and ON_CPU:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals():
+    """Signals do what they do in a terminal: a shell starts background processes deaf to Ctrl-C."""
+    dispositions = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, action) for number, action in dispositions.items()}
+    yield
+    for number, action in before.items():
+        signal.signal(number, action)
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import threading
-import time
 
 import pytest
 import torch
@@ -212,18 +210,16 @@ def test_a_call_that_runs_out_of_memory_is_a_row(tmp_path, monkeypatch, capsys):
     assert status[model.OURS] == "ok" and "ended its process" in status[model.DENSE]
 
 
-def test_a_process_that_was_ended_is_told_apart():
+def test_a_process_that_was_ended_is_told_apart(monkeypatch):
+    start = model.Worker.start
+
+    def start_and_end(self):
+        start(self)
+        os.kill(self.process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(model.Worker, "start", start_and_end)
     worker = model.Worker(model.OURS, SIZE, torch.float32, CPU)
-
-    def end():
-        while worker.process is None or worker.process.pid is None:
-            time.sleep(0.01)
-        os.kill(worker.process.pid, signal.SIGKILL)
-
-    thread = threading.Thread(target=end)
-    thread.start()
     assert worker.run("block", 64) == "out of memory: the system ended its process"
-    thread.join()
     assert worker.process is None  # and the next call starts another
 
 

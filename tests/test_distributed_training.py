@@ -376,7 +376,7 @@ def test_ctrl_c_in_the_example_saves_first(tmp_path, unbroken, example, monkeypa
 
     def interrupted(self, i):
         if self.rows[i] == 6 * train_distributed.BATCH:  # of step 7; batches are read ahead
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return row(self, i)
 
     before = signal.getsignal(signal.SIGINT)
