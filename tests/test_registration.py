@@ -28,6 +28,13 @@ TTT = [
     TTTCase("packed", B=1, T=24, cu_seqlens=(0, 3, 3, 16, 24), momentum=True),
 ]
 
+ALL_CHECKS = (
+    "test_schema",
+    "test_autograd_registration",
+    "test_faketensor",
+    "test_aot_dispatch_dynamic",
+)
+
 
 def all_contiguous_grads(fn, leaves):
     outputs = [x for x in fn() if x.requires_grad]
@@ -59,14 +66,26 @@ def test_opcheck_block_causal_ttt_with_checkpoints(case):
     opcheck_block_causal_ttt(dataclasses.replace(case, chunk_size=2), True, checkpoint_interval=2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", TTT[1:], ids=str)
-def test_opcheck_block_causal_ttt_triton(case):
-    """With the blocks of the table, in the interpreter or on a GPU."""
-    opcheck_block_causal_ttt(dataclasses.replace(case, H=1), True, backend="triton")
+@pytest.mark.parametrize(
+    "case, checks",
+    [
+        (dataclasses.replace(TTT[1], H=1, T=5), ("test_schema", "test_faketensor")),
+        (dataclasses.replace(TTT[2], H=1, T=8, cu_seqlens=(0, 3, 3, 8)), ALL_CHECKS),
+    ],
+    ids=("every-option", "packed"),
+)
+def test_opcheck_block_causal_ttt_triton(case, checks):
+    """With the blocks of the table, in the interpreter or on a GPU.
+
+    A whole chunk and a token more: tensors do what the schema says, and look like the fake ones, or not. The
+    graph that the rest of opcheck traces does not depend on what computes: one case has it.
+    """
+    opcheck_block_causal_ttt(case, True, backend="triton", checks=checks)
 
 
-def opcheck_block_causal_ttt(case, return_end, checkpoint_interval=1, backend="eager"):
+def opcheck_block_causal_ttt(
+    case, return_end, checkpoint_interval=1, backend="eager", checks=ALL_CHECKS
+):
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     x = case.inputs(torch.float32, device)
     cu_seqlens, N = (None, None), case.B
@@ -83,7 +102,11 @@ def opcheck_block_causal_ttt(case, return_end, checkpoint_interval=1, backend="e
     start = [w.clone().requires_grad_() for triple in state[:4] for w in triple]
     options = (C, case.muon, case.prenorm, return_end, checkpoint_interval, backend)
     torch.library.opcheck(
-        ttt_ops.block_causal_ttt_fwd, (*tokens, start, *cu_seqlens, *options), atol=1e-4, rtol=1e-3
+        ttt_ops.block_causal_ttt_fwd,
+        (*tokens, start, *cu_seqlens, *options),
+        test_utils=checks,
+        atol=1e-4,
+        rtol=1e-3,
     )
     tokens = [None if t is None else t.detach() for t in tokens]
     start = [w.detach() for w in start]
@@ -92,6 +115,7 @@ def opcheck_block_causal_ttt(case, return_end, checkpoint_interval=1, backend="e
     torch.library.opcheck(
         ttt_ops.block_causal_ttt_bwd,
         (torch.ones_like(o), dend, history, *tokens, start, *cu_seqlens, *options),
+        test_utils=checks,
     )
 
 
