@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import device_mesh
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.launcher import LaunchConfig, elastic_launch
 
 # Seconds. They end what hangs, and decide nothing else: a machine that is busy must not fail a test.
 TIMEOUT = 300  # that a rank waits for another, in the group itself
@@ -47,6 +48,7 @@ def warm_processes() -> Any:
         [
             "tests.ranks",
             "torch._decomp",
+            "torch._dynamo",
             "lact_kernels.distributed",
             "lact_kernels.compat.transformers",
             "lact_kernels.asr.training",
@@ -204,3 +206,32 @@ def ranks():
     four = Ranks(4)
     yield four
     four.close()
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    """Two ranks, for what is slow: of four, the two others would do the same."""
+    two = Ranks(2)
+    yield two
+    two.close()
+
+
+def torchrun(size: int, function: Callable, *args: Any) -> list[Any]:
+    """What `function(*args)` returns in each of the processes that torchrun starts.
+
+    They are found by torchrun's environment variables, but begin with the imports done. Raises
+    `torch.distributed.elastic.multiprocessing.errors.ChildFailedError` if one fails.
+    """
+    warm_processes()
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=size,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="forkserver",
+        signals_to_handle="",  # this process keeps its own
+    )
+    answers = elastic_launch(config, function)(*args)
+    return [answers[rank] for rank in range(size)]

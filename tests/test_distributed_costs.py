@@ -182,7 +182,7 @@ def test_within_chunks_at_the_ends_of_chunks(ranks: Ranks, T):
     assert_reduces_as_the_formulas_say(sent, case, "eager")
 
 
-def test_within_chunks_of_the_kernels(ranks: Ranks):
+def test_within_chunks_of_the_kernels(two_ranks: Ranks):
     case = Case((3, 2), momentum=True, C=4)
-    sent = ranks.run(ttt_sent, case, "within_chunks", torch.float32, "triton")
+    sent = two_ranks.run(ttt_sent, case, "within_chunks", torch.float32, "triton")
     assert_reduces_as_the_formulas_say(sent, case, "triton")

@@ -192,7 +192,7 @@ def test_layouts(ranks: Ranks):
 
 
 @pytest.fixture
-def two_ranks():
+def mortals():
     two = Ranks(2)
     yield two
     two.close()
@@ -239,17 +239,17 @@ def calls_something_else():
 
 
 @pytest.mark.parametrize("pieces_made", [True, False], ids=["in a call", "before its pieces"])
-def test_a_rank_that_dies_is_an_error_on_the_other(two_ranks, pieces_made):
+def test_a_rank_that_dies_is_an_error_on_the_other(mortals, pieces_made):
     """At once: it does not take the timeout of the group to hear of it."""
-    first, second = errors_of(two_ranks, dies_after, pieces_made)
+    first, second = errors_of(mortals, dies_after, pieces_made)
     assert second == "died" and first.startswith("RuntimeError") and "Timed out" not in first
 
 
-def test_a_backward_that_a_rank_forgets_is_an_error(two_ranks):
-    first, second = errors_of(two_ranks, forgets_the_backward)
+def test_a_backward_that_a_rank_forgets_is_an_error(mortals):
+    first, second = errors_of(mortals, forgets_the_backward)
     assert "RuntimeError" in first
 
 
-def test_a_call_that_differs_later_is_an_error_on_both(two_ranks):
-    errors = errors_of(two_ranks, calls_something_else)
+def test_a_call_that_differs_later_is_an_error_on_both(mortals):
+    errors = errors_of(mortals, calls_something_else)
     assert all(errors)

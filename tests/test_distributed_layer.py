@@ -191,8 +191,8 @@ def compiled_layer(size):
     torch.testing.assert_close(torch.autograd.grad(y.sum(), layer.parameters()), expected)
 
 
-def test_compiled_layer(ranks: Ranks):
-    ranks.run(compiled_layer, 2)
+def test_compiled_layer(two_ranks: Ranks):
+    two_ranks.run(compiled_layer, 2)
 
 
 def recogniser_equals_one_process(size, reduction):
