@@ -48,7 +48,7 @@ def warm_processes() -> Any:
         [
             "tests.ranks",
             "torch._decomp",
-            "torch._dynamo",
+            "torch._inductor.compile_fx",
             "lact_kernels.distributed",
             "lact_kernels.compat.transformers",
             "lact_kernels.asr.training",

@@ -405,7 +405,7 @@ def test_the_command_runs_without_torch_for_other_sizes():
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert "| 3B, 48K, 4 |" in done.stdout and "| 3B, 30,000, 2 |" in done.stdout

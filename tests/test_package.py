@@ -11,6 +11,7 @@ import pytest
 
 pytestmark = pytest.mark.xdist_group("package")
 ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
 
 
 def run_python(code: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
@@ -21,16 +22,12 @@ def run_python(code: str, cwd: Path = ROOT, **env: str) -> subprocess.CompletedP
         env=environment | env,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
 
 
 def examples_in(path: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.DOTALL)
-
-
-def readme_examples() -> list[str]:
-    return examples_in(ROOT / "README.md")
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +36,10 @@ def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), "."]
-    subprocess.run([*pip, *build], cwd=ROOT, check=True, timeout=300)
+    subprocess.run([*pip, *build], cwd=ROOT, check=True, timeout=600)
     wheel = next(folder.glob("lact_kernels-*.whl"))
     install = ["install", "--no-deps", "--target", str(folder / "site"), str(wheel)]
-    subprocess.run([*pip, *install], check=True, timeout=300)
+    subprocess.run([*pip, *install], check=True, timeout=600)
     return folder / "site"
 
 
@@ -57,22 +54,26 @@ def test_wheel_contains_the_package_alone(site):
     assert installed <= set(names)
 
 
-@pytest.mark.parametrize("example", range(len(readme_examples())))
-def test_readme_example_runs_from_the_wheel(example, site, tmp_path):
+def each_on_its_own(examples: list[tuple[Path, str]]) -> str:
+    """Code that runs them in one process, as imports take longer than they do."""
+    lines = [f"exec(compile({code!r}, {str(path)!r}, 'exec'), {{}})" for path, code in examples]
+    return "\n".join(lines)
+
+
+def test_readme_examples_run_from_the_wheel(site, tmp_path):
     where = "import lact_kernels; print(lact_kernels.__file__)\n"
-    done = run_python(where + readme_examples()[example], cwd=tmp_path, PYTHONPATH=str(site))
+    examples = [(README, code) for code in examples_in(README)]
+    assert len(examples) >= 4
+    done = run_python(where + each_on_its_own(examples), cwd=tmp_path, PYTHONPATH=str(site))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(site))
 
 
-DOCS = [path for path in sorted((ROOT / "docs").glob("*.md")) if examples_in(path)]
-
-
-@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
-def test_examples_of_the_docs_run(path):
-    """Each on its own; in one process, as imports take longer than the examples."""
-    code = "\n".join(f"exec({example!r}, {{}})" for example in examples_in(path))
-    done = run_python(code)
+def test_examples_of_the_docs_run():
+    docs = sorted((ROOT / "docs").glob("*.md"))
+    examples = [(path, code) for path in docs for code in examples_in(path)]
+    assert len({path for path, _ in examples}) >= 4
+    done = run_python(each_on_its_own(examples))
     assert done.returncode == 0, done.stderr
 
 
@@ -90,7 +91,7 @@ WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"  # as if it were n
 def test_eager_backend_works_without_triton():
     done = run_python(
         WITHOUT_TRITON
-        + readme_examples()[0]
+        + examples_in(README)[0]
         + """
 try:
     lact_kernels.window_attn(q, k, v, 512, backend="triton")
