@@ -148,6 +148,7 @@ def die_at(file):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.xdist_group("ranks")  # which have the warm processes
 def test_sigkill_within_a_checkpoint(tmp_path, corpus, unbroken):
     """The command is killed, and started again: the same curve to the last digit."""
     _, folder = unbroken
