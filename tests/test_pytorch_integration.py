@@ -5,7 +5,6 @@ What only a GPU can show is in test_gpu.py.
 
 import contextlib
 import copy
-import datetime
 import functools
 import itertools
 import pickle
@@ -25,6 +24,7 @@ from lact_kernels import RingKVCache, block_causal_ttt, window_attn, window_attn
 from lact_kernels.eager import masked_attention
 from lact_kernels.ops import offsets
 from tests.cases import TTTCase, WindowCase
+from tests.ranks import Ranks
 
 CASES = [
     WindowCase("dense", 40, 7, B=2, Hq=4),
@@ -384,29 +384,23 @@ def test_copied_cache_goes_its_own_way(copied):
     assert not torch.equal(other.window_attn(q), before)
 
 
+def equals_the_mean_of_all_gradients():
+    """Each rank has tokens of its own."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for make_module, packed in itertools.product(MODULES, (False, True)):
+        torch.manual_seed(0)
+        module = make_module()
+        inputs = [module_inputs(packed, n=2 + r) for r in range(world_size)]
+        means = [sum(x) / world_size for x in zip(*(gradients(module, x) for x in inputs))]
+        distributed = DistributedDataParallel(copy.deepcopy(module))
+        torch.testing.assert_close(gradients(distributed, inputs[rank]), means)
+
+
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_distributed_data_parallel(world_size, tmp_path):
-    args = (world_size, f"file://{tmp_path}/store")
-    if world_size == 1:
-        check_distributed_data_parallel(0, *args)
-    else:
-        torch.multiprocessing.spawn(check_distributed_data_parallel, args, nprocs=world_size)
-
-
-def check_distributed_data_parallel(rank, world_size, store):
-    """Each rank has tokens of its own, and ends with the mean of the gradients of all."""
-    timeout = datetime.timedelta(seconds=60)
-    torch.distributed.init_process_group("gloo", store, timeout, world_size, rank)
-    try:
-        for make_module, packed in itertools.product(MODULES, (False, True)):
-            torch.manual_seed(0)
-            module = make_module()
-            inputs = [module_inputs(packed, n=2 + r) for r in range(world_size)]
-            means = [sum(x) / world_size for x in zip(*(gradients(module, x) for x in inputs))]
-            distributed = DistributedDataParallel(copy.deepcopy(module))
-            torch.testing.assert_close(gradients(distributed, inputs[rank]), means)
-    finally:
-        torch.distributed.destroy_process_group()
+def test_distributed_data_parallel(world_size):
+    with contextlib.closing(Ranks(world_size)) as group:
+        group.run(equals_the_mean_of_all_gradients)
 
 
 # What the backward keeps
