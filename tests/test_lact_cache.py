@@ -50,10 +50,15 @@ def test_any_split_equals_the_whole_sequence(case, split):
     assert (actual - expected).abs().max() < (1e-9 if "muon" in case else 1e-12)
 
 
-@pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_three_chunks_token_by_token_in_float32(backend):
-    layer, x = make_layer("paper", torch.float32, backend=backend), torch.randn(1, 24, 32)
-    actual = read(layer, x, [6] + [1] * 18, LaCTCache())
+@pytest.mark.parametrize(
+    "backend, pieces",
+    [("eager", [6] + [1] * 18), ("triton", [7, 1, 1, 6, 1, 1, 1])],
+    ids=["eager", "triton"],
+)
+def test_three_chunks_token_by_token_in_float32(backend, pieces):
+    """In the interpreter token by token around the ends of chunks: at 8 and 16."""
+    layer, x = make_layer("paper", torch.float32, backend=backend), torch.randn(1, sum(pieces), 32)
+    actual = read(layer, x, pieces, LaCTCache())
     assert (actual - layer(x)).abs().max() < 1e-5
 
 
