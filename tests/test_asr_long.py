@@ -12,7 +12,7 @@ import torch
 from lact_kernels.asr.cli import main
 from lact_kernels.asr.pretrained import save_recogniser
 from lact_kernels.asr.text import build_tokenizer
-from tests.ranks import warm_processes
+from tests.ranks import PATIENCE, warm_processes
 from tests.test_asr_model import noise, small_model
 
 MINUTES = (3, 30)
@@ -43,7 +43,7 @@ def test_memory_does_not_grow_with_the_recording(tmp_path):
                 file.write(minute.numpy())
     process = warm_processes().Process(target=transcribe_all, args=(tmp_path,))
     process.start()
-    process.join()
+    process.join(PATIENCE)
     assert process.exitcode == 0
     peaks = []
     for minutes in MINUTES:

@@ -15,7 +15,7 @@ from lact_kernels.asr.manifest import Utterance, write_manifest
 from lact_kernels.asr.pretrained import load_recogniser
 from lact_kernels.asr.text import build_tokenizer
 from lact_kernels.asr.training import TrainingOptions, new_model, train, usable
-from tests.ranks import warm_processes
+from tests.ranks import PATIENCE, warm_processes
 
 PITCHES = {"low": 300, "high": 1200}
 OPTIONS = {"batch_size": 4, "save_steps": 4, "logging_steps": 1, "warmup_steps": 2, "workers": 0}
@@ -164,7 +164,7 @@ def test_sigkill_within_a_checkpoint(tmp_path, corpus, unbroken):
         target=command_that_is_killed, args=(arguments, torch.get_num_threads())
     )
     process.start()
-    process.join()
+    process.join(PATIENCE)
     assert process.exitcode == -signal.SIGKILL
     unfinished = out / "checkpoints" / "checkpoint-8"
     assert (unfinished / "model.safetensors").is_file()
