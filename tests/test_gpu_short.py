@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks.compile_report import KERNEL_MODULES
+from benchmarks.compile_report.kernels import KERNEL_MODULES
 from lact_kernels import block_causal_ttt, window_attn
 from lact_kernels import triton as package
 from lact_kernels.triton import configs
