@@ -42,7 +42,7 @@ bench: $(INSTALLED)  ## regression timings, saved: compare commits with '.venv/b
 bench-report: $(INSTALLED)  ## throughput against window and chunk size, with the peers; table, JSON lines, plot
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
-compile-report: $(INSTALLED)  ## registers, spills, shared memory of every kernel, compiled without a GPU
+compile-report: $(INSTALLED)  ## registers, spills, shared memory, warnings and overlap of every kernel; no GPU
 	$(BIN)/python -m benchmarks.compile_report $(ARGS)
 
 # These run with the Python they find, so that they work on a GPU machine that has its own PyTorch and no network.
@@ -55,4 +55,4 @@ gpu-check-all:  ## on a GPU, in 10 minutes: every GPU test, then all GPU benchma
 	$(GPU_CHECK) --all
 
 clean:  ## remove what the targets made
-	rm -rf $(VENV) build dist *.egg-info .benchmarks benchmark-results demo-results asr-demo-results asr-adaptation gpu-check-results
+	rm -rf $(VENV) build dist *.egg-info .benchmarks benchmark-results demo-results asr-demo-results asr-adaptation gpu-check-results .compile-report

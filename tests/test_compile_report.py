@@ -42,7 +42,7 @@ def rows(tmp_path_factory):
     """One dict per configuration, compiled once for all tests of this module."""
     path = tmp_path_factory.mktemp("report") / "rows.jsonl"
     result = run_report("--json", path)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode in (0, 1), result.stderr  # 1: a test of this module says of which row
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 

@@ -14,4 +14,7 @@ the loops around them (`loops`). Programs per multiprocessor are those that regi
 Needs a process in which `TRITON_INTERPRET` is not set, because the interpreter replaces the compiler when
 Triton is imported. Rows are kept in .compile-report/, and compiled again when a kernel, a configuration,
 Triton or this package changes.
+
+Exit status: 0, 1 when a kernel spills, exceeds its shared memory, computes products more than once or is
+warned of, 2 for bad arguments and where nothing can be compiled.
 """

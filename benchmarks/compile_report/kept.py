@@ -17,7 +17,8 @@ class Kept:
 
     def __init__(self, folder: Path = FOLDER):
         self.folder = folder
-        code = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+        modules = sorted(Path(__file__).parent.glob("[a-z]*.py"))
+        code = b"".join(path.read_bytes() for path in modules)
         self._version = f"{triton.__version__} {hashlib.sha256(code).hexdigest()}"
 
     def get(self, key: str) -> dict | None:

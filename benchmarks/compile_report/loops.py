@@ -109,8 +109,8 @@ def _asynchronous(body: list[Instruction]) -> tuple[int, int, int]:
                 products += 1
                 on_the_way = True
             elif x.name.startswith(("WARPGROUP.DEPBAR", "SYNCS.PHASECHK")):
-                waits += 1
-                on_the_way = False
+                waits += 1  # Hopper's may leave the last few products on their way
+                on_the_way = x.kind == "WARPGROUP" and not x.operands.rstrip().endswith(" 0x0")
             elif x.kind == "MUFU":
                 overlapped += on_the_way
     return products, waits, overlapped
