@@ -1,9 +1,10 @@
 """`block_causal_ttt` on its Triton kernels, through the public function, against the reference.
 
 Without a GPU they run in Triton's interpreter in float32, with blocks so small that few tokens straddle
-every edge. 16-bit dtypes, the blocks of the table, sums in parts and momentum with Muon are left to
-`emulated/test_block_causal_ttt.py`, which runs what is compiled and takes less time. The tests marked
-`gpu` run with the blocks of the table, too.
+every edge. 16-bit dtypes, the blocks of the table, sums in parts, the longest rows and the options that
+`emulated/test_block_causal_ttt.py` names are left to it: it runs what is compiled and takes less time. The
+tests marked `gpu` run with the blocks of the table, too. The interpreter takes a time for each program, so one
+head is enough where heads are no point of the case.
 """
 
 import dataclasses
@@ -47,18 +48,28 @@ def medium(case):
     """At a size where rounding has its usual statistics: three updates and a rest, several heads.
 
     The gradient of momentum is one number for each head and update but the first, so it takes heads to
-    have statistics. In the interpreter they are slow, and two are enough for everything else.
+    have statistics. In the interpreter two are enough for everything else.
     """
     H = 2 if ON_CPU and not case.momentum else 6
     return sized(case, B=1, T=200, chunk_size=64, H=H, Dk=24, Dv=20, Dh=32)
 
 
 MEDIUM = [medium(case) for case in TTT_OPTIONS]
-MEDIUM_PACKED = [sized(case, T=300, cu_seqlens=(0, 0, 30, 94, 94, 300)) for case in MEDIUM]
-# Muon knows nothing of states, but the number of its matrices changes where sequences end.
-WITH_A_STATE = [case for case in MEDIUM + MEDIUM_PACKED if not case.muon] + [
-    case for case in MEDIUM_PACKED if case.muon and case.prenorm and not case.momentum
-]
+MEDIUM_PACKED = [sized(case, T=244, cu_seqlens=(0, 0, 30, 94, 94, 244)) for case in MEDIUM]
+
+
+def of_options(cases, *names):
+    """Those with these sets of options."""
+    return [case for case in cases if case.reason in names]
+
+
+# Both ways to normalise. Momentum, Muon and both are emulated; with pre-norm and a state they are below.
+WITHOUT_A_STATE = of_options(MEDIUM, "plain", "prenorm")
+# With momentum alone, states are emulated. Muon knows nothing of them, but the number of its matrices changes
+# where sequences end.
+WITH_A_STATE = WITHOUT_A_STATE + of_options(
+    MEDIUM_PACKED, "plain", "momentum prenorm", "muon prenorm"
+)
 
 
 @pytest.fixture
@@ -93,15 +104,15 @@ def checked_in_pieces(case):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("case", [c for c in MEDIUM if not (c.momentum and c.muon)], ids=str)
-def test_all_options(case, blocks):
+@pytest.mark.parametrize("case", WITHOUT_A_STATE, ids=str)
+def test_options(case, blocks):
     blocks(64)
     check(case)
 
 
 @needs_interpreter
 @pytest.mark.parametrize("case", WITH_A_STATE, ids=name)
-def test_all_options_with_a_state(case, blocks):
+def test_options_with_a_state(case, blocks):
     blocks(64)
     checked_in_pieces(case)
 
@@ -109,8 +120,10 @@ def test_all_options_with_a_state(case, blocks):
 # With Muon and fewer tokens than channels, steps have singular values of 0, whose rounding noise the
 # iteration amplifies 490 times forward and once more backward: float32 says nothing there.
 SHAPES = [
-    sized(case, H=4) for case in TTT_SHAPES if not case.muon and case.reason != "larger"
-]  # fmt: skip
+    sized(case, H=4 if case.prenorm else 2)  # of a few tokens with pre-norm two have no statistics
+    for case in TTT_SHAPES
+    if not case.muon and case.reason != "larger"
+]
 
 
 @needs_interpreter
@@ -121,18 +134,17 @@ def test_shapes(case, blocks):
 
 
 UNEQUAL_DIMS = [
-    TTTCase("hidden layer widest", B=1, H=1, T=20, chunk_size=18, Dk=20, Dv=17, Dh=35, muon=True),
     TTTCase("keys widest", B=1, H=1, T=20, chunk_size=18, Dk=35, Dv=20, Dh=17, muon=True),
+    TTTCase("hidden layer widest", B=1, H=1, T=20, chunk_size=18, Dk=20, Dv=17, Dh=35, muon=True),
     TTTCase("values widest", B=1, H=1, T=20, chunk_size=18, Dk=17, Dv=35, Dh=20, muon=True),
 ]
 
 
 @needs_interpreter
-@pytest.mark.parametrize("case", UNEQUAL_DIMS[1:], ids=str)
-def test_matrices_of_several_tiles(case, blocks):
-    """Tall and wide, no dim a multiple of the blocks."""
+def test_matrices_of_several_tiles(blocks):
+    """w0 and w2 wide, w1 tall, no dim a multiple of anything. The other way round they are emulated."""
     blocks(16)
-    check(case)
+    check(UNEQUAL_DIMS[0])
 
 
 @needs_interpreter
@@ -179,20 +191,26 @@ def test_state_is_that_of_the_eager_backend(packed, blocks):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize(
-    "interval, muon", [(2, False), (3, False), (100, False), (2, True)], ids=str
+    "case, intervals",
+    [
+        (TTTCase("dense", T=24, momentum=True, prenorm=True), (2, 3, 100)),
+        (TTTCase("packed", T=24, momentum=True, prenorm=True, cu_seqlens=PACKED), (2, 3, 100)),
+        (TTTCase("dense with muon", T=13, momentum=True, muon=True), (2,)),
+        (TTTCase("packed with muon", T=16, momentum=True, muon=True, cu_seqlens=(0, 3, 16)), (2,)),
+    ],
+    ids=str,
 )
-def test_checkpoints_change_nothing(interval, muon, packed, blocks):
-    """The scan from a checkpoint gives the same bits."""
+def test_checkpoints_change_nothing(case, intervals, blocks):
+    """The scan from a checkpoint gives the same bits. There are three updates at least."""
     blocks(16)
-    case = TTTCase("", T=24, H=1, momentum=True, prenorm=not muon, muon=muon,
-                   B=1, cu_seqlens=PACKED if packed else None)  # fmt: skip
+    case = sized(case, B=1, H=1)
     inputs = case.inputs(torch.float32, DEVICE)
     with filled_with_nan():
         expected = run(inputs, **case.options())
-        actual = run(inputs, **case.options(), checkpoint_interval=interval)
-    assert all(torch.equal(a, b) for a, b in zip(actual, expected))
+        for interval in intervals:
+            actual = run(inputs, **case.options(), checkpoint_interval=interval)
+            assert all(torch.equal(a, b) for a, b in zip(actual, expected)), interval
 
 
 @needs_interpreter
@@ -200,8 +218,8 @@ def test_checkpoints_change_nothing(interval, muon, packed, blocks):
 def test_steps_in_batches_change_nothing(packed, blocks, monkeypatch):
     """Where not all activations are held at once: sums are the same, in another order."""
     blocks(16)
-    case = TTTCase("", T=24, H=1, momentum=True,
-                   **({"B": 1, "cu_seqlens": PACKED} if packed else {"B": 2}))  # fmt: skip
+    case = TTTCase("", H=1, momentum=True,
+                   **({"T": 24, "B": 1, "cu_seqlens": PACKED} if packed else {"T": 16, "B": 2}))  # fmt: skip
     inputs = case.inputs(torch.float32, DEVICE)
     expected = run(inputs, **case.options())
     for size in (1, 1500):
@@ -245,11 +263,19 @@ def test_offsets_beyond_32_bits(blocks):
     assert all(torch.equal(a, b) for a, b in zip(run(far, chunk_size=4), expected))
 
 
+@pytest.fixture
+def nothing_computed(monkeypatch):
+    """Launched kernels do nothing: no value decides how many there are, as nobody waits for one."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    monkeypatch.setattr(InterpretedFunction, "run", lambda kernel, *args, **options: None)
+
+
 @needs_interpreter
 @pytest.mark.parametrize(
     "muon, packed", [(False, False), (True, False), (False, True)], ids=["plain", "muon", "packed"]
 )
-def test_few_launches_per_chunk_and_no_synchronisation(muon, packed, blocks):
+def test_few_launches_per_chunk_and_no_synchronisation(muon, packed, blocks, nothing_computed):
     blocks(16)
     counts, (few, many) = [], (3, 6)
     for chunks in (few, many):
@@ -272,12 +298,12 @@ def test_few_launches_per_chunk_and_no_synchronisation(muon, packed, blocks):
     (few_forward, few_backward), (many_forward, many_backward) = counts
     forward = (many_forward - few_forward) / (many - few)
     backward = (many_backward - few_backward) / (many - few)
-    assert forward <= (20 if muon else 4)
-    assert backward <= (50 if muon else 8)
+    assert 0 < forward <= (20 if muon else 4)
+    assert 0 < backward <= (50 if muon else 8)
 
 
 @needs_interpreter
-def test_packed_sequences_are_scanned_side_by_side(blocks):
+def test_packed_sequences_are_scanned_side_by_side(blocks, nothing_computed):
     """Thirty sequences make as many launches as one of their length."""
     blocks(16)
 
@@ -287,13 +313,13 @@ def test_packed_sequences_are_scanned_side_by_side(blocks):
         inputs = {name: x.detach() for name, x in case.inputs(torch.float32, DEVICE).items()}
         return count_launches(lambda: triton_block_causal_ttt(**inputs, **case.options())).total
 
-    assert launches(30) == launches(2)
+    assert launches(30) == launches(2) > 0
 
 
 @needs_interpreter
 def test_second_backward_gives_the_same_and_nothing_is_mutated(blocks):
     blocks(16)
-    case = TTTCase("", H=1, momentum=True, muon=True, prenorm=True)
+    case = TTTCase("", B=1, T=9, H=1, momentum=True, muon=True, prenorm=True)
     inputs = case.inputs(torch.float32, DEVICE)
     before = [x.detach().clone() for x in inputs.values()]
     o = triton_block_causal_ttt(**inputs, **case.options())
@@ -305,19 +331,9 @@ def test_second_backward_gives_the_same_and_nothing_is_mutated(blocks):
     assert all(torch.equal(a, b) for a, b in zip(before, leaves))
 
 
-@needs_interpreter
-@pytest.mark.slow
-def test_longest_rows(blocks):
-    """Dims of 1024, the most there is, and 16 beside them."""
-    blocks(128)
-    check(TTTCase("", B=1, H=1, T=40, chunk_size=20, Dk=1024, Dv=16, Dh=16))
-    check(TTTCase("", B=1, H=1, T=40, chunk_size=20, Dk=16, Dv=1024, Dh=16))
-    check(TTTCase("", B=1, H=1, T=40, chunk_size=20, Dk=16, Dv=16, Dh=1024))
-
-
-def muon_error_in_float16():
-    """Relative error of the output, at three chunks of 2,048 tokens, D = 192."""
-    D, T = 192, 3 * 2048
+def muon_error_in_float16(D, chunk_size):
+    """Relative error of the output, at three chunks."""
+    T = 3 * chunk_size
     inputs = {name: torch.randn(1, T, 1, D, device=DEVICE) for name in "qkv"}
     for name in "qk":
         inputs[name] = torch.nn.functional.normalize(inputs[name], dim=-1)
@@ -325,28 +341,27 @@ def muon_error_in_float16():
     for name in ("0", "1", "2"):
         inputs["w" + name] = torch.randn(1, D, D, device=DEVICE) / D**0.5
         inputs["lr" + name] = 0.02 * torch.rand(1, T, 1, device=DEVICE)
-    options = {"chunk_size": 2048, "muon": True}
+    options = {"chunk_size": chunk_size, "muon": True}
     exact = reference.block_causal_ttt(**{n: x.double() for n, x in inputs.items()}, **options)
     error = triton_block_causal_ttt(**inputs, **options).double() - exact
     return (error.norm() / exact.norm()).item()
 
 
 @needs_interpreter
-@pytest.mark.slow
 def test_muon_in_float16_is_accurate():
-    """Bfloat16 iterations would give 1.6e-2."""
-    assert muon_error_in_float16() <= 3e-3
+    """The error is 2.1e-3. Iterations rounded to bfloat16 would give 1.7e-2."""
+    assert muon_error_in_float16(64, 256) <= 3e-3
 
 
 @pytest.mark.gpu
 def test_muon_in_float16_is_accurate_on_gpu():
-    assert muon_error_in_float16() <= 3e-3
+    assert muon_error_in_float16(192, 2048) <= 3e-3
 
 
 def test_rows_of_zeros_stay_finite(blocks):
     """A dead row of an initial weight has a target norm of 0; values of zero make steps of zero."""
     blocks(16)
-    case = TTTCase("", H=1, momentum=True, muon=True)
+    case = TTTCase("", B=1, T=9, H=1, momentum=True, muon=True)
     inputs = case.inputs(torch.float32, DEVICE)
     with torch.no_grad():
         inputs["w0"][:, 2] = 0
@@ -357,7 +372,7 @@ def test_rows_of_zeros_stay_finite(blocks):
 def test_gradients_of_zeros_stay_zeros(blocks):
     """There is nothing to normalise them by."""
     blocks(16)
-    case = TTTCase("", B=1, H=1, muon=True)
+    case = TTTCase("", B=1, T=9, H=1, muon=True)
     inputs = case.inputs(torch.float32, DEVICE)
     o = triton_block_causal_ttt(**inputs, **case.options())
     grads = torch.autograd.grad(o, list(inputs.values()), torch.zeros_like(o))
