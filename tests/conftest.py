@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest_plugins = ["tests.ranks"]
+pytest_plugins = ["tests.interpreter", "tests.ranks"]
 
 # Without a GPU a process interprets Triton's kernels, or with TRITON_INTERPRET=0 emulates what is compiled of
 # them: Triton decides for one when it is imported. tests/emulated is for the latter, everything else is not.
