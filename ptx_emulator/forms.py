@@ -5,6 +5,7 @@ so that it is refused. Left aside is what an emulator cannot notice: cache hints
 orders and scopes of single accesses, and how near `approx` or `full` comes to the quotient.
 """
 
+import functools
 import re
 
 from ptx_emulator.parser import Instruction
@@ -99,8 +100,13 @@ _FORMS = {
 
 def check_form(instruction: Instruction) -> None:
     """Raises a ValueError where the opcode or a part of it is unknown."""
-    opcode, *rest = instruction.parts
+    _check_parts(instruction.parts)
+
+
+@functools.lru_cache(maxsize=None)  # of the forms that are known: errors are not kept
+def _check_parts(parts: tuple[str, ...]) -> None:
+    opcode, *rest = parts
     if opcode not in _FORMS:
         raise ValueError(f"there is no {opcode} here")
     if not re.fullmatch(_FORMS[opcode], ".".join(rest)):
-        raise ValueError(f"{'.'.join(instruction.parts)} is no known form of {opcode}")
+        raise ValueError(f"{'.'.join(parts)} is no known form of {opcode}")

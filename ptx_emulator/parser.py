@@ -6,6 +6,7 @@ whose registers and labels are local to them.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import PurePath
@@ -16,6 +17,7 @@ _INSTRUCTION = re.compile(r"^(?:@(!?)([%\w]+)\s+)?([a-z][\w.:]*)\s*(.*)$", re.DO
 _LABEL = re.compile(r"^(\$?[\w$.]+):$")
 _PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.(\w+).*?(\w+_param_\d+)(?:\[(\d+)\])?")
 _BRANCH_TARGETS = re.compile(r"^(\$?[\w$.]+): \.branchtargets (.+)$")
+_LABELLED = re.compile(r"^(\$?[\w$.]+:)(?!:)\s+(.+)$")
 _DECLARATION = re.compile(r"^\.reg\s+\.(\w+)\s+(.+)$")
 
 
@@ -173,7 +175,7 @@ def _split_line(line: str) -> Iterator[str]:
     """The statements of one line, without semicolons; a label may stand before an instruction."""
     for text in line.split(";"):
         text = text.strip()
-        if match := re.match(r"^(\$?[\w$.]+:)(?!:)\s+(.+)$", text):
+        if ":" in text and (match := _LABELLED.match(text)):
             yield match[1]
             text = match[2]
         if text:
@@ -181,19 +183,20 @@ def _split_line(line: str) -> Iterator[str]:
 
 
 def _instruction(kernel: str, text: str, line: int, source: str) -> Instruction:
+    read = _read(text)
+    if read is None:
+        raise UnsupportedInstruction(f"{kernel}, line {line}: cannot read {shortened(text)!r}")
+    return Instruction(*read, line, text, source)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _read(text: str) -> tuple[tuple[str, ...], tuple[str, ...], str | None, bool] | None:
+    """The parts, operands and predicate of one instruction. Kernels have many in common."""
     match = _INSTRUCTION.match(text)
     if not match:
-        raise UnsupportedInstruction(f"{kernel}, line {line}: cannot read {shortened(text)!r}")
+        return None
     negated, predicate, opcode, operands = match.groups()
-    return Instruction(
-        tuple(opcode.split(".")),
-        tuple(_split_operands(operands)),
-        predicate,
-        bool(negated),
-        line,
-        text,
-        source,
-    )
+    return tuple(opcode.split(".")), tuple(_split_operands(operands)), predicate, bool(negated)
 
 
 def _split_operands(text: str) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import types
 
 import numpy as np
 
@@ -35,9 +36,10 @@ class Program:
     def __init__(self, ptx: str):
         self.kernel: Kernel = parse(ptx)
         translator = Translator(self.kernel)
-        self.source = translator.source
+        self.source = "\n".join(translator.sources)
         names = {**_FUNCTIONS, **translator.constants}
-        exec(compile(self.source, f"<{self.kernel.name}>", "exec"), names)
+        for source in translator.sources:
+            exec(_compiled(source, self.kernel.name), names)
         self.blocks = [names[f"b{i}"] for i in range(len(translator.blocks))]
         self.initial = [
             np.array([[NEVER_WRITTEN[translator.type_of(register)]]])
@@ -63,6 +65,12 @@ class Program:
     def at_line(self, line: int) -> Instruction:
         """The first instruction on a line of the PTX."""
         return self._at_line[line]
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(source: str, kernel: str) -> types.CodeType:
+    """A block, which kernels that differ in another one have in common, such as broken ones."""
+    return compile(source, f"<{kernel}>", "exec")
 
 
 def _store_bytes(instruction: Instruction, space: str) -> int:

@@ -12,6 +12,7 @@ from ptx_emulator.order import AGENT_BITS, Clocks, agent_of
 from ptx_emulator.types import UNSIGNED
 
 SHARED_BASE = 1024  # the first KiB is the system's
+GROUP = 4  # warps that execute a wgmma
 DELIVERED, NEVER_WRITTEN, IN_FLIGHT, MBARRIER = range(4)
 
 
@@ -94,7 +95,12 @@ class SharedMemory:
         self.mark_read(units, warps, clocks)
 
     def mark_read(self, units: np.ndarray, warps: np.ndarray, clocks: Clocks) -> None:
-        self.read[units, warps] = clocks.now[warps]
+        ticks = clocks.now[warps]
+        if warps.shape[-1] == GROUP:  # each unit is read by all warps of a group: by one number of 16 bytes
+            of_groups = self.read.view(np.complex128)
+            of_groups[units[..., 0], warps[..., 0] // GROUP] = ticks.view(np.complex128)[..., 0]
+        else:
+            self.read[units, warps] = ticks
         self.last_read[units] = clocks.now.max()
 
     def note_write(

@@ -40,8 +40,14 @@ class Block:
     gate: bool = False
 
 
+@functools.lru_cache(maxsize=1 << 16)
+def _names(text: str) -> tuple[str, ...]:
+    """All in an instruction that may be registers."""
+    return tuple(_REGISTER.findall(text.split(" ", 1)[-1]))
+
+
 class Translator:
-    """Of one kernel: `blocks`, their `source`, and the `constants` that it names."""
+    """Of one kernel: `blocks`, their `sources`, and the `constants` that these name."""
 
     def __init__(self, kernel: Kernel):
         self.kernel = kernel
@@ -49,21 +55,20 @@ class Translator:
             self._known(instruction, self._check)
         self.registers: dict[str, int] = {}  # places in R
         for instruction in kernel.instructions:
-            for name in _REGISTER.findall(instruction.text.split(" ", 1)[-1]):
+            for name in _names(instruction.text):
                 self._add_register(name)
             if instruction.predicate:
                 self._add_register(instruction.predicate)
         self._kinds = _kinds_of_registers(kernel, self.registers)
         self.constants: dict[str, np.ndarray] = {}
-        self._constant_names: dict[tuple, str] = {}
         self.blocks = _cut_into_blocks(kernel)
         self._block_at = {b.first: i for i, b in reversed(list(enumerate(self.blocks)))}
         self.current = 0  # the block that is being written
-        self.source = "\n".join(map(self._translate, range(len(self.blocks))))
+        self.sources = [self._translate(i) for i in range(len(self.blocks))]
 
     def _add_register(self, name: str) -> None:
-        if self.kernel.declared_type(name):
-            self.registers.setdefault(name, len(self.registers))
+        if name not in self.registers and self.kernel.declared_type(name):
+            self.registers[name] = len(self.registers)
 
     def _translate(self, index: int) -> str:
         block, self.current = self.blocks[index], index
@@ -137,17 +142,16 @@ class Translator:
         return self.current + 1
 
     def constant(self, value: int, type: str) -> str:
-        """The name of an array with one element: for f32 `value` has the bits of the number."""
-        key = value, type
-        if key not in self._constant_names:
-            name = self._constant_names[key] = f"c{len(self._constant_names)}"
-            if type == "pred":
-                array = np.array([[bool(value)]])
-            else:
-                bits = value & ((1 << 8 * size_of(type)) - 1)
-                array = np.array([[bits]], f"u{size_of(type)}").view(DTYPES[type])
-            self.constants[name] = array
-        return self._constant_names[key]
+        """The name of an array with one element: for f32 `value` has the bits of the number.
+
+        It follows from the value, so that the same block of another kernel names the same constants.
+        """
+        bits = bool(value) if type == "pred" else value & ((1 << 8 * size_of(type)) - 1)
+        name = f"{type}_{bits:x}"
+        if name not in self.constants:
+            array = np.array([[bits]], "?" if type == "pred" else f"u{size_of(type)}")
+            self.constants[name] = array.view(DTYPES[type])
+        return name
 
     def read(self, operand: str, type: str) -> str:
         """An expression for an operand as a value of `type`."""
@@ -239,7 +243,12 @@ def written_registers(instruction: Instruction) -> list[str]:
     """The operands that an instruction gives a value."""
     if not instructions.has_result(instruction):
         return []
-    return [x for x in re.split(r"[{},|\s]+", instruction.operands[0]) if x and x != "_"]
+    return _written(instruction.operands[0])
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _written(operand: str) -> list[str]:
+    return [x for x in re.split(r"[{},|\s]+", operand) if x and x != "_"]
 
 
 def _kinds_of_registers(kernel: Kernel, registers: dict[str, int]) -> dict[str, str]:
