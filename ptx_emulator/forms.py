@@ -103,7 +103,7 @@ def check_form(instruction: Instruction) -> None:
     _check_parts(instruction.parts)
 
 
-@functools.lru_cache(maxsize=None)  # of the forms that are known: errors are not kept
+@functools.cache  # of the forms that are known: errors are not kept
 def _check_parts(parts: tuple[str, ...]) -> None:
     opcode, *rest = parts
     if opcode not in _FORMS:

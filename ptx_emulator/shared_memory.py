@@ -96,7 +96,9 @@ class SharedMemory:
 
     def mark_read(self, units: np.ndarray, warps: np.ndarray, clocks: Clocks) -> None:
         ticks = clocks.now[warps]
-        if warps.shape[-1] == GROUP:  # each unit is read by all warps of a group: by one number of 16 bytes
+        if (
+            warps.shape[-1] == GROUP
+        ):  # each unit is read by all warps of a group: by one number of 16 bytes
             of_groups = self.read.view(np.complex128)
             of_groups[units[..., 0], warps[..., 0] // GROUP] = ticks.view(np.complex128)[..., 0]
         else:

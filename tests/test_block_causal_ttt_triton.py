@@ -1,10 +1,10 @@
 """`block_causal_ttt` on its Triton kernels, through the public function, against the reference.
 
 Without a GPU they run in Triton's interpreter in float32, with blocks so small that few tokens straddle
-every edge. 16-bit dtypes, the blocks of the table, sums in parts, the longest rows and the options that
-`emulated/test_block_causal_ttt.py` names are left to it: it runs what is compiled and takes less time. The
-tests marked `gpu` run with the blocks of the table, too. The interpreter takes a time for each program, so one
-head is enough where heads are no point of the case.
+every edge. 16-bit dtypes, the blocks of the table, sums in parts and the sets of options that are in
+`emulated/test_block_causal_ttt.py` are left to it: it runs what is compiled and takes less time. The tests
+marked `gpu` run with the blocks of the table, too. The interpreter takes its time for each program: where
+heads are no point of a case there are few.
 """
 
 import dataclasses
@@ -329,6 +329,14 @@ def test_second_backward_gives_the_same_and_nothing_is_mutated(blocks):
     second = torch.autograd.grad(o, leaves, do)
     assert all(torch.equal(a, b) for a, b in zip(first, second))
     assert all(torch.equal(a, b) for a, b in zip(before, leaves))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dims", [(1024, 16, 16), (16, 1024, 16)], ids=["keys", "values"])
+def test_longest_rows(dims, blocks):
+    """1024 is the most there is, here with 16 beside them. Hidden units take many programs: emulated."""
+    blocks(128)
+    check(TTTCase("", B=1, H=1, T=11, chunk_size=10, **dict(zip(("Dk", "Dv", "Dh"), dims))))
 
 
 def muon_error_in_float16(D, chunk_size):
