@@ -107,8 +107,10 @@ BLOCKS = [  # M, N, K, warps, stages: what Triton makes of them differs
     (128, 128, 64, 8, 3),
     (128, 64, 64, 4, 2),
 ]
+# Of the two 16-bit dtypes only the instructions' names and the way to read a number differ.
 PRODUCTS = [
-    *itertools.product([(torch.float16, "ieee"), (torch.bfloat16, "ieee")], BLOCKS),
+    *itertools.product([(torch.bfloat16, "ieee")], BLOCKS),
+    *itertools.product([(torch.float16, "ieee")], BLOCKS[:1]),
     *itertools.product([(torch.float32, "tf32")], BLOCKS[:3]),
     *itertools.product([(torch.float32, "ieee")], BLOCKS[1:2]),  # no matrix instructions
 ]
@@ -137,8 +139,10 @@ def test_products_of_every_operand_layout(arch, product, block):
 
 
 @both
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("N", [32, 64, 128])
+@pytest.mark.parametrize(
+    "dtype, N",
+    [(torch.bfloat16, 32), (torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float16, 64)],
+)
 def test_a_product_of_a_product(arch, dtype, N):
     a, b, c = (torch.randint(-2, 3, (N, N)).to(dtype) for _ in range(3))
     a[:, 8:] = 0  # a b is exact in 16 bits

@@ -37,12 +37,21 @@ LENGTHS = [
         cu_seqlens=(0, 60, 60, 200), cu_seqlens_k=(0, 0, 150, 210),
     ),
 ]  # fmt: skip
-HEAD_DIMS = [
-    case_of("narrow and padded beside wider values", 150, 70, Hq=1, D=40, Dv=64),
-    case_of("padded", 270, None, Hq=1, D=80, Dv=80),
-    case_of("wide", 390, 260, Hq=1, D=128, Dv=128),
-    case_of("widest", 200, 150, Hq=1, D=256, Dv=256),
-]
+WIDE = case_of("wide", 390, 260, Hq=1, D=128, Dv=128)
+# Each width has one set of tiles, whole or padded with zeros: one of the two on each architecture.
+HEAD_DIMS = {
+    90: [
+        case_of("padded", 270, None, Hq=1, D=80, Dv=80),
+        WIDE,
+        # On sm_80 it has the tiles of the widest, and here dk and dv have launches of their own.
+        case_of("widest and padded beside narrower values", 200, 150, Hq=1, D=192, Dv=128),
+    ],
+    80: [
+        case_of("narrow and padded beside wider values", 150, 70, Hq=1, D=40, Dv=64),
+        WIDE,
+        case_of("widest", 200, 150, Hq=1, D=256, Dv=256),
+    ],
+}
 
 
 def check(arch, dtype, case, layout=lambda x: x, attend=run_window_attn):
@@ -63,13 +72,14 @@ def test_half(arch, dtype):
     check(arch, dtype, CASE)
 
 
-@pytest.mark.parametrize("arch, dtype", FLOAT_TARGETS)
+@pytest.mark.parametrize("arch, dtype", FLOAT_TARGETS[1:])
 def test_float(arch, dtype):
     check(arch, dtype, FLOAT_CASE)
 
 
 @pytest.mark.parametrize("arch, dtype", FLOAT_TARGETS[:1])
 def test_packed_float(arch, dtype):
+    """On the other architecture, for which float32 has the same tiles."""
     check(arch, dtype, PACKED_FLOAT_CASE)
 
 
@@ -79,16 +89,16 @@ def test_lengths(arch, dtype, case):
     check(arch, dtype, case)
 
 
-@pytest.mark.parametrize("arch, dtype", TWO_TARGETS)
-@pytest.mark.parametrize("case", HEAD_DIMS, ids=str)
-def test_head_dims(arch, dtype, case):
+@pytest.mark.parametrize("arch, dtype", TWO_TARGETS[:1])
+@pytest.mark.parametrize("case", HEAD_DIMS[90], ids=str)
+def test_head_dims_on_sm_90(arch, dtype, case):
     check(arch, dtype, case)
 
 
-@pytest.mark.parametrize("arch, dtype", [target(90, "bfloat16")])
-def test_wider_and_padded_head_dim_beside_narrower_values(arch, dtype):
-    """On sm_80 it has the tiles of the widest head dim."""
-    check(arch, dtype, case_of("", 200, 150, Hq=1, D=192, Dv=128))
+@pytest.mark.parametrize("arch, dtype", TWO_TARGETS[1:])
+@pytest.mark.parametrize("case", HEAD_DIMS[80], ids=str)
+def test_head_dims_on_sm_80(arch, dtype, case):
+    check(arch, dtype, case)
 
 
 @pytest.mark.parametrize("arch, dtype", TWO_TARGETS)
