@@ -21,3 +21,5 @@ FLOAT_TARGETS = [target(arch, "float32") for arch in (90, 80)]
 TARGETS = HALF_TARGETS + FLOAT_TARGETS
 # One of each architecture and of each 16-bit dtype, for what need not run on all.
 TWO_TARGETS = [target(90, "bfloat16"), target(80, "float16")]
+# Both generations with little shared memory, for what is different there.
+SMALL_TARGETS = [target(86, "bfloat16"), target(120, "float16")]

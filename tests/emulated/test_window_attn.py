@@ -16,7 +16,7 @@ from benchmarks.emulation import emulated_device
 from lact_kernels.ops.window_attn import run_window_attn
 from tests.cases import WindowCase, check_window_attn, filled_with_nan
 from tests.emulated.layouts import bordered, heads_first
-from tests.emulated.targets import FLOAT_TARGETS, HALF_TARGETS, TWO_TARGETS, target
+from tests.emulated.targets import FLOAT_TARGETS, HALF_TARGETS, SMALL_TARGETS, TWO_TARGETS, target
 
 case_of = functools.partial(WindowCase, D=64, Dv=64, Hq=2, Hkv=1)
 # Tiles have 64 or 128 queries by 64 or 128 keys; those of float32 have 32 by 32.
@@ -99,6 +99,13 @@ def test_head_dims_on_sm_90(arch, dtype, case):
 @pytest.mark.parametrize("case", HEAD_DIMS[80], ids=str)
 def test_head_dims_on_sm_80(arch, dtype, case):
     check(arch, dtype, case)
+
+
+@pytest.mark.parametrize("arch, dtype", SMALL_TARGETS)
+def test_widest_head_dims_in_little_shared_memory(arch, dtype):
+    """These GPUs have 99 KiB, so rows of their own: the emulator refuses a kernel that takes more."""
+    D = 192 if arch == 120 else 256
+    check(arch, dtype, case_of("", 140, 90, Hq=1, D=D, Dv=D))
 
 
 @pytest.mark.parametrize("arch, dtype", TWO_TARGETS)

@@ -31,6 +31,7 @@ WHOLE = [
     case_of("window of one and queries before the keys", 100, 1, (100, 2, 0), Tq=3, Hq=2),
     case_of("many rows and no window", 290, None, (290, 20), Tq=40),
     case_of("widest head dim and no lengths", 150, 100, Hq=2, Hkv=2, D=256, Dv=256),
+    case_of("many rows of the widest head dim", 150, 70, (150,), Tq=20, D=256, Dv=256),
 ]
 
 
