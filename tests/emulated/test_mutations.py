@@ -185,18 +185,21 @@ SUBJECTS = {
             (ONE_PITCH, {"descriptor leading offset off by 128": (0, 6)}),
             (UNIFORM, {"shuffle from the next lane": (0,)}),
             (
-                "without tokens, the masks of the rows are false as well",
-                {"comparison with or without equality": (4,)},
+                "another step, over no tokens, where their number is a multiple of 64: none is here",
+                {"comparison with or without equality": (8, 20)},
             ),
             (
-                "of rows 48 to 63 of the first step, or 32 to 47 of the second: no T here ends there",
-                {"comparison with or without equality": (8, 12)},
+                "of rows 48 to 63 of the second step, or 0 to 15 of a later one: no T here ends there",
+                {"comparison with or without equality": (12, 16)},
             ),
             (
-                "of rows 32 to 39, or 96 to 103, of a tile: neither Dv nor Dh ends there",
-                {"comparison with or without equality": (24, 28)},
+                "of rows 32 to 48 of a later step, which all exist wherever one does",
+                {"number added off by one": (25,)},
             ),
-            ("a descriptor has no lowest four bits", {"number added off by one": (20,)}),
+            (
+                "of rows 112 to 119 of a tile: neither Dv nor Dh ends there",
+                {"comparison with or without equality": (28,)},
+            ),
             ("divides by 64 bits instead of 32", {"branch negated": (0,)}),
         ),
     ),
