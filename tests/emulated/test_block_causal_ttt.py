@@ -103,7 +103,7 @@ def test_muon_of_several_tiles(arch, dtype):
 
 @pytest.mark.parametrize("arch, dtype", [*TWO_TARGETS, FLOAT_TARGETS[0]])
 def test_states(arch, dtype):
-    """Cut inside a chunk and at a border; gradients flow back through the states."""
+    """Cut inside a chunk and at a border, with an update after it; gradients flow back through the states."""
 
     def fn(**arguments):
         return in_pieces(triton_block_causal_ttt, (40, 128), **arguments)[0]

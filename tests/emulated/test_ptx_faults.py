@@ -22,6 +22,8 @@ from ptx_emulator import (
     emulate,
     reports,
 )
+from ptx_emulator.order import Clocks
+from ptx_emulator.shared_memory import SharedMemory
 from tests.emulated import kernels
 from tests.emulated.ptx import kernel
 from tests.emulated.test_ptx_kernels import specialised_matmul
@@ -534,6 +536,23 @@ def test_specialised_warps_that_lack_something(text):
 
 
 # --- the emulator itself --------------------------------------------------------------------------------
+
+
+def test_what_groups_of_warps_read_is_what_each_of_their_warps_reads():
+    """Of products: operands of each group's own, and one that the groups share."""
+    by_group, by_warp = (
+        SharedMemory(num_programs=3, num_bytes=256, unit=4, num_warps=12) for _ in range(2)
+    )
+    clocks = Clocks(12)
+    clocks.now[:12] = 1 + torch.randperm(12).numpy()
+    groups = np.arange(4, 12).reshape(2, 1, 4)  # not the first one
+    for units in (np.arange(8).reshape(1, 2, 4), np.arange(20, 180, 40).reshape(2, 1, 2)):
+        by_group.mark_read(units[..., None], groups, clocks)
+        for warp in range(4):
+            by_warp.mark_read(units, groups[..., warp], clocks)
+    assert by_group.read.any()
+    assert np.array_equal(by_group.read, by_warp.read)
+    assert np.array_equal(by_group.last_read, by_warp.last_read)
 
 
 def test_reports_are_not_lost_behind_an_error_of_the_caller():
