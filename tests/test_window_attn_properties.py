@@ -122,19 +122,19 @@ STRUCTURE = {torch.float32: 1e-4, torch.float16: 3e-2}  # a wrong index or mask 
 blocks = st.sampled_from([(16, 16), (32, 16), (16, 32)])
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not ON_CPU, reason="the tiles of 16 are for the interpreter")
-@pytest.mark.parametrize("dtype", STRUCTURE, ids=str)
-def test_kernels(dtype):
-    """Each draw alone by a coarse bound, and all together by that of `benchmarks/accuracy.py`.
+def test_kernels():
+    """Each draw alone by a coarse bound, and all of a dtype together by that of `benchmarks/accuracy.py`.
 
     Many a draw is a handful of numbers, too few to compare rounding errors with.
     """
     squares = collections.defaultdict(lambda: torch.zeros(3, dtype=torch.float64))
+    drawn_of = collections.Counter()
 
     @settings(drawn, max_examples=150)
-    @given(draws(longest=40), blocks)
-    def check(case: Draw, blocks):
+    @given(draws(longest=40), blocks, st.sampled_from(list(STRUCTURE)))
+    def check(case: Draw, blocks, dtype):
+        drawn_of[dtype] += 1
         (*inputs, do), borders = case.inputs(dtype)
         config = KernelConfig(*blocks, num_warps=4, num_stages=1)
         options = (do, None, case.window_size, case.D**-0.5)
@@ -144,13 +144,14 @@ def test_kernels(dtype):
             assert torch.equal(tensors[0] == -math.inf, tensors[2] == -math.inf)
             a, s, e = (x.double().masked_fill(x == -math.inf, 0.0) for x in tensors)
             torch.testing.assert_close(a, e, rtol=0, atol=STRUCTURE[dtype] * (1 + _largest(e)))
-            squares[name] += torch.stack([x.square().sum() for x in (a - e, s - e, e)]).cpu()
+            sums = torch.stack([x.square().sum() for x in (a - e, s - e, e)]).cpu()
+            squares[dtype, name] += sums
 
     check()
-    assert len(squares) == 5
-    for name, (ours, plain, size) in squares.items():
+    assert len(squares) == 5 * len(STRUCTURE) and min(drawn_of.values()) >= 40
+    for (dtype, name), (ours, plain, size) in squares.items():
         eps = torch.finfo(torch.float32 if name == "lse" else dtype).eps
-        assert ours.sqrt() <= 2 * plain.sqrt() + eps * size.sqrt(), name
+        assert ours.sqrt() <= 2 * plain.sqrt() + eps * size.sqrt(), (dtype, name)
 
 
 def _largest(x: Tensor) -> float:

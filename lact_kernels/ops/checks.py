@@ -170,10 +170,13 @@ def triton_runs_on(x: Tensor) -> bool:
     return on_device and TRITON_INSTALLED
 
 
-@torch.compiler.assume_constant_result
 def gpu_obstacle(index: int | None) -> str | None:
     """What keeps the kernels from the GPU of this index: they are made for NVIDIA's, from Ampere on."""
     return _gpu_obstacle(index)
+
+
+# What torch.compiler.assume_constant_result does, but for importing torch._dynamo, and Triton with it.
+gpu_obstacle._dynamo_marked_constant = True
 
 
 @functools.cache
