@@ -6,9 +6,10 @@ exact, so that a hole in the emulator is a test that fails, and so is a reason t
 for one version of Triton: other compilers number barriers in other ways.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -29,22 +30,20 @@ TRITON = "3.6.0"
 # --- kernels --------------------------------------------------------------------------------------------
 
 
-def attention(T: int, window_size: int) -> list[Tensor]:
+def attention(T: int, window_size: int) -> Iterator[tuple[Tensor, ...]]:
     """Loops that come back to each buffer, and tiles cut by T, by W and by the diagonal; then few keys.
 
     The first window of a tile begins at the last key of one, so that every limit counts.
     """
-    outputs = []
     for B, Tq, Tk, H, W in ((1, 133, T, 1, window_size), (2, 128, 4, 2, 3)):
         shapes = (B, Tq, H, 64), (B, Tk, H, 64), (B, Tk, H, 64)
         q, k, v = (torch.randn(shape, dtype=torch.float64).to(torch.bfloat16) for shape in shapes)
-        outputs += window_attn_fwd(q, k, v, W, 0.125)
-    return outputs
+        yield window_attn_fwd(q, k, v, W, 0.125)
 
 
-def outer() -> list[Tensor]:
+def outer() -> Iterator[tuple[Tensor, ...]]:
     """Six steps over tokens with a ragged end, then less than one. Integers, of which sums are exact."""
-    dims, outputs = Dims(Dk=128, Dv=48, Dh=208), []
+    dims = Dims(Dk=128, Dv=48, Dh=208)
     for T, H in ((310, 1), (7, 2)):
         x, y, acts = (
             torch.randint(-8, 9, shape).to(torch.bfloat16)
@@ -56,8 +55,7 @@ def outer() -> list[Tensor]:
             B=1, T=T, shift=0, chunk_size=T, width=T,
         )  # fmt: skip
         ttt_outer(x, y, acts, out, run, dims)
-        outputs.append(out)
-    return outputs
+        yield (out,)
 
 
 @triton.jit
@@ -75,17 +73,15 @@ def _tma_matmul_kernel(
         c.store([m, n], acc.to(tl.bfloat16))
 
 
-def tma_matmul() -> list[Tensor]:
+def tma_matmul() -> Iterator[tuple[Tensor, ...]]:
     """Six steps on three buffers for each of three tiles, which leave through one buffer."""
-    outputs = []
     for M, N, K in ((96, 136, 328), (64, 64, 64)):
         a, b = (torch.randint(-8, 9, shape).to(torch.bfloat16) for shape in ((M, K), (K, N)))
         c = torch.empty(M, N, dtype=torch.bfloat16)
         _tma_matmul_kernel[(triton.cdiv(M, 64),)](
             a, b, c, M, N, K, BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4
         )
-        outputs.append(c)
-    return outputs
+        yield (c,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +89,7 @@ class Subject:
     """A kernel to break: `steps` has the kinds of mutations, of which every so manieth place is broken."""
 
     arch: int
-    launch: Callable[[], list[Tensor]]
+    launch: Callable[[], Iterator[tuple[Tensor, ...]]]  # the outputs of one launch after the other
     at_least: int  # mutants
     steps: dict[str, int]
     # Why, and the places of each kind.
@@ -245,20 +241,22 @@ SUBJECTS = {
 
 
 @functools.cache
-def unbroken(name: str) -> tuple[list[Tensor], str]:
-    """What the kernel computes, and its PTX."""
+def unbroken(name: str) -> tuple[list[list[Tensor]], str]:
+    """What each launch of the kernel computes, and its PTX."""
     assert triton.__version__ == TRITON, (
         f"the survivors are listed for Triton {TRITON}, and this is {triton.__version__}"
     )
     seen = set()
-    outputs, reports = run(name, lambda ptx: seen.add(ptx) or ptx)
-    assert not reports, "\n".join(map(str, reports))
+    outputs = []
+    for launched, reports in run(name, lambda ptx: seen.add(ptx) or ptx):
+        assert not reports, "\n".join(map(str, reports))
+        outputs.append(launched)
     (ptx,) = seen
     return outputs, ptx
 
 
-def run(name: str, edit: Callable[[str], str]) -> tuple[list[Tensor], list]:
-    """Bits of all outputs, of which what is not written is NaN, and the reports."""
+def run(name: str, edit: Callable[[str], str]) -> Iterator[tuple[list[Tensor], list]]:
+    """After each launch the bits of its outputs, of which what is not written is NaN, and all reports."""
     subject = SUBJECTS[name]
     torch.manual_seed(0)
     options = Options(max_iterations=30)
@@ -269,12 +267,12 @@ def run(name: str, edit: Callable[[str], str]) -> tuple[list[Tensor], list]:
         ) as emulation,
     ):
         try:
-            outputs = subject.launch()
+            for outputs in subject.launch():
+                yield [bits(x) for x in outputs], emulation.reports
         except EmulatorError as error:
             if not emulation.launches:
                 raise  # this was no kernel
-            return [], [error]
-    return [bits(x) for x in outputs], emulation.reports
+            yield [], [error]
 
 
 def bits(x: Tensor) -> Tensor:
@@ -283,8 +281,12 @@ def bits(x: Tensor) -> Tensor:
 
 
 def is_caught(name: str, ptx: str) -> bool:
-    outputs, reports = run(name, lambda _: ptx)
-    return bool(reports) or not all(map(torch.equal, outputs, unbroken(name)[0]))
+    """By the first launch, or else by a later one: after it nothing need be run."""
+    with contextlib.closing(run(name, lambda _: ptx)) as launches:
+        return any(
+            reports or not all(map(torch.equal, outputs, expected))
+            for (outputs, reports), expected in zip(launches, unbroken(name)[0])
+        )
 
 
 def mutants_of(name: str, kind: str) -> list[Mutant]:
