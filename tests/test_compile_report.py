@@ -3,6 +3,7 @@
 What the report reads from machine code and ptxas is tested in tests/emulated/test_reading_compiled_code.py.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -41,7 +42,7 @@ def run_report(*arguments, **variables):
 def rows(tmp_path_factory):
     """One dict per configuration, compiled once for all tests of this module."""
     path = tmp_path_factory.mktemp("report") / "rows.jsonl"
-    result = run_report("--json", path)
+    result = run_report("--demanding", "--json", path)
     assert result.returncode in (0, 1), result.stderr  # 1: a test of this module says of which row
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -52,33 +53,35 @@ def describe(row):
 
 def test_every_configuration_is_compiled(rows):
     """Float32 once, as its rows are everybody's; rows for small shared memory for both generations."""
-    from lact_kernels.triton.configs import _TABLE, _TTT_TABLE, COMPILED_DENSE_FOR
+    from lact_kernels.triton.configs import _TABLE, _TTT_TABLE
 
-    def variants(name, arch, width):
-        if "kvcache" in name:
-            return ("",)
-        return ("", " packed") if width == 16 and arch in COMPILED_DENSE_FOR else (" packed",)
+    def config_of(row):
+        return tuple(row["config"].values())
 
     compiled_for = {0: (80,), 86: (86, 120)}
-    attention = {
-        (name, arch, width, f"D{size}{variant}")
+    shipped = {
+        (name, arch, width, dataclasses.astuple(config))
         for (name, key, width), row in _TABLE.items()
         for arch in compiled_for.get(key, (key,))
-        for size in row
-        for variant in variants(name, arch, width)
-    }
-    fast_weights = {
-        (name, arch, width)
-        for name, key, width in _TTT_TABLE
+        for config in row.values()
+    } | {
+        (name, arch, width, dataclasses.astuple(config))
+        for (name, key, width), config in _TTT_TABLE.items()
         for arch in compiled_for.get(key, (key,))
     }
     widths = {"bfloat16": 16, "float16": 16, "float32": 32}
-    products = [r for r in rows if r["kernel"] not in WITHOUT_PRODUCTS]
-    compiled = {(r["kernel"], r["arch"], widths[r["dtype"]], r["shape"]) for r in products}
-    assert {x for x in compiled if x[0].startswith("window_attn")} == attention
-    assert {x[:3] for x in compiled if not x[0].startswith("window_attn")} == fast_weights
+    compiled = {
+        (r["kernel"], r["arch"], widths[r["dtype"]], config_of(r))
+        for r in rows
+        if r["kernel"] not in WITHOUT_PRODUCTS
+    }
+    assert compiled == shipped
     for kernel in WITHOUT_PRODUCTS:
         assert {r["arch"] for r in rows if r["kernel"] == kernel} == {80, 90, 100}
+    attention = [r for r in rows if r["kernel"].startswith("window_attn_") and r["arch"] == 90]
+    shapes = {r["shape"] for r in attention if r["kernel"] == "window_attn_fwd"}
+    sizes = [f"D{size}" for size in (64, 96, 128, 192, 256)]
+    assert shapes == {*sizes, *(f"{size} packed" for size in sizes)}
 
 
 def test_fast_weight_kernels_are_compiled_in_every_variant(rows):

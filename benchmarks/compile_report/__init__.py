@@ -1,7 +1,7 @@
 """What the compiler makes of every shipped kernel configuration, without a GPU.
 
 ```
-python -m benchmarks.compile_report [--arch 80 86 90 100 120] [--pass NAME ...] [--json FILE]
+python -m benchmarks.compile_report [--arch 80 86 90 100 120] [--pass NAME ...] [--demanding] [--json FILE]
 ```
 
 Each kernel module offers `compile_cases(arch)`; `kernels` lists the modules. Triton compiles a case for its

@@ -32,12 +32,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--pass", dest="passes", nargs="+", default=[], help="only kernels of these names"
     )
+    parser.add_argument(
+        "--demanding", action="store_true", help="without cases that are part of another one"
+    )
     parser.add_argument("--json", type=Path, help="also write one JSON object per line here")
     options = parser.parse_args(arguments)
     started, rows = time.perf_counter(), []
     print(_COLUMNS, flush=True)
     try:
-        for row in compile_reports(compile_cases(options.arch, options.passes)):
+        for row in compile_reports(compile_cases(options.arch, options.passes, options.demanding)):
             rows.append(row)
             print(_line(row), flush=True)
             for warning in row.warnings:

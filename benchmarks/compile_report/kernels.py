@@ -26,12 +26,15 @@ COMPILED_FOR = (80, 86, 90, 100, 120)
 
 
 def compile_cases(
-    archs: Iterable[int] = COMPILED_FOR, passes: Iterable[str] = ()
+    archs: Iterable[int] = COMPILED_FOR, passes: Iterable[str] = (), demanding: bool = False
 ) -> Iterator[CompileCase]:
-    """The shipped configurations; `passes` restricts them to those names."""
+    """The shipped configurations; `passes` restricts them to those names, `demanding` to the most demanding.
+
+    These have packed sequences and padded dims: the code of the others with the same tiles, and more.
+    """
     wanted = set(passes)
     for arch in archs:
         for module in KERNEL_MODULES:
             for case in importlib.import_module(module).compile_cases(arch):
-                if not wanted or case.name in wanted:
+                if (not wanted or case.name in wanted) and (case.demanding or not demanding):
                     yield case

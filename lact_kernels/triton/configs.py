@@ -22,7 +22,6 @@ import torch
 ARCHITECTURES = (80, 90, 100)
 ALL = 0
 FLOAT32_COMPILED_FOR = 80  # by the compile report
-COMPILED_DENSE_FOR = (80, 90)
 # Compute capabilities 8.6, 8.9 and 12: sm_80's rows, but for those that do not fit 99 KiB of shared memory.
 SMALL = 86
 HEAD_DIM_CLASSES = (64, 96, 128, 192, 256)
@@ -78,13 +77,14 @@ class CompileCase:
     pointers: dict[str, torch.dtype] = field(repr=False)
     constexprs: dict[str, Any] = field(repr=False)
     also: tuple[int, ...] = ()  # architectures that take the same row
+    demanding: bool = True  # False: another case has the same tiles, the same code and more
 
 
 def packing_cases(case: CompileCase) -> Iterator[CompileCase]:
-    """An attention kernel with packed sequences, which has all the code that it has without, and without."""
+    """An attention kernel without and with packed sequences."""
     names = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr")
-    if case.dtype != torch.float32 and case.arch in COMPILED_DENSE_FOR:
-        yield replace(case, constexprs=case.constexprs | dict.fromkeys(names))
+    demanding = case.demanding and _every_case_counts(case.arch, case.dtype)
+    yield replace(case, constexprs=case.constexprs | dict.fromkeys(names), demanding=demanding)
     packed = case.pointers | dict.fromkeys(names, torch.int32)
     yield replace(case, shape=f"{case.shape} packed", pointers=packed)
 
@@ -276,12 +276,21 @@ def row_config(name: str, columns: int, dtype: torch.dtype) -> RowConfig:
     return RowConfig(max(1, elements // block), block, num_warps)
 
 
-def shipped_configs(name: str, arch: int) -> Iterator[tuple[torch.dtype, int, KernelConfig, tuple]]:
-    """The rows of pass `name` that are compiled for `arch`: (dtype, head dim, config, who takes it too)."""
+def shipped_cases(name: str, arch: int) -> Iterator[tuple[torch.dtype, int, KernelConfig, dict]]:
+    """The rows of pass `name` that are compiled for `arch`: dtype, head dim, config, more of the case."""
     for dtype, key in _compiled_for(arch):
-        for head_dim, config in _TABLE.get((name, key, 8 * dtype.itemsize), {}).items():
-            own = _TABLE.get((name, SMALL, 8 * dtype.itemsize), {})
-            yield dtype, head_dim, config, () if head_dim in own else others(arch)
+        row = _TABLE.get((name, key, 8 * dtype.itemsize), {})
+        own = _TABLE.get((name, SMALL, 8 * dtype.itemsize), {})
+        for head_dim, config in row.items():
+            padded = row.get({128: 96, 256: 192}.get(head_dim))
+            demanding = padded != config or _every_case_counts(arch, dtype)
+            also = () if head_dim in own else others(arch)
+            yield dtype, head_dim, config, {"also": also, "demanding": demanding}
+
+
+def _every_case_counts(arch: int, dtype: torch.dtype) -> bool:
+    """Whether what demands less than another case is held by a test as well."""
+    return arch == 90 and dtype != torch.float32
 
 
 def shipped_ttt_configs(name: str, arch: int) -> Iterator[tuple[torch.dtype, TTTConfig]]:

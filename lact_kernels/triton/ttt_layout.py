@@ -288,11 +288,13 @@ def ttt_compile_cases(
                 pointers=pointers,
                 constexprs={**constexprs(sizes, config), **dict.fromkeys(absent)},
                 also=others(arch),
+                demanding=sizes == dims[0] and "table_ptr" not in absent,
             )
             yield case
             if "table_ptr" in absent and sizes == dims[0]:
                 constants = {k: v for k, v in case.constexprs.items() if k != "table_ptr"}
                 packed = pointers | {"table_ptr": torch.int32}
                 yield replace(
-                    case, shape=f"{case.shape} packed", pointers=packed, constexprs=constants
-                )
+                    case, shape=f"{case.shape} packed", pointers=packed, constexprs=constants,
+                    demanding=True,
+                )  # fmt: skip

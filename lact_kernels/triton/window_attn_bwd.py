@@ -31,7 +31,7 @@ from lact_kernels.triton.configs import (
     capability_of,
     kernel_config,
     packing_cases,
-    shipped_configs,
+    shipped_cases,
 )
 from lact_kernels.triton.launch import (
     on_device,
@@ -481,7 +481,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
         "window_attn_bwd_dq": (_window_attn_bwd_dq_kernel, ("o_ptr", "do_ptr", "dq_ptr")),
     }
     for name, (kernel, outputs) in passes.items():
-        for dtype, head_dim, config, also in shipped_configs(name, arch):
+        for dtype, head_dim, config, more in shipped_cases(name, arch):
             pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", *outputs), dtype)
             pointers |= dict.fromkeys(("lse_ptr", "stats_ptr"), torch.float32)
             constexprs = _constexprs(head_dim, head_dim, config, _stats_width(config))
@@ -496,7 +496,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
                     config=config,
                     pointers=pointers,
                     constexprs=constexprs | variant,
-                    also=also,
+                    **more,
                 )
                 yield from packing_cases(case)
 

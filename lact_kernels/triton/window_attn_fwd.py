@@ -25,7 +25,7 @@ from lact_kernels.triton.configs import (
     capability_of,
     kernel_config,
     packing_cases,
-    shipped_configs,
+    shipped_cases,
 )
 from lact_kernels.triton.launch import (
     on_device,
@@ -238,7 +238,7 @@ def window_attn_fwd(
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
     """Every shipped specialisation, for benchmarks/compile_report."""
-    for dtype, head_dim, config, also in shipped_configs("window_attn_fwd", arch):
+    for dtype, head_dim, config, more in shipped_cases("window_attn_fwd", arch):
         pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), dtype)
         case = CompileCase(
             name="window_attn_fwd",
@@ -249,6 +249,6 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
             config=config,
             pointers={**pointers, "lse_ptr": torch.float32},
             constexprs=attention_constexprs(head_dim, head_dim, config),
-            also=also,
+            **more,
         )
         yield from packing_cases(case)

@@ -29,7 +29,7 @@ from lact_kernels.triton.configs import (
     capability_of,
     kernel_config,
     others,
-    shipped_configs,
+    shipped_cases,
 )
 from lact_kernels.triton.launch import (
     num_multiprocessors,
@@ -256,7 +256,7 @@ def choose_splits(num_keys: int, programs: int, config: KernelConfig, device: to
 def compile_cases(arch: int) -> Iterator[CompileCase]:
     """Every shipped specialisation, for benchmarks/compile_report."""
     for name in ("window_attn_with_kvcache", "window_attn_with_kvcache_wide"):
-        for dtype, head_dim, config, also in shipped_configs(name, arch):
+        for dtype, head_dim, config, more in shipped_cases(name, arch):
             pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), dtype)
             yield CompileCase(
                 name=name,
@@ -267,7 +267,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
                 config=config,
                 pointers={**pointers, "lse_ptr": torch.float32, "seqlens_ptr": torch.int32},
                 constexprs=attention_constexprs(head_dim, head_dim, config),
-                also=also,
+                **more,
             )
     if arch in ARCHITECTURES:
         head_dim = HEAD_DIM_CLASSES[-1]
