@@ -83,8 +83,7 @@ class CompileCase:
 def packing_cases(case: CompileCase) -> Iterator[CompileCase]:
     """An attention kernel without and with packed sequences."""
     names = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr")
-    demanding = case.demanding and _every_case_counts(case.arch, case.dtype)
-    yield replace(case, constexprs=case.constexprs | dict.fromkeys(names), demanding=demanding)
+    yield replace(case, constexprs=case.constexprs | dict.fromkeys(names), demanding=False)
     packed = case.pointers | dict.fromkeys(names, torch.int32)
     yield replace(case, shape=f"{case.shape} packed", pointers=packed)
 
@@ -283,14 +282,8 @@ def shipped_cases(name: str, arch: int) -> Iterator[tuple[torch.dtype, int, Kern
         own = _TABLE.get((name, SMALL, 8 * dtype.itemsize), {})
         for head_dim, config in row.items():
             padded = row.get({128: 96, 256: 192}.get(head_dim))
-            demanding = padded != config or _every_case_counts(arch, dtype)
             also = () if head_dim in own else others(arch)
-            yield dtype, head_dim, config, {"also": also, "demanding": demanding}
-
-
-def _every_case_counts(arch: int, dtype: torch.dtype) -> bool:
-    """Whether what demands less than another case is held by a test as well."""
-    return arch == 90 and dtype != torch.float32
+            yield dtype, head_dim, config, {"also": also, "demanding": padded != config}
 
 
 def shipped_ttt_configs(name: str, arch: int) -> Iterator[tuple[torch.dtype, TTTConfig]]:
