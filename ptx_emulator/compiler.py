@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from triton._C.libtriton import ir
@@ -57,23 +57,34 @@ class Compiler:
 
     def compile(self, source: ASTSource, options) -> Compiled:
         """`options` are those of `backend.parse_options`."""
-        context = ir.context()
-        ir.load_dialects(context)
-        self.backend.load_dialects(context)
-        module = source.make_ir(
-            self.target,
-            options,
-            self.backend.get_codegen_implementation(options),
-            self.backend.get_module_map(),
-            context,
-        )
-        stages, metadata = {}, {}
-        self.backend.add_stages(stages, options, source.language)
-        for name, stage in stages.items():
-            module = stage(module, metadata)
+        for name, made, metadata in run_stages(self.backend, source, options):
             if name == "ptx":
-                return Compiled(module, source.signature, metadata)
-        raise RuntimeError(f"Triton's backend for {self.target} has no stage ptx: {list(stages)}")
+                return Compiled(made, source.signature, metadata)
+        raise RuntimeError(f"Triton's backend for {self.target} has no stage ptx")
+
+
+def run_stages(
+    backend: BaseBackend, source: ASTSource, options
+) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """The name of each of Triton's stages, what it makes, and the metadata so far.
+
+    A stage runs when it is asked for, and may change what the one before has made.
+    """
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    module = source.make_ir(
+        backend.target,
+        options,
+        backend.get_codegen_implementation(options),
+        backend.get_module_map(),
+        context,
+    )
+    stages, metadata = {}, {}
+    backend.add_stages(stages, options, source.language)
+    for name, stage in stages.items():
+        module = stage(module, metadata)
+        yield name, module, metadata
 
 
 @functools.cache

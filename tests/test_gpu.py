@@ -19,18 +19,9 @@ from tests.cases import TTT_SHAPES, TTTCase, check_block_causal_ttt, check_windo
 from tests.test_block_causal_ttt import LARGER
 from tests.test_window_attn import CASES
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("full_float32_products")]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def full_float32_products():
-    """The oracle's float32 products must not be TF32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

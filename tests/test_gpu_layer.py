@@ -9,18 +9,10 @@ from lact_kernels import LaCTCache
 from tests.lact_layer_cases import gradients, make_layer, oracle
 from tests.tolerance import assert_close_to_float64
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("full_float32_products")]
 DEVICE = "cuda"
 SIZES = dict(hidden_size=256, inter_multi=1, window_size=100, lact_chunk_size=128, num_attn_heads=4)
 T = 300
-
-
-@pytest.fixture(autouse=True)
-def full_float32_products():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # the oracle's float32 products must not be TF32
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 def make(case="paper", dtype=torch.float32, **options):

@@ -30,6 +30,7 @@ from tests.ttt_pieces import in_pieces
 
 triton_window_attn = functools.partial(window_attn, backend="triton")
 triton_block_causal_ttt = functools.partial(block_causal_ttt, backend="triton")
+pytestmark = pytest.mark.usefixtures("full_float32_products")
 needs_interpreter = pytest.mark.skipif(not ttt.ON_CPU, reason="counts in the interpreter")
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
@@ -72,15 +73,6 @@ BRANCHES = [
     branches.Case(f"C{C}", T=499, C=C, Hq=Hq, Hf=Hf, rows_of_angles=2)
     for C, Hq, Hf in ((768, 12, 4), (640, 8, 4), (1024, 16, 8))
 ]
-
-
-@pytest.fixture(autouse=True)
-def full_float32_products():
-    """The oracle's float32 products must not be TF32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 def pieces(**arguments):

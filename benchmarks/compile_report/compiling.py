@@ -7,13 +7,12 @@ import re
 
 import torch
 from triton import knobs
-from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
 from lact_kernels.triton.configs import CompileCase
+from ptx_emulator.compiler import WARP_SIZE, run_stages
 
-WARP_SIZE = 32
 _POINTER_TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -71,31 +70,16 @@ def compile_source(source: Source) -> Binary:
     """Compile as a launch would, and keep what ptxas says."""
     backend = make_backend(source.target)
     options = backend.parse_options(source.options)
-    context = ir.context()
-    ir.load_dialects(context)
-    backend.load_dialects(context)
-    module = source.ast.make_ir(
-        source.target,
-        options,
-        backend.get_codegen_implementation(options),
-        backend.get_module_map(),
-        context,
-    )
-    stages, metadata, made = {}, {}, {}
-    backend.add_stages(stages, options, source.ast.language)
-    log = io.StringIO()
+    made, log = {}, io.StringIO()
     with knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         knobs.nvidia.dump_ptxas_log = True
-        for name, stage in stages.items():
-            module = stage(module, metadata)
-            if name in ("ttgir", "ptx", "cubin"):
-                made[name] = module if name == "cubin" else str(module)
-    return Binary(
-        **made,
-        log=log.getvalue(),
-        shared=metadata["shared"],
-        tensor_columns=metadata.get("tmem_size") or 0,
-    )
+        for name, module, metadata in run_stages(backend, source.ast, options):
+            if name in ("ttgir", "ptx"):
+                made[name] = str(module)
+            elif name == "cubin":
+                made["cubin"], made["shared"] = module, metadata["shared"]
+                made["tensor_columns"] = metadata.get("tmem_size") or 0
+    return Binary(**made, log=log.getvalue())
 
 
 def _signature(case: CompileCase) -> tuple[dict[str, str], dict]:

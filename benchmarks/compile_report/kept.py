@@ -8,7 +8,8 @@ from pathlib import Path
 
 import triton
 
-ROOT = Path(__file__).parent.parent.parent
+from benchmarks.report import ROOT
+
 FOLDER = ROOT / ".compile-report"
 
 

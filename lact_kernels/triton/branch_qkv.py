@@ -431,17 +431,20 @@ def constexprs(
     }
 
 
+def compiled_sizes(arch: int) -> Iterator[tuple[torch.dtype, int, int]]:
+    """Those of COMPILED that the compile report compiles for `arch`: float32 once."""
+    for dtype, *dims in COMPILED:
+        if arch in ARCHITECTURES and (dtype != torch.float32 or arch == FLOAT32_COMPILED_FOR):
+            yield dtype, *dims
+
+
 def compile_cases(arch: int) -> Iterator[CompileCase]:
     """The specialisations of some models' sizes, for benchmarks/compile_report."""
-    if arch not in ARCHITECTURES:
-        return
     floats = ("scale_ptr", "offset_ptr", "cos_ptr", "sin_ptr", "dscale_ptr", "doffset_ptr")
     kernels = {"branch_qkv_fwd": _branch_qkv_fwd_kernel, "branch_qkv_bwd": _branch_qkv_bwd_kernel}
     for name, kernel in kernels.items():
         names = [x.name for x in kernel.params if x.name.endswith("_ptr")]
-        for dtype, head_dim, fast_dim in COMPILED:
-            if dtype == torch.float32 and arch != FLOAT32_COMPILED_FOR:
-                continue
+        for dtype, head_dim, fast_dim in compiled_sizes(arch):
             config = row_config(name, fast_dim // 2, dtype)
             yield CompileCase(
                 name=name,

@@ -21,14 +21,12 @@ from torch import Tensor
 
 from lact_kernels.triton.branch_qkv import (
     BACKWARD_PROGRAMS,
-    COMPILED,
+    compiled_sizes,
     num_splits,
     row_offsets,
     token_strides,
 )
 from lact_kernels.triton.configs import (
-    ARCHITECTURES,
-    FLOAT32_COMPILED_FOR,
     CompileCase,
     RowConfig,
     others,
@@ -215,15 +213,11 @@ def constexprs(fast_dim: int, eps: float, config: RowConfig) -> dict:
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
     """The specialisations of some models' sizes, for benchmarks/compile_report."""
-    if arch not in ARCHITECTURES:
-        return
     floats = ("weight_ptr", "dweight_ptr")
     kernels = {"branch_sum_fwd": _branch_sum_fwd_kernel, "branch_sum_bwd": _branch_sum_bwd_kernel}
     for name, kernel in kernels.items():
         names = [x.name for x in kernel.params if x.name.endswith("_ptr")]
-        for dtype, _, fast_dim in COMPILED:
-            if dtype == torch.float32 and arch != FLOAT32_COMPILED_FOR:
-                continue
+        for dtype, _, fast_dim in compiled_sizes(arch):
             config = row_config(name, fast_dim, dtype)
             yield CompileCase(
                 name=name,
