@@ -32,6 +32,8 @@ from torch.distributed import device_mesh
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.launcher import LaunchConfig, elastic_launch
 
+from tests.interpreter import faster_interpreter
+
 # Seconds. They end what hangs, and decide nothing else: a machine that is busy must not fail a test.
 TIMEOUT = 300  # that a rank waits for another, in the group itself
 PATIENCE = 600  # that a test waits for its ranks
@@ -137,16 +139,17 @@ def _serve(pipe, rank: int, size: int, store: str) -> None:
         world_size=size,
         timeout=datetime.timedelta(seconds=TIMEOUT),
     )
-    while True:
-        try:
-            function, args = pipe.recv()
-        except EOFError:
-            return
-        torch.manual_seed(0)
-        try:
-            pipe.send((function(*args), None))
-        except BaseException:
-            pipe.send((None, traceback.format_exc()))
+    with faster_interpreter():
+        while True:
+            try:
+                function, args = pipe.recv()
+            except EOFError:
+                return
+            torch.manual_seed(0)
+            try:
+                pipe.send((function(*args), None))
+            except BaseException:
+                pipe.send((None, traceback.format_exc()))
 
 
 def mesh_of(size: int) -> DeviceMesh:
