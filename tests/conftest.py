@@ -11,6 +11,9 @@ import torch
 
 pytest_plugins = ["tests.interpreter", "tests.ranks"]
 
+# Of thousands of modules that are imported nothing is garbage: to look for it takes a third of their time.
+gc.disable()
+
 # Without a GPU a process interprets Triton's kernels, or with TRITON_INTERPRET=0 emulates what is compiled of
 # them: Triton decides for one when it is imported. tests/emulated is for the latter, everything else is not.
 ON_CPU = not torch.cuda.is_available()
@@ -49,9 +52,9 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish(session):
     """What has been imported stays: to look through it for garbage took a seventh of the tests' time."""
-    gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

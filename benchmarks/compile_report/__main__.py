@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import gc
 import json
 import sys
 import time
@@ -92,4 +93,5 @@ def _loop(loop: dict) -> str:
 
 
 if __name__ == "__main__":
+    gc.disable()  # to look for garbage, of which compilers leave little, takes an eighth of the time
     sys.exit(main())
