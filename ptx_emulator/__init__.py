@@ -9,6 +9,7 @@ from ptx_emulator.errors import (
     EmulatorError,
     InvalidAccess,
     StepLimit,
+    StoppedAtReport,
     UnsupportedInstruction,
 )
 from ptx_emulator.launcher import Emulation, LaunchRecord, Reported, emulate
@@ -27,6 +28,7 @@ __all__ = [
     "Report",
     "Reported",
     "StepLimit",
+    "StoppedAtReport",
     "TensorMapArgument",
     "UnsupportedInstruction",
     "emulate",

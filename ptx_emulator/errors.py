@@ -23,3 +23,7 @@ class Deadlock(EmulatorError):
 
 class StepLimit(EmulatorError):
     """A warp has run more basic blocks than allowed: as likely as not a loop without an end."""
+
+
+class StoppedAtReport(EmulatorError):
+    """Something was reported, and `Options.stop_at_report` asked for no more."""

@@ -92,7 +92,7 @@ class Emulation:
         if not isinstance(edited, str):
             raise TypeError(f"edit must return the PTX to run, got {edited!r}")
         if edited != compiled.ptx:
-            program = Program(edited)  # likely never seen again
+            program = _edited_program(edited)
         compile_seconds = time.perf_counter() - started
         grid = _checked_grid(kernel.__name__, grid)
         arguments = _arguments(compiled, bound, math.prod(grid))
@@ -181,6 +181,12 @@ def emulate(
 
 @functools.lru_cache(maxsize=256)
 def _program(ptx: str) -> Program:
+    return Program(ptx)
+
+
+@functools.lru_cache(maxsize=1)
+def _edited_program(ptx: str) -> Program:
+    """Of hundreds of broken kernels each is likely run by the next launches only, or never again."""
     return Program(ptx)
 
 

@@ -22,6 +22,7 @@ from ptx_emulator.errors import (
     Divergence,
     EmulatorError,
     StepLimit,
+    StoppedAtReport,
     UnsupportedInstruction,
 )
 from ptx_emulator.global_memory import GlobalMemory
@@ -39,6 +40,7 @@ class Options:
     threads_per_batch: int = 8192  # how much NumPy gets at once
     max_iterations: int = 100_000  # jumps back that one strand may make
     memory_counts: bool = False  # sectors and bank conflicts, too
+    stop_at_report: bool = False  # for whoever asks only whether there is one
 
 
 class Launch:
@@ -78,6 +80,8 @@ class Launch:
         self.reports[kind, line] = Report(
             self.program.kernel.name, kind, line, instruction.source, text, example
         )
+        if self.options.stop_at_report:
+            raise StoppedAtReport(str(self.reports[kind, line]))
 
 
 class Batch:

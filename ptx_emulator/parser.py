@@ -97,12 +97,13 @@ def parse(ptx: str) -> Kernel:
     parameters = [Parameter(m[2], m[1], int(m[3]) if m[3] else None) for m in matches]
     num_threads = _num_threads(name, " ".join(header))
 
-    files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', ptx, re.MULTILINE))
+    paths = re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', ptx, re.MULTILINE)
+    files = {number: PurePath(path).name for number, path in paths}
     registers, instructions, labels, branch_targets, source = {}, [], {}, {}, ""
     for number, text in _statements(lines, opening + 1):
         if text.startswith(".loc"):
             file, row = text.split()[1:3]
-            source = f"{PurePath(files.get(file, '?')).name}:{row}"
+            source = f"{files.get(file, '?')}:{row}"
         elif match := _DECLARATION.match(text):
             registers |= {r: match[1] for r in _declared(match[2])}
         elif match := _LABEL.match(text):

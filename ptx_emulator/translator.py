@@ -261,7 +261,9 @@ def _kinds_of_registers(kernel: Kernel, registers: dict[str, int]) -> dict[str, 
     known: dict[str, str] = {}
     copies = []  # (register, one that it may be a copy of)
     for instruction in kernel.instructions:
-        for register in wide.intersection(written_registers(instruction)):
+        for register in written_registers(instruction):
+            if register not in wide:
+                continue
             kind = instructions.result_kind(instruction)
             if kind == "copy":
                 copies += [(register, x) for x in instruction.operands[1:3] if x in wide]

@@ -17,6 +17,7 @@ from ptx_emulator import (
     Options,
     Reported,
     StepLimit,
+    StoppedAtReport,
     TensorMapArgument,
     UnsupportedInstruction,
     emulate,
@@ -53,6 +54,17 @@ def test_store_beyond_a_tensor():
     assert report.instruction.startswith("st.global") and report.source.startswith("kernels.py:")
     assert "program 3" in report.example
     assert f"line {report.line} ({report.source})" in str(error.value)
+
+
+def test_who_asks_for_one_report_gets_no_more():
+    x, y = torch.ones(512), torch.zeros(400)
+    one_at_a_time = Options(stop_at_report=True, threads_per_batch=1)
+    with pytest.raises(StoppedAtReport, match=reports.OUT_OF_BOUNDS):
+        with emulate(90, options=one_at_a_time) as emulation:
+            kernels.copy_without_mask[(5,)](x[:128], y, BLOCK=128)
+    (report,) = emulation.reports
+    assert report.instruction.startswith("ld.global") and "program 1" in report.example
+    assert torch.equal(y, (torch.arange(400) < 128).float())
 
 
 def test_load_from_between_the_rows_of_a_slice():
