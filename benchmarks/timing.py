@@ -24,6 +24,7 @@ from torch import Tensor
 MIN_ROUNDS = 3
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt
 FLUSH_BYTES = {"cuda": 2**28, "cpu": 2**26}  # several times the L2 caches
+MATRIX_SIZES = {"cuda": 4096, "cpu": 1024}  # large enough to show the device's matrix rate
 
 
 def interleaved(
@@ -69,8 +70,8 @@ def percentiles(milliseconds: list[float]) -> tuple[float, float, float]:
 
 
 def matrix_product(dtype: torch.dtype, device: torch.device) -> tuple[Callable[[], Tensor], int]:
-    """A batched matrix product large enough to show the device's matrix rate, and its FLOPs."""
-    batch, size = (4, 4096) if device.type == "cuda" else (4, 1024)
+    """A batched matrix product of MATRIX_SIZES, and its FLOPs."""
+    batch, size = 4, MATRIX_SIZES[device.type]
     x, y = (torch.randn(batch, size, size, device=device).to(dtype) for _ in range(2))
     return lambda: torch.bmm(x, y), 2 * batch * size**3
 

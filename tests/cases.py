@@ -13,6 +13,10 @@ import reference
 from lact_kernels import TTTState
 from tests.tolerance import assert_close_to_float64
 
+# The checks of torch.library.opcheck. An op that computes gradients is in the traced graph of its forward.
+BACKWARD_OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+OPCHECKS = (*BACKWARD_OPCHECKS, "test_aot_dispatch_dynamic")
+
 
 @contextlib.contextmanager
 def filled_with_nan():

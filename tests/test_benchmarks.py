@@ -138,6 +138,13 @@ def arguments(out, *more):
     return [*sizes, "--seconds", "1", "--out", str(out), *more]
 
 
+@pytest.fixture(autouse=True)
+def small_yardsticks(monkeypatch):
+    """What is timed beside the variants takes longer than they do at these sizes."""
+    monkeypatch.setitem(timing.FLUSH_BYTES, "cpu", 2**16)
+    monkeypatch.setitem(timing.MATRIX_SIZES, "cpu", 64)
+
+
 @pytest.fixture
 def without_compiled_peers(monkeypatch):
     """Compiling takes seconds a point and has nothing to do with the rows."""

@@ -20,7 +20,7 @@ from lact_kernels.ops.branches import branch_qkv, branch_sum
 from lact_kernels.triton import branch_qkv as triton_branch_qkv
 from lact_kernels.triton import configs
 from reference import branches as reference
-from tests.cases import filled_with_nan
+from tests.cases import BACKWARD_OPCHECKS, filled_with_nan
 from tests.tolerance import assert_close_to_float64
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -354,13 +354,14 @@ def test_opcheck(case, backend):
     *outputs, fast_v = ops.branch_qkv_fwd(*args)
     grads = [torch.ones_like(x) for x in outputs], [torch.ones_like(x) for x in fast_v]
     args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
-    torch.library.opcheck(ops.branch_qkv_bwd, (*grads[0], grads[1], *args))
+    backward = {"test_utils": BACKWARD_OPCHECKS}
+    torch.library.opcheck(ops.branch_qkv_bwd, (*grads[0], grads[1], *args), **backward)
 
     attn, *rest = case.sum(torch.float32).values()
     torch.library.opcheck(ops.branch_sum_fwd, (attn, *rest, EPS, backend))
     rest = [x if x is None else x.detach() for x in rest]
     dout = torch.ones_like(attn).flatten(2)
-    torch.library.opcheck(ops.branch_sum_bwd, (dout, *rest, EPS, backend))
+    torch.library.opcheck(ops.branch_sum_bwd, (dout, *rest, EPS, backend), **backward)
 
 
 def layer(tensors, options, x):

@@ -314,8 +314,8 @@ def compiled_layer_equals_one_process():
     assert_equal({"y": z} | gradients(ours, x, z, dy), {"y": y} | gradients(layer, x, y, dy))
 
 
-def test_compiles_as_one_graph(ranks):
-    ranks.run(compiled_layer_equals_one_process)
+def test_compiles_as_one_graph(two_ranks):
+    two_ranks.run(compiled_layer_equals_one_process)
 
 
 def bad_uses_raise_and_change_nothing():

@@ -123,7 +123,7 @@ def test_products_of_every_operand_layout(arch, product, block):
     M, N, K = 136, 72, 104
     dtype, precision = product
     BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages = block
-    for a_transposed, b_transposed in itertools.product((False, True), repeat=2):
+    for a_transposed, b_transposed in ((False, True), (True, False)):
         a = integers(K, M, dtype=dtype).T if a_transposed else integers(M, K, dtype=dtype)
         b = integers(N, K, dtype=dtype).T if b_transposed else integers(K, N, dtype=dtype)
         c = empty_like(a, (M, N)).float()
