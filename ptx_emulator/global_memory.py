@@ -8,6 +8,7 @@ that program: see order.py.
 """
 
 import ctypes
+import mmap
 
 import numpy as np
 from torch import Tensor
@@ -43,10 +44,10 @@ class GlobalMemory:
             # The alignment of the real pointer, which Triton has specialised on, is kept.
             self._spans.append((start, size + start % ALIGNMENT, stop - start))
             size = -(-(size + stop - start + GAP + ALIGNMENT) // ALIGNMENT) * ALIGNMENT
-        words = np.zeros(size // 16, np.complex128)
+        words = _zeros(size // 16, np.complex128)
         self.bytes = words.view(np.uint8)
         self.views = {n: words.view(dtype) for n, dtype in UNSIGNED.items()}
-        owner = np.zeros(size, np.uint8)
+        owner = _zeros(size, np.uint8)
         for address, offset, length in self._spans:
             self.bytes[offset : offset + length] = _memory_at(address, length)
             owner[offset : offset + length] = BETWEEN_ELEMENTS
@@ -57,10 +58,8 @@ class GlobalMemory:
             )
             elements[...] = IN_ELEMENT
         self._owners = {1: owner}
-        self.writer, self.reader, self.stamp = (np.zeros(size // unit, np.int32) for _ in range(3))
-        self.touched = {
-            verb: np.zeros(size // SECTOR + 1, np.bool_) for verb in ("read", "written")
-        }
+        self.writer, self.reader, self.stamp = (_zeros(size // unit, np.int32) for _ in range(3))
+        self.touched = {verb: _zeros(size // SECTOR + 1, np.bool_) for verb in ("read", "written")}
         self._before = [self.bytes[offset : offset + n].copy() for _, offset, n in self._spans]
 
     def _offset(self, tensor: Tensor) -> int:
@@ -79,7 +78,7 @@ class GlobalMemory:
     def owners(self, size: int) -> np.ndarray:
         """For each `size` bytes in a row: the least owner among them."""
         if size not in self._owners:
-            owners = self._owners[size] = np.zeros(len(self.bytes) // size, np.uint8)
+            owners = self._owners[size] = _zeros(len(self.bytes) // size, np.uint8)
             for _, offset, length in self._spans:
                 first, stop = offset // 16 * 16, -(-(offset + length) // 16) * 16
                 part = self._owners[1][first:stop].reshape(-1, size)
@@ -95,6 +94,12 @@ class GlobalMemory:
             now = self.bytes[offset : offset + length]
             if not np.array_equal(now, before):
                 _memory_at(address, length)[:] = now
+
+
+def _zeros(number: int, dtype: type) -> np.ndarray:
+    """As of NumPy, which would ask for pages of 2 MiB: one byte among zeros would cost as many."""
+    size = number * np.dtype(dtype).itemsize
+    return np.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype)
 
 
 def _extent(tensor: Tensor) -> int:
