@@ -60,10 +60,8 @@ def test_whole_tiles_and_sums_over_tokens_in_parts(arch, dtype):
 @pytest.mark.parametrize("arch, dtype", FLOAT_TARGETS[1:])
 def test_whole_tiles_of_sequences_with_weights_of_their_own(arch, dtype):
     """As float32 has smaller tiles. Among the sequences is one of nothing."""
-    sequences = {"T": 600, "chunk_size": 270, "cu_seqlens": (0, 0, 30, 600)}
-    options = {"momentum": True, "prenorm": True, "batched_weights": True}
-    case = dataclasses.replace(WHOLE_TILES, H=4, Dk=32, Dv=32, Dh=64)
-    check_in_parts(arch, dtype, dataclasses.replace(case, **sequences, **options))
+    sizes = dict(H=4, T=600, chunk_size=270, cu_seqlens=(0, 0, 30, 600), Dk=32, Dv=32, Dh=64)
+    check_in_parts(arch, dtype, dataclasses.replace(PACKED, **sizes))
 
 
 def check_in_parts(arch, dtype, case):
@@ -87,8 +85,8 @@ def test_muon_of_several_tiles(arch, dtype):
 @pytest.mark.parametrize("arch, dtype", FLOAT_TARGETS[:1])
 def test_muon_of_several_tiles_with_momentum(arch, dtype):
     """As float32 has smaller tiles."""
-    case = dataclasses.replace(MUON, H=2, T=200, chunk_size=96, momentum=True)
-    check(arch, dtype, dataclasses.replace(case, Dk=24, Dv=40, Dh=48))
+    sizes = dict(H=2, T=200, chunk_size=96, Dk=24, Dv=40, Dh=48)
+    check(arch, dtype, dataclasses.replace(MUON, momentum=True, **sizes))
 
 
 @pytest.mark.parametrize("arch, dtype", TWO_TARGETS)
