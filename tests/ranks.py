@@ -16,6 +16,7 @@ own results:
 import collections
 import contextlib
 import datetime
+import faulthandler
 import functools
 import multiprocessing
 import tempfile
@@ -98,7 +99,7 @@ class Ranks:
         while waiting := [pipe for pipe in self._pipes if pipe not in answers]:
             ready = connection.wait(waiting, max(0, end - time.monotonic()))
             for pipe in ready:
-                answers[pipe] = _received(pipe)
+                answers[pipe] = _received(pipe, self._processes[self._pipes.index(pipe)])
                 if answers[pipe][1]:
                     end = min(end, time.monotonic() + GRACE)
             if not ready:
@@ -121,14 +122,16 @@ class Ranks:
             self._folder.cleanup()
 
 
-def _received(pipe) -> tuple[Any, str | None]:
+def _received(pipe, process) -> tuple[Any, str | None]:
     try:
         return pipe.recv()
     except (EOFError, ConnectionError):
-        return None, "died"
+        process.join(GRACE)
+        return None, f"died: exit code {process.exitcode}"
 
 
 def _serve(pipe, rank: int, size: int, store: str) -> None:
+    faulthandler.enable()  # a crash says on stderr where it was
     torch.set_num_threads(1)
     # A group has threads that poll for ever: hundreds of tests must not make one each for the same mesh.
     device_mesh.init_device_mesh = functools.cache(device_mesh.init_device_mesh)

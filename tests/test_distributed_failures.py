@@ -218,7 +218,7 @@ def dies_after(pieces_made):
         pieces = SequencePieces.even(mesh, 20)
         attention_of(pieces, 5)
     if mesh.get_local_rank() == 1:
-        os._exit(1)
+        os._exit(7)
     attention_of(pieces if pieces_made else SequencePieces.even(mesh, 20), 5)
 
 
@@ -242,7 +242,8 @@ def calls_something_else():
 def test_a_rank_that_dies_is_an_error_on_the_other(mortals, pieces_made):
     """At once: it does not take the timeout of the group to hear of it."""
     first, second = errors_of(mortals, dies_after, pieces_made)
-    assert second == "died" and first.startswith("RuntimeError") and "Timed out" not in first
+    assert second == "died: exit code 7"
+    assert first.startswith("RuntimeError") and "Timed out" not in first
 
 
 def test_a_backward_that_a_rank_forgets_is_an_error(mortals):
