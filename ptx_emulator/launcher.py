@@ -87,12 +87,10 @@ class Emulation:
         if warmup:
             return compiled
         grid = grid(bound) if callable(grid) else grid
-        program = _program(compiled.ptx)
         edited = self.edit(compiled.metadata["name"], compiled.ptx) if self.edit else compiled.ptx
         if not isinstance(edited, str):
             raise TypeError(f"edit must return the PTX to run, got {edited!r}")
-        if edited != compiled.ptx:
-            program = _edited_program(edited)
+        program = (_program if edited == compiled.ptx else _edited_program)(edited)
         compile_seconds = time.perf_counter() - started
         grid = _checked_grid(kernel.__name__, grid)
         arguments = _arguments(compiled, bound, math.prod(grid))
@@ -179,15 +177,9 @@ def emulate(
         raise Reported(emulation.reports)
 
 
-@functools.lru_cache(maxsize=256)
-def _program(ptx: str) -> Program:
-    return Program(ptx)
-
-
-@functools.lru_cache(maxsize=1)
-def _edited_program(ptx: str) -> Program:
-    """Of hundreds of broken kernels each is likely run by the next launches only, or never again."""
-    return Program(ptx)
+_program = functools.lru_cache(maxsize=256)(Program)
+# Of hundreds of broken kernels each is likely run by the next launches only, or never again.
+_edited_program = functools.lru_cache(maxsize=1)(Program)
 
 
 def _arguments(compiled: Compiled, bound: dict, num_programs: int) -> list:

@@ -72,7 +72,7 @@ class Ranks:
     """`size` processes in one gloo group, which the first function starts, and which then wait for more."""
 
     def __init__(self, size: int):
-        self.size, self._pipes, self._processes = size, [], []
+        self.size, self._processes = size, {}  # by the pipes to them, in the order of ranks
 
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -86,25 +86,24 @@ class Ranks:
             )
             process.start()
             there.close()
-            self._pipes.append(here)
-            self._processes.append(process)
+            self._processes[here] = process
 
     def run(self, function: Callable, *args: Any) -> list[Any]:
         """What `function(*args)` returns on each rank; `RankError` if it raises on one, or if one dies."""
         if not self._processes:
             self._start()
-        for pipe in self._pipes:
+        for pipe in self._processes:
             pipe.send((function, args))
         answers, end = {}, time.monotonic() + PATIENCE
-        while waiting := [pipe for pipe in self._pipes if pipe not in answers]:
+        while waiting := [pipe for pipe in self._processes if pipe not in answers]:
             ready = connection.wait(waiting, max(0, end - time.monotonic()))
             for pipe in ready:
-                answers[pipe] = _received(pipe, self._processes[self._pipes.index(pipe)])
+                answers[pipe] = _received(pipe, self._processes[pipe])
                 if answers[pipe][1]:
                     end = min(end, time.monotonic() + GRACE)
             if not ready:
                 answers |= dict.fromkeys(waiting, (None, "no answer in time"))
-        results, errors = zip(*(answers[pipe] for pipe in self._pipes), strict=True)
+        results, errors = zip(*(answers[pipe] for pipe in self._processes), strict=True)
         if any(errors):
             self.close()  # a group in which a rank has failed is of no use any more
             raise RankError(list(errors))
@@ -113,12 +112,12 @@ class Ranks:
     def close(self) -> None:
         """End the processes. Another function starts new ones."""
         if self._processes:
-            for process in self._processes:
+            for process in self._processes.values():
                 process.kill()
-            for process, pipe in zip(self._processes, self._pipes, strict=True):
+            for pipe, process in self._processes.items():
                 process.join()
                 pipe.close()
-            self._pipes, self._processes = [], []
+            self._processes = {}
             self._folder.cleanup()
 
 

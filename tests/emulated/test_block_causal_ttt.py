@@ -33,7 +33,9 @@ PACKED = TTTCase(
     "", B=1, H=2, T=142, chunk_size=32, momentum=True, prenorm=True, batched_weights=True,
     cu_seqlens=(0, 0, 30, 72, 72, 142),
 )  # fmt: skip
-WHOLE_TILES = TTTCase("", B=1, H=1, T=560, chunk_size=520, cu_seqlens=(0, 20, 560))
+WHOLE_TILES = TTTCase(
+    "", B=1, H=1, T=560, chunk_size=520, cu_seqlens=(0, 20, 560), Dk=128, Dv=128, Dh=128
+)
 # More tokens in a chunk than channels: a step with singular values of 0 would be rounding noise.
 MUON = TTTCase("", B=1, H=1, T=170, chunk_size=160, muon=True)
 
@@ -54,7 +56,7 @@ def test_momentum(arch, dtype):
 @pytest.mark.parametrize("arch, dtype", TWO_TARGETS)
 def test_whole_tiles_and_sums_over_tokens_in_parts(arch, dtype):
     """No mask of channels, a chunk of several tiles beside a short one, and a device to fill."""
-    check_in_parts(arch, dtype, dataclasses.replace(WHOLE_TILES, Dk=128, Dv=128, Dh=128))
+    check_in_parts(arch, dtype, WHOLE_TILES)
 
 
 @pytest.mark.parametrize("arch, dtype", FLOAT_TARGETS[1:])
