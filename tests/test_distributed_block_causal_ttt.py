@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 import lact_kernels
 import reference
+from lact_kernels import TTTTokens
 from lact_kernels.distributed import SequencePieces, block_causal_ttt
 from tests.cases import filled_with_nan
 from tests.ranks import Ranks, counted, mesh_of
@@ -32,7 +33,7 @@ class Case:
     before: tuple[int, ...] | None = (
         None  # tokens that an initial state has read, of all rows or each sequence
     )
-    options: str = ""  # of momentum, muon, prenorm, own-weights, interval
+    options: str = ""  # of momentum, muon, prenorm, own-weights, interval, ragged
 
     @property
     def N(self) -> int:
@@ -49,6 +50,9 @@ ACROSS = {
         4, (3, 2, 1, 34), "across_chunks", B=2, options="momentum interval"
     ),
     "behind-a-state": Case(4, (13, 0, 20, 7), "across_chunks", B=2, before=(11,), options=ALL),
+    "behind-ragged-pieces": Case(
+        4, (1, 2, 1, 36), "across_chunks", B=2, before=(3,), options="momentum ragged"
+    ),
     "pieces-within-pending": Case(
         4, (1, 2, 1, 36), "across_chunks", before=(3,), options="prenorm"
     ),
@@ -67,6 +71,9 @@ WITHIN = {
     "two-ranks": Case(2, (20, 20), "within_chunks"),
     "state-before-shared-chunks": Case(
         4, (13, 0, 20, 7), "within_chunks", 16, B=2, before=(19,), options=ALL
+    ),
+    "ragged-before-shared-chunks": Case(
+        4, (13, 0, 20, 7), "within_chunks", 16, B=2, before=(3,), options="ragged"
     ),
     "packed-shared-chunks": Case(
         4, (13, 10, 10, 7), "within_chunks", cu_seqlens=PACKED, before=(3, 0, 9, 15), options=ALL
@@ -153,7 +160,17 @@ def initial_state(case, x, dtype):
     _, state = lact_kernels.block_causal_ttt(
         **earlier, **options_of(case), cu_seqlens=cu_seqlens, return_state=True
     )
-    return state
+    return in_ragged_pieces(state) if "ragged" in case.options else state
+
+
+def in_ragged_pieces(state):
+    """The same state, row n of which has read n of its waiting tokens in another call than the others."""
+    rows = state.pending[0].sequences()
+    parts = [
+        [None if x is None else [row[part(n)] for n, row in enumerate(x)] for x in rows]
+        for part in (lambda n: slice(n), lambda n: slice(n, None))
+    ]
+    return state._replace(pending=tuple(map(TTTTokens.padded, parts)))
 
 
 def in_pieces(case, dtype, backend="eager"):

@@ -83,6 +83,20 @@ def test_rows_of_different_lengths_go_on_together(case):
     assert cache.layers[0].lengths == (23, 16, 24) and cache.get_seq_length() == T
 
 
+def test_rows_that_came_to_the_same_place_in_different_turns():
+    """Two padded turns after which both rows have read as much, then token by token into a full chunk."""
+    layer, cache, outputs = make_layer("paper"), LaCTCache(), []
+    x, mask = torch.randn(2, 16, 32, dtype=torch.float64), torch.ones(2, 16, dtype=torch.bool)
+    mask[0, [0, 1]], mask[1, [4, 5]] = False, False
+    with torch.no_grad():
+        for start, stop in ((0, 3), (3, 6), *((t, t + 1) for t in range(6, 16))):
+            piece = slice(start, stop)
+            outputs.append(layer(x[:, piece], mask[:, piece], cache))
+    assert cache.layers[0].lengths == (14, 14)
+    for row, exists, y in zip(x, mask, torch.cat(outputs, dim=1)):
+        assert (y[exists] - oracle(layer, row[exists])).abs().max() < 1e-12
+
+
 def test_full_attention_keeps_all_tokens_in_slots_that_grow(monkeypatch):
     monkeypatch.setattr(lact_kernels.layers.cache, "INITIAL_CAPACITY", 4)
     layer, x = make_layer("full-attention"), torch.randn(2, T, 32, dtype=torch.float64)

@@ -144,6 +144,37 @@ def test_rows_at_different_places_go_on_together(case, op_calls):
     assert torch.equal(block_causal_ttt(**rows, **options), after)
 
 
+@pytest.mark.parametrize("case", TTT_OPTIONS, ids=str)
+def test_rows_that_came_to_the_same_place_in_different_pieces(case):
+    """Rows of 1 + 1 and 0 + 2 tokens have two each, and go on as a batch."""
+    case = dataclasses.replace(case, B=2, T=11)
+    inputs, options = case.inputs(torch.float64), case.options()
+    whole = block_causal_ttt(**inputs, **options)
+    state, outputs = None, []
+    for spans in (((0, 1), (0, 0)), ((1, 2), (0, 2))):
+        packed = {
+            name: torch.cat([x[n, a:b] for n, (a, b) in enumerate(spans)])[None]
+            if name in TOKENS
+            else x
+            for name, x in inputs.items()
+        }
+        borders = torch.tensor([0, spans[0][1] - spans[0][0], packed["q"].shape[1]]).int()
+        _, state = block_causal_ttt(
+            **packed, **options, cu_seqlens=borders, initial_state=state, return_state=True
+        )
+    assert state.pending_lengths == (2, 2) and [x.lengths for x in state.pending] == [(1, 0), (1, 2)]
+    for start, stop in ((2, 3), (3, 6), (6, 11)):  # waiting on, filling a chunk, going on
+        piece = tokens_at(inputs, start, stop)
+        o, state = block_causal_ttt(**piece, **options, initial_state=state, return_state=True)
+        outputs.append(o)
+    ours, expected, leaves = torch.cat(outputs, dim=1), whole[:, 2:], list(inputs.values())
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+    for name, *pair in zip(
+        inputs, torch.autograd.grad(ours.sum(), leaves), torch.autograd.grad(expected.sum(), leaves)
+    ):
+        torch.testing.assert_close(*pair, rtol=1e-7, atol=1e-7, msg=f"d{name}")
+
+
 def test_packed_sequences_are_scanned_together(op_calls):
     """With a state as without, whether they fill a chunk or not."""
     case = TTTCase("", B=1, T=14, cu_seqlens=(0, 9, 9, 14), momentum=True)

@@ -154,8 +154,16 @@ class TTTState(NamedTuple):
         return TTTState(*fields, pending, *self[5:])
 
 
-def joined_tokens(state: TTTState, tokens: list[Tensor | None]) -> list[Tensor | None]:
-    """The pending and the new tokens of entries that have equally many, `[N, t, ...]`."""
+def joined_tokens(state: TTTState, tokens: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The pending and the new tokens of entries that have equally many, `[N, t, ...]`.
+
+    Pieces may still differ: entries that were fed 1 + 2 tokens and 2 + 1 tokens have three each.
+    """
+    if any(piece.is_padded for piece in state.pending):
+        rows = [None if x is None else x.unbind() for x in tokens]
+        shape = (state.num_sequences, state.pending_lengths[0] + tokens[0].shape[1])
+        packed = packed_tokens(state, rows)
+        return [None if x is None else x[0].unflatten(0, shape) for x in packed]
     columns = zip(*(piece.tensors for piece in state.pending), tokens)
     return [None if column[0] is None else torch.cat(column, dim=1) for column in columns]
 
