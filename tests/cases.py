@@ -230,3 +230,20 @@ def check_block_causal_ttt(
     ]
     for name, a, s, e in zip(("o", *(f"d{name}" for name in inputs)), *results):
         assert_close_to_float64(a, s, e, name)
+
+
+def write_with_numpy(x, place, value):
+    x.numpy()[place] = value
+
+
+def write_to_data(x, place, value):
+    x.data[place] = value
+
+
+def write_in_inference_mode(x, place, value):
+    with torch.inference_mode():
+        x[place] = value
+
+
+# Ways to change a tensor. Its version tells of the last two only.
+WRITES = [write_with_numpy, write_to_data, write_in_inference_mode, Tensor.__setitem__]

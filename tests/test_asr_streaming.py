@@ -5,6 +5,7 @@ import torch
 
 from lact_kernels.asr import streaming
 from lact_kernels.asr.config import LaCTASRConfig
+from lact_kernels.asr.features import _mel_spectrogram
 from lact_kernels.asr.streaming import FrameStream
 from tests.test_asr_model import OPTIONS, noise, small_model
 
@@ -38,6 +39,16 @@ def test_short_recordings(options, length):
     model, x = small_model(**options), noise(length)
     frames = in_pieces(FrameStream(model), [x])
     torch.testing.assert_close(frames, in_one_pass(model, x), atol=1e-5, rtol=1e-5)
+
+
+def test_training_after_a_stream():
+    """Which hears in inference mode, and has made the filters."""
+    _mel_spectrogram.cache_clear()
+    model, x = small_model(), noise(LENGTH)
+    FrameStream(model).push(x)
+    waveform = x[None].requires_grad_()
+    model(waveform).logits.sum().backward()
+    assert waveform.grad.abs().sum() > 0
 
 
 def test_a_long_piece_is_computed_in_blocks(monkeypatch):

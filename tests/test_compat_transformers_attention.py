@@ -18,6 +18,7 @@ transformers = pytest.importorskip("transformers", minversion="4.57")
 import lact_kernels  # noqa: E402
 from lact_kernels.compat.transformers import attention as compat  # noqa: E402
 from lact_kernels.ops import checks  # noqa: E402
+from tests.cases import WRITES  # noqa: E402
 
 WINDOW = 8
 VOCAB = 97
@@ -325,29 +326,61 @@ def test_padding_queries_are_zero():
     assert torch.equal(o.abs().amax((2, 3)) > 0, mask.bool())
 
 
-def test_mask_is_read_once_for_all_layers(monkeypatch):
-    calls = []
-    original = compat._packing_of
-    monkeypatch.setattr(compat, "_packing_of", lambda *args: calls.append(args) or original(*args))
+@pytest.fixture
+def reads(monkeypatch):
+    """How often values were read."""
+    reads = []
+    for name in ("_packing_of", "on_host"):
+        original = getattr(compat, name)
+        monkeypatch.setattr(compat, name, lambda *x, f=original: reads.append(x) or f(*x))
+    return reads
+
+
+READ = {  # of a row, and what is written to it, where
+    "attention_mask": (torch.ones(1, 12, dtype=torch.long).index_fill(1, torch.arange(3), 0), 3),
+    "position_ids": (torch.arange(12)[None], 7),
+    "cu_seq_lens_q": (torch.tensor([0, 4, 12], dtype=torch.int32), 1),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("argument", READ)
+def test_values_are_read_once_per_forward_pass(argument, write, reads):
+    """All layers of one share what was read, and no other pass does."""
     _, ours = make("mistral")
-    mask = torch.tensor(PADDING["left"])
-    for n in (1, 2):
-        ours(tokens(*mask.shape), attention_mask=mask, use_cache=False)
-        assert len(calls) == n
+    buffer, place = READ[argument]
+    buffer, ids = buffer.clone(), tokens(1, 12)
+
+    def run(buffer):
+        reads.clear()
+        inputs = {argument: buffer}
+        if argument == "cu_seq_lens_q":
+            inputs |= {"cu_seq_lens_k": buffer}
+        logits = ours(ids, **inputs, use_cache=False).logits
+        assert len(reads) == 1
+        return logits
+
+    with torch.inference_mode():
+        before = run(buffer)
+    write(buffer, (..., place), 3 if argument == "cu_seq_lens_q" else 0)
+    after = run(buffer)
+    assert torch.equal(after, run(buffer.clone()))
+    assert not torch.equal(after, before)
+    after.sum().backward()
 
 
-def test_mask_that_changed_is_read_again():
+@pytest.mark.parametrize("write", WRITES)
+def test_a_mask_that_changed_between_two_calls_of_a_layer(write):
     _, ours = make("mistral")
     inputs = direct_inputs()
     mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
 
     def run(mask):
-        return compat.lact_window_attn_forward(attention_of(ours), *inputs, mask, sliding_window=3)[
-            0
-        ]
+        layer = attention_of(ours)
+        return compat.lact_window_attn_forward(layer, *inputs, mask, sliding_window=3)[0]
 
     before = run(mask)
-    mask[0, :3] = 0
+    write(mask, (0, slice(3)), 0)
     changed = run(mask)
     assert torch.equal(changed, run(mask.clone()))
     assert not torch.equal(changed, before)

@@ -307,16 +307,19 @@ def no_waiting():
 
 
 @dense_and_packed
-def test_host_waits_for_cu_seqlens_once(packed, no_waiting):
+def test_host_waits_for_nothing_but_borders_on_the_gpu(packed, no_waiting):
     inputs, do = [x.requires_grad_() for x in qkv(300)], qkv(300)[0]
     cu_seqlens = int32(0, 100, 300) if packed else None
-    results(inputs, do, cu_seqlens)
+    expected = results(inputs, do, cu_seqlens)
+    on_host = cu_seqlens.cpu() if packed else None
+    results(inputs, do, on_host)
     no_waiting()
-    results(inputs, do, cu_seqlens)
+    actual = results(inputs, do, on_host)
     if packed:
-        cu_seqlens[1] += 1
         with pytest.raises(RuntimeError, match="synchroniz"):
             results(inputs, do, cu_seqlens)
+    torch.cuda.set_sync_debug_mode("default")
+    assert_same(actual, expected)
 
 
 @torch.no_grad()

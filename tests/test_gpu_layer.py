@@ -77,10 +77,10 @@ def no_waiting():
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
-def test_layer_waits_at_most_once_for_cu_seqlens(packed, no_waiting):
+def test_layer_waits_for_nothing_with_borders_on_the_host(packed, no_waiting):
     layer, x = make(dtype=torch.bfloat16), tokens(1, T, dtype=torch.bfloat16)
-    cu_seqlens = torch.tensor([0, 77, T], dtype=torch.int32).to(DEVICE) if packed else None
-    layer(x, cu_seqlens=cu_seqlens).sum().backward()  # compiles, and reads them
+    cu_seqlens = torch.tensor([0, 77, T], dtype=torch.int32) if packed else None
+    layer(x, cu_seqlens=cu_seqlens).sum().backward()  # compiles
     no_waiting()
     layer(x, cu_seqlens=cu_seqlens).sum().backward()
 

@@ -97,6 +97,25 @@ def test_rows_that_came_to_the_same_place_in_different_turns():
         assert (y[exists] - oracle(layer, row[exists])).abs().max() < 1e-12
 
 
+@pytest.mark.parametrize("change", [None, copy.deepcopy, "reorder", "state_dict"], ids=str)
+def test_a_cache_of_inference_mode_goes_on_outside(change):
+    """Nothing may be written to its tensors there, and autograd keeps none of them."""
+    layer, x, cache = make_layer("paper"), torch.randn(2, T, 32, dtype=torch.float64), LaCTCache()
+    with torch.inference_mode():
+        read(layer, x[:, :9], [8, 1], cache)
+        if change == "reorder":
+            cache.reorder_cache(torch.arange(2))
+        elif change == "state_dict":
+            cache = LaCTCache.from_state_dict(cache.state_dict())
+        elif change is not None:
+            cache = change(cache)
+    with torch.no_grad():
+        pieces = [layer(x[:, 9:10], cache=cache)]
+    pieces += [layer(part, cache=cache) for part in x[:, 10:].split([1, T - 11], dim=1)]
+    torch.cat(pieces, dim=1).sum().backward()
+    torch.testing.assert_close(torch.cat(pieces, dim=1), layer(x)[:, 9:])
+
+
 def test_full_attention_keeps_all_tokens_in_slots_that_grow(monkeypatch):
     monkeypatch.setattr(lact_kernels.layers.cache, "INITIAL_CAPACITY", 4)
     layer, x = make_layer("full-attention"), torch.randn(2, T, 32, dtype=torch.float64)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lact_kernels import LaCTLayer
-from lact_kernels.layers.padding import Padding
+from tests.cases import WRITES
 from tests.lact_layer_cases import CASES, SMALL, gradients, make_layer, oracle
 from tests.tolerance import assert_close_to_float64
 
@@ -69,18 +69,25 @@ def test_masks_of_any_integer_dtype(dtype):
     assert torch.equal(layer(x, torch.ones_like(mask, dtype=dtype)), layer(x))
 
 
-def test_a_mask_is_read_once_for_all_layers_until_it_changes(monkeypatch):
-    layer, x = make_layer("paper"), torch.randn(2, T, 32, dtype=torch.float64)
-    reads, read = [], Padding._read
-    monkeypatch.setattr(Padding, "_read", lambda mask: reads.append(mask) or read(mask))
-    mask = torch.tensor(MASKS["left"])
-    first = layer(x, mask)
-    assert torch.equal(layer(x, mask), first) and len(reads) == 1
-    mask[1, 20:] = 0
-    assert not layer(x, mask)[1, 20:].any() and len(reads) == 2
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("argument", ["attention_mask", "cu_seqlens"])
+def test_a_buffer_that_is_used_again(argument, write):
+    """Nothing is remembered of it: neither its values, nor what inference mode has made of them."""
+    layer = make_layer("paper")
+    if argument == "cu_seqlens":
+        x, place, value = torch.randn(1, T, 32, dtype=torch.float64), 1, 20
+        buffer = torch.tensor([0, 13, T], dtype=torch.int32)
+    else:
+        x, place, value = torch.randn(2, T, 32, dtype=torch.float64), (1, slice(20, None)), 0
+        buffer = torch.tensor(MASKS["left"])
     with torch.inference_mode():
-        layer(x, mask.clone())
-    assert len(reads) == 3
+        layer(x, **{argument: buffer})
+    write(buffer, place, value)
+    y = layer(x, **{argument: buffer})
+    assert torch.equal(y, layer(x, **{argument: buffer.clone()}))
+    if argument == "attention_mask":
+        assert not y[1, 20:].any()
+    y.sum().backward()
 
 
 @pytest.mark.parametrize("case", ["paper", "prenorm-muon", "reduction"])

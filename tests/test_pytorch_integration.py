@@ -22,8 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.launches import count_launches
 from lact_kernels import RingKVCache, block_causal_ttt, window_attn, window_attn_with_kvcache
 from lact_kernels.eager import masked_attention
-from lact_kernels.ops import offsets
-from tests.cases import TTTCase, WindowCase
+from tests.cases import WRITES, TTTCase, WindowCase
 from tests.ranks import Ranks
 
 CASES = [
@@ -416,89 +415,80 @@ STRIDES = {
 @dense_and_packed
 @pytest.mark.parametrize("strides", STRIDES)
 def test_backward_keeps_inputs_output_and_lse_alone(strides, case):
-    """As they are: not a copy of q, k or v, and nothing beside them."""
+    """As they are: not a copy of q, k or v, and nothing beside them but a copy of the borders."""
     inputs = [x.requires_grad_() for x in STRIDES[strides](case.B)]
     options = case.options()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         o, lse = window_attn(*inputs, **options, return_lse=True)
-    known = [*inputs, o, lse, *(x for x in options.values() if isinstance(x, Tensor))]
-    places = {(x.data_ptr(), x.shape, x.stride()) for x in known}
+    if case.cu_seqlens is not None:
+        *saved, own_q, own_k = saved
+        assert own_q is own_k and torch.equal(own_q, options["cu_seqlens"])
+    places = {(x.data_ptr(), x.shape, x.stride()) for x in (*inputs, o, lse)}
     assert {(x.data_ptr(), x.shape, x.stride()) for x in saved} == places
     assert not any(isinstance(x, Tensor) for x in tree_leaves(vars(o.grad_fn)))
 
 
-# cu_seqlens on the host
+# Borders and masks in memory that changes
 
 
 def borders(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-def train(cu_seqlens):
-    gradients(Attention(), (torch.randn(1, 20, 10), cu_seqlens))
+def syncs(fn, *args):
+    return count_launches(lambda: fn(*args)).sync_names
 
 
-def times_read(fn, *args):
-    return count_launches(lambda: fn(*args)).syncs
+def packed_attention(cu_seqlens):
+    q, k, v = torch.randn(3, 1, 20, 2, 8, generator=torch.Generator().manual_seed(0))
+    q.requires_grad_()
+    return window_attn(q, k, v, 6, cu_seqlens=cu_seqlens), q
 
 
-def test_cu_seqlens_is_read_once_per_tensor():
-    cu_seqlens = borders(0, 4, 20)
-    assert [times_read(train, cu_seqlens) for _ in range(3)] == [1, 0, 0]
-    with torch.inference_mode():
-        assert times_read(Attention(), torch.randn(1, 20, 10), cu_seqlens) == 0
-    assert times_read(train, borders(0, 4, 20)) == 1
+def packed_fast_weights(cu_seqlens):
+    torch.manual_seed(0)
+    inputs = TTTCase("", B=1, T=20).inputs(torch.float64)
+    return block_causal_ttt(**inputs, chunk_size=4, cu_seqlens=cu_seqlens), inputs["q"]
 
 
-def test_compiled_function_reads_cu_seqlens_once(monkeypatch):
-    reads = []
-    tolist = Tensor.tolist
-    monkeypatch.setattr(Tensor, "tolist", lambda x: reads.append(x) or tolist(x))
-    traced, _ = compiled(call_packed)
-    for inputs in (packed_inputs(3, 20), packed_inputs(3, 20)):
-        reads.clear()
-        for _ in range(2):
-            results(traced, inputs)
-        assert len(reads) == 1
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("fn", [packed_attention, packed_fast_weights])
+def test_borders_in_a_buffer_that_is_used_again(fn, write):
+    """By another call, also before the backward of the first one."""
+    buffer = borders(0, 8, 20)
+    first, q = fn(buffer)
+    write(buffer, 1, 13)
+    second, _ = fn(buffer)
+    for o, expected in ((first, borders(0, 8, 20)), (second, borders(0, 13, 20))):
+        assert torch.equal(o, fn(expected)[0])
+    (dq,) = torch.autograd.grad(first.square().sum(), q)
+    o, q = fn(borders(0, 8, 20))
+    assert torch.equal(dq, torch.autograd.grad(o.square().sum(), q)[0])
+    write(buffer, 1, 30)
+    with pytest.raises(ValueError, match="cu_seqlens descends from 30 to 20 at index 2"):
+        fn(buffer)
 
 
-@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
-def test_cu_seqlens_that_changed_is_read_and_checked_again(mode):
-    q, k, v = torch.randn(3, 1, 20, 2, 16)
-    cu_seqlens = borders(0, 4, 20)
-    fn = functools.partial(window_attn, q, k, v, 7, cu_seqlens=cu_seqlens)
-    before = fn()
-    with mode():
-        cu_seqlens[1] = 9
-        after = fn()
-    assert torch.equal(after, window_attn(q, k, v, 7, cu_seqlens=borders(0, 9, 20)))
-    assert not torch.equal(after, before)
-    with mode(), pytest.raises(ValueError, match="cu_seqlens descends from 30 to 20 at index 2"):
-        cu_seqlens[1] = 30
-        fn()
+def test_borders_are_read_once_per_call():
+    cu_seqlens = borders(0, 8, 20)
+    for _ in range(2):
+        assert syncs(packed_attention, cu_seqlens) == {"Tensor.tolist": 1}
 
 
-def test_cu_seqlens_of_inference_mode_is_read_every_time():
-    """It has no version that would tell of a change."""
-    q, k, v = torch.randn(3, 1, 20, 2, 16)
-    with torch.inference_mode():
-        cu_seqlens = borders(0, 4, 20)
-        fn = functools.partial(window_attn, q, k, v, 7, cu_seqlens=cu_seqlens)
-        assert [times_read(fn) for _ in range(2)] == [1, 1]
-        cu_seqlens[1] = 9
-        assert torch.equal(fn(), window_attn(q, k, v, 7, cu_seqlens=borders(0, 9, 20)))
+def test_borders_may_be_on_the_host():
+    q, k, v = torch.randn(3, 1, 20, 2, 8, device="meta")
+    assert window_attn(q, k, v, 6, cu_seqlens=borders(0, 8, 20)).is_meta
+    fast = {name: x.to("meta") for name, x in TTTCase("", B=1, T=20).inputs(torch.float32).items()}
+    assert block_causal_ttt(**fast, chunk_size=4, cu_seqlens=borders(0, 8, 20)).is_meta
 
 
 def test_nothing_holds_cu_seqlens():
-    before = len(offsets._READ)
     cu_seqlens = borders(0, 4, 20)
-    train(cu_seqlens)
-    assert len(offsets._READ) == before + 1
+    packed_attention(cu_seqlens)
     reference = weakref.ref(cu_seqlens)
     del cu_seqlens
     assert reference() is None
-    assert len(offsets._READ) == before
 
 
 # The cache and autograd

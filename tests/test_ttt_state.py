@@ -162,7 +162,10 @@ def test_rows_that_came_to_the_same_place_in_different_pieces(case):
         _, state = block_causal_ttt(
             **packed, **options, cu_seqlens=borders, initial_state=state, return_state=True
         )
-    assert state.pending_lengths == (2, 2) and [x.lengths for x in state.pending] == [(1, 0), (1, 2)]
+    assert state.pending_lengths == (2, 2) and [x.lengths for x in state.pending] == [
+        (1, 0),
+        (1, 2),
+    ]
     for start, stop in ((2, 3), (3, 6), (6, 11)):  # waiting on, filling a chunk, going on
         piece = tokens_at(inputs, start, stop)
         o, state = block_causal_ttt(**piece, **options, initial_state=state, return_state=True)

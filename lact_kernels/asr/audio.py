@@ -122,6 +122,7 @@ class StreamResampler:
 
 
 @functools.lru_cache(maxsize=16)
+@torch.inference_mode(False)  # for callers with and without it
 def resampler(orig: int, new: int) -> Resample:
     """`torchaudio.functional.resample` with a filter that is computed once per process."""
     return Resample(orig, new)

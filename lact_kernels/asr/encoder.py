@@ -52,7 +52,9 @@ class ConvLayer(nn.Module):
     def _normalized(self, x: Tensor, lengths: Tensor | None) -> Tensor:
         padding = None
         if self.training and lengths is not None:
-            padding = Padding.of(torch.arange(x.shape[1], device=x.device) < lengths[:, None])
+            padding = Padding.of(
+                torch.arange(x.shape[1], device=x.device) < lengths[:, None], x.device
+            )
         if padding is None:
             return self.norm(x.flatten(0, 1)).view_as(x)
         return padding.restore(self.norm(padding.remove(x)[0])[None])

@@ -90,6 +90,7 @@ class LogMel(nn.Module):
 
 
 @functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # a training may come after the evaluation that has made it
 def _mel_spectrogram(sampling_rate, n_fft, win_length, hop_length, n_mels, device):
     """Its window and filters belong to no model: `model.to(bfloat16)` must not round them."""
     transform = torchaudio.transforms.MelSpectrogram(

@@ -29,6 +29,8 @@ def window_attn_fwd(q, k, v, window_size, softmax_scale, cu_seqlens_q, cu_seqlen
 
         if not _capturing(q):
             read_offsets(q, k, cu_seqlens_q, cu_seqlens_k)  # for its checks
+        elif cu_seqlens_q is not None and cu_seqlens_q.is_cpu:
+            raise ValueError("cu_seqlens must be on the GPU while a CUDA graph is recorded")
         return launch(q, k, v, window_size, softmax_scale, cu_seqlens_q, cu_seqlens_k)
     offsets = read_offsets(q, k, cu_seqlens_q, cu_seqlens_k)
     return eager.window_attn_fwd(q, k, v, window_size, softmax_scale, offsets)

@@ -154,8 +154,8 @@ def flash_attn_varlen_func(
         k: keys `[total_k, Hkv, D]`.
         v: values `[total_k, Hkv, Dv]`.
         cu_seqlens_q: int32 `[N+1]`, the borders of the sequences in q. It starts at 0, does not descend
-            and ends at total_q, where flash-attn leaves outputs undefined behind the last border. Its
-            values are read once per tensor to check this, as in `window_attn`.
+            and ends at total_q, where flash-attn leaves outputs undefined behind the last border. Each
+            call reads it to check this, as in `window_attn`: on the CPU nothing waits for that.
         cu_seqlens_k: int32 `[N+1]`, the borders in k and v. In each sequence the last query stands at
             the last key, whichever there are more of.
         max_seqlen_q: the most queries of a sequence. The kernels do not need it; where it is at most 1,

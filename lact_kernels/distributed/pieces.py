@@ -271,7 +271,8 @@ class SequencePieces:
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` returns, made once for all layers."""
         if key not in self._memo:
-            self._memo[key] = make()
+            with torch.inference_mode(False):  # what an evaluation has made, a training may use
+                self._memo[key] = make()
         return self._memo[key]
 
     def send(self, x: Tensor, rank: int) -> None:

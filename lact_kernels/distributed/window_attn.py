@@ -103,7 +103,7 @@ class _Plan(NamedTuple):
 
     halo: TokenExchange
     edge: int  # queries that see keys before the piece
-    cu_seqlens_q: Tensor | None  # of the interior
+    cu_seqlens_q: Tensor | None  # of the interior, on the host
     cu_seqlens_k: Tensor | None
 
     @classmethod
@@ -126,10 +126,6 @@ class _Plan(NamedTuple):
             return cls(halo, edge, borders, borders)
         return cls(halo, edge, (borders - edge).clamp_min(0), borders)
 
-    def interior(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-        borders = (self.cu_seqlens_q, self.cu_seqlens_k)
-        return tuple(x if x is None else x.to(device, non_blocking=True) for x in borders)
-
 
 def _sequence_start(pieces: SequencePieces, position: int) -> int:
     """Where the sequence begins that a position is in; a border belongs to the sequence that begins there."""
@@ -140,7 +136,7 @@ class _WindowAttn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, window_size, scale, plan: _Plan, backend):
         edge, options = plan.edge, (window_size, scale)
-        borders = plan.interior(q.device)
+        borders = plan.cu_seqlens_q, plan.cu_seqlens_k
         transfer = None if plan.halo.is_empty else plan.halo.start((k, v))
         interior = window_attn_fwd(q[:, edge:], k, v, *options, *borders, backend)
         halo = (k[:, :0], v[:, :0]) if transfer is None else plan.halo.finish(transfer)

@@ -255,8 +255,8 @@ class LayerCache:
 
         k, v = map(joined, self.kv.view(), (k, v))
         if cu_seqlens is None:
-            cu_seqlens = cu_seqlens_of(lengths, q.device)
-        cu_seqlens_k = cu_seqlens_of(map(operator.add, cached, lengths), q.device)
+            cu_seqlens = cu_seqlens_of(lengths)
+        cu_seqlens_k = cu_seqlens_of(map(operator.add, cached, lengths))
         packed = q.flatten(0, 1)[None]
         o, _ = run_window_attn(packed, k, v, window_size, None, cu_seqlens, cu_seqlens_k, backend)
         return o.view(*q.shape[:3], v.shape[3])

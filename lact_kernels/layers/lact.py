@@ -21,7 +21,7 @@ from lact_kernels.layers.temporal_reduction import TemporalReduction
 from lact_kernels.ops import checks
 from lact_kernels.ops.block_causal_ttt import block_causal_ttt
 from lact_kernels.ops.branches import branch_qkv, branch_sum
-from lact_kernels.ops.offsets import packed_offsets
+from lact_kernels.ops.offsets import on_host, packed_offsets
 from lact_kernels.ops.window_attn import window_attn
 
 if TYPE_CHECKING:
@@ -245,12 +245,13 @@ class LaCTLayer(nn.Module):
             hidden_states: `[B, T, C]`.
             attention_mask: `[B, T]`, bool or integers, 0 where there is no token: on the left, on the
                 right or in between. Neither branch sees such a place, positions do not count it, and
-                its output is 0. It is read on the host, once for all layers that share it.
+                its output is 0. Each call waits for its device to read it; one on the CPU spares the wait.
             cache: go on behind the tokens of earlier calls with this cache, and keep in it what later
                 calls need. With `temporal_reduction`, only the last call of a row may have a number of
                 frames that the reduction does not divide.
             cu_seqlens: int32 `[N+1]`, the borders of N sequences laid end to end in one row (`B = 1`),
-                none of which sees another; with a cache they are its rows. It is read on the host.
+                none of which sees another; with a cache they are its rows. On the device of
+                `hidden_states`, where each call waits to read it, or on the CPU, where nothing waits.
             pieces: which tokens of the sequences these are, of those that the ranks of a mesh hold in
                 contiguous pieces (`lact_kernels.distributed.SequencePieces`, made once for all layers); or
                 the 1-D mesh itself, whose ranks then tell each other in this call how many tokens they have.
@@ -279,10 +280,12 @@ class LaCTLayer(nn.Module):
         if attention_mask is None:
             if cu_seqlens is not None:
                 checks.check_cu_seqlens(cu_seqlens, hidden_states)
+                cu_seqlens = on_host(cu_seqlens)
             return self._read(hidden_states, cu_seqlens, cache)
         if cu_seqlens is not None:
             raise ValueError("attention_mask and cu_seqlens exclude each other, got both")
-        padding = Padding.of(checked_mask(attention_mask, hidden_states))
+        mask = checked_mask(attention_mask, hidden_states)
+        padding = Padding.of(mask, hidden_states.device)
         if padding is None:
             return self._read(hidden_states, None, cache)
         T, tokens = hidden_states.shape[1], padding.remove(hidden_states)
@@ -295,7 +298,7 @@ class LaCTLayer(nn.Module):
         cache: LaCTCache | None,
         places: int | None = None,
     ) -> Tensor:
-        """Find what the cache has of this layer, and read on.
+        """Find what the cache has of this layer, and read on. `cu_seqlens` are on the host.
 
         `places` is the length of the rows with their padding, if they had any.
         """
@@ -440,9 +443,9 @@ def _positions(
     if cu_seqlens is None:
         positions = torch.arange(T, device=x.device)
         return positions[None] if before is None else positions + before[:, None]
-    positions = position_in_sequence(cu_seqlens, T)
+    positions = position_in_sequence(cu_seqlens, T, x.device)
     if before is not None:
-        positions = positions + before[sequence_of_token(cu_seqlens, T)]
+        positions = positions + before[sequence_of_token(cu_seqlens, T, x.device)]
     return positions[None]
 
 

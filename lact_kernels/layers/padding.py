@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lact_kernels.ops.tensor_memo import TensorMemo
+from lact_kernels.ops import checks
 
 
 class Padding(NamedTuple):
@@ -15,7 +15,7 @@ class Padding(NamedTuple):
     Attributes:
         shape: B and T.
         indices: int64 `[total]`, the places of the tokens in the flattened batch, in order.
-        cu_seqlens: int32 `[B+1]`, the borders of the rows once they are packed.
+        cu_seqlens: int32 `[B+1]`, the borders of the rows once they are packed, on the host.
     """
 
     shape: tuple[int, int]
@@ -23,24 +23,18 @@ class Padding(NamedTuple):
     cu_seqlens: Tensor
 
     @classmethod
-    def of(cls, mask: Tensor) -> "Padding | None":
+    def of(cls, mask: Tensor, device: torch.device) -> "Padding | None":
         """Of a mask `[B, T]` that is not 0 where there is a token; None if no place is empty.
 
-        It waits for the device of the mask: the number of tokens is a shape. The layers of a model share
-        one mask, so it is not read again as long as nobody writes to it.
+        It waits for the device of the mask, as the number of tokens is a shape. `device` is the tokens'.
         """
-        if torch.compiler.is_compiling():  # a memo cannot be traced
-            return cls._read(mask)
-        return _READ.get(mask, (), lambda: cls._read(mask))
-
-    @classmethod
-    def _read(cls, mask: Tensor) -> "Padding | None":
         exists = mask.flatten() != 0
         indices = exists.nonzero()[:, 0]
         if len(indices) == len(exists):
             return None
         lengths = exists.view_as(mask).sum(dim=1, dtype=torch.int32)
-        return cls(tuple(mask.shape), indices, borders(lengths))
+        indices = indices.to(device, non_blocking=True)
+        return cls(tuple(mask.shape), indices, borders(lengths.cpu()))
 
     def remove(self, x: Tensor) -> Tensor:
         """`[B, T, ...]` as packed `[1, total, ...]`."""
@@ -53,24 +47,23 @@ class Padding(NamedTuple):
         return padded.unflatten(0, (B, T))
 
 
-_READ = TensorMemo()
-
-
 def borders(lengths: Tensor) -> Tensor:
     """The int32 `cu_seqlens [N+1]` of sequences of these lengths `[N]`."""
     return F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
-def sequence_of_token(cu_seqlens: Tensor, T: int) -> Tensor:
-    """The number of the sequence that each of T packed tokens is in, int64 `[T]`."""
-    tokens = torch.arange(T, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+def sequence_of_token(cu_seqlens: Tensor, T: int, device: torch.device) -> Tensor:
+    """The number of the sequence that each of T packed tokens is in, int64 `[T]`, on `device`."""
+    cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+    tokens = torch.arange(T, dtype=cu_seqlens.dtype, device=device)
     return torch.bucketize(tokens, cu_seqlens[1:], right=True)
 
 
-def position_in_sequence(cu_seqlens: Tensor, T: int) -> Tensor:
-    """The position of each of T packed tokens in its sequence, int64 `[T]`."""
-    starts = cu_seqlens[sequence_of_token(cu_seqlens, T)]
-    return torch.arange(T, device=cu_seqlens.device) - starts
+def position_in_sequence(cu_seqlens: Tensor, T: int, device: torch.device) -> Tensor:
+    """The position of each of T packed tokens in its sequence, int64 `[T]`, on `device`."""
+    cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+    starts = cu_seqlens[sequence_of_token(cu_seqlens, T, device)]
+    return torch.arange(T, device=device) - starts
 
 
 def checked_mask(mask: Tensor, x: Tensor) -> Tensor:
@@ -82,9 +75,9 @@ def checked_mask(mask: Tensor, x: Tensor) -> Tensor:
         raise TypeError(
             f"attention_mask must be bool or integers, 0 where there is no token, got {mask.dtype}"
         )
-    if mask.device != x.device:
+    if mask.device != x.device and not mask.is_cpu:
         raise ValueError(
-            f"attention_mask must be on {x.device} like hidden_states, got {mask.device}"
+            f"attention_mask must be on {checks.or_on_the_cpu(x, 'hidden_states')}, got {mask.device}"
         )
     if tuple(mask.shape) != shape:
         raise ValueError(

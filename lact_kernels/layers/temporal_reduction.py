@@ -1,5 +1,6 @@
 """Fewer tokens inside a layer: groups of r frames become one token, whose output all r frames get."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,7 +38,7 @@ class TemporalReduction(nn.Conv1d):
             offsets = packed_offsets(cu_seqlens, T)
             total = sum(-(-(stop - start) // r) for start, stop in zip(offsets, offsets[1:]))
             groups = x.new_zeros(1, total * r, x.shape[2]).index_copy(
-                1, self._slots(cu_seqlens, T), x
+                1, self._slots(cu_seqlens, T, x.device), x
             )
             cu_seqlens = self._borders(cu_seqlens)
         if not groups.shape[1]:
@@ -49,12 +50,13 @@ class TemporalReduction(nn.Conv1d):
         """Tokens `[B, T', C]` as frames `[B, T, C]`; `cu_seqlens` are the borders of the frames."""
         if cu_seqlens is None:
             return x.repeat_interleave(self.factor, dim=1)[:, :T]
-        return x.index_select(1, self._slots(cu_seqlens, T) // self.factor)
+        return x.index_select(1, self._slots(cu_seqlens, T, x.device) // self.factor)
 
     def _borders(self, cu_seqlens: Tensor) -> Tensor:
         return borders((cu_seqlens.diff() + self.factor - 1) // self.factor)
 
-    def _slots(self, cu_seqlens: Tensor, T: int) -> Tensor:
+    def _slots(self, cu_seqlens: Tensor, T: int, device: torch.device) -> Tensor:
         """Where each frame is among groups that are filled up, int64 `[T]`."""
-        first = self._borders(cu_seqlens)[sequence_of_token(cu_seqlens, T)] * self.factor
-        return first + position_in_sequence(cu_seqlens, T)
+        cu_seqlens = cu_seqlens.to(device, non_blocking=True)
+        first = self._borders(cu_seqlens)[sequence_of_token(cu_seqlens, T, device)] * self.factor
+        return first + position_in_sequence(cu_seqlens, T, device)

@@ -79,8 +79,8 @@ def block_causal_ttt(
         muon: orthogonalise each step by five Newton-Schulz iterations.
         prenorm: accumulate steps in un-normalised masters instead of the normalised weights.
         cu_seqlens: int32 `[N+1]`, the borders of N sequences laid end to end in one row (`B = 1`); the
-            fast weights start afresh in each. It starts at 0, does not descend and ends at T. It is
-            read on the host, once per tensor.
+            fast weights start afresh in each. It starts at 0, does not descend and ends at T. It is on
+            the device of q, where each call waits to read it, or on the CPU, where nothing waits.
         initial_state: go on where the call that returned this state stopped. Then the weights come
             from it, and w0, w1, w2 are only checked against it. It has one entry for each batch row
             or packed sequence.
@@ -125,8 +125,10 @@ def block_causal_ttt(
     check_call(q, tokens, weights, N, initial_state, chunk_size, muon, prenorm, checkpoint_interval)
     backend = checks.choose_backend(backend, q, triton_obstacle(q, v, w0))
     state = initial_state or new_state(weights, N, tokens, chunk_size, muon, prenorm)
+    if initial_state is not None and checks.left_inference_mode(state.weights[0]):
+        state = state.map(torch.clone)
     if cu_seqlens is not None:
-        cu_seqlens = on_host(cu_seqlens, q.shape[1])  # from here on nothing waits for the device
+        cu_seqlens = on_host(cu_seqlens)  # from here on nothing waits for the device
     how = (checkpoint_interval, backend)
     if initial_state is None and not return_state:
         return _run(q, tokens, state, cu_seqlens, cu_seqlens, False, how)[0]

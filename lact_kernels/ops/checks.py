@@ -114,6 +114,14 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
+def left_inference_mode(x: Tensor) -> bool:
+    """Whether x was made in inference mode, and is used outside: nothing may be written to it there, and
+    autograd does not keep it."""
+    if torch.compiler.is_compiling():  # which cannot trace the question
+        return False
+    return x.is_inference() and not torch.is_inference_mode_enabled()
+
+
 def check_no_gradient(function: str, instead: str, **tensors: Tensor | None) -> None:
     """No tensor needs a gradient, which `function` has none for and `instead` has."""
     for name, x in tensors.items():
@@ -134,10 +142,15 @@ def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, name: str = "cu_seqlens") ->
         raise ValueError(
             f"{name} must have the shape [N+1] with N >= 1, got {tuple(cu_seqlens.shape)}"
         )
-    if cu_seqlens.device != q.device:
-        raise ValueError(f"{name} must be on {q.device} like q, got {cu_seqlens.device}")
+    if cu_seqlens.device != q.device and not cu_seqlens.is_cpu:
+        raise ValueError(f"{name} must be on {or_on_the_cpu(q)}, got {cu_seqlens.device}")
     if q.shape[0] != 1:
         raise ValueError(f"{name} needs packed input with B = 1, got q with B = {q.shape[0]}")
+
+
+def or_on_the_cpu(x: Tensor, name: str = "q") -> str:
+    """Where a tensor that is read on the host may be, in a message."""
+    return f"{x.device} like {name}{'' if x.is_cpu else ' or on the CPU'}"
 
 
 def check_backend(backend: str) -> None:

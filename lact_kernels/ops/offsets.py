@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lact_kernels.ops.tensor_memo import TensorMemo
 from lact_kernels.ops.ttt_types import num_updates
 
 
@@ -46,32 +45,32 @@ class ChunkOffsets(NamedTuple):
         return cls(queries, keys)
 
 
-def cu_seqlens_of(lengths: Iterable[int], device: torch.device | str = "cpu") -> Tensor:
-    """The int32 `[N+1]` borders of N sequences of these lengths. Nothing waits for the device."""
-    borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-    return borders.to(device, non_blocking=True)
+def cu_seqlens_of(lengths: Iterable[int]) -> Tensor:
+    """The int32 `[N+1]` borders of N sequences of these lengths, on the host."""
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
 def packed_offsets(cu_seqlens: Tensor, T: int, name: str = "cu_seqlens") -> list[int]:
-    """`cu_seqlens` as a list, after checking that it cuts T tokens.
+    """`cu_seqlens` as a list, after checking that it cuts T tokens. Reading it waits for its device.
 
-    Reading it waits for its device. The layers of a model share one tensor, so it is not read again as
-    long as nobody writes to it.
+    What was read is not remembered: NumPy, `.data` and the kernels of others change a tensor without a trace.
     """
-
-    def read() -> list[int]:
-        offsets = cu_seqlens.tolist()
-        _check(offsets, T, name)
-        return offsets
-
-    return _READ.get(cu_seqlens, T, read)
+    offsets = cu_seqlens.tolist()
+    _check(offsets, T, name)
+    return offsets
 
 
-def on_host(cu_seqlens: Tensor, T: int) -> Tensor:
-    """`cu_seqlens` of T tokens in the memory of the host, which waits for its device once per tensor."""
-    if cu_seqlens.is_cpu or torch.compiler.is_compiling():  # a memo cannot be traced
-        return cu_seqlens.cpu()
-    return torch.tensor(packed_offsets(cu_seqlens, T), dtype=torch.int32)
+def on_host(cu_seqlens: Tensor) -> Tensor:
+    """A copy of `cu_seqlens` in the memory of the host, which waits for its device if it is on another."""
+    return cu_seqlens.clone() if cu_seqlens.is_cpu else cu_seqlens.cpu()
+
+
+def kept(cu_seqlens: Tensor | None) -> Tensor | None:
+    """What a backward may keep of `cu_seqlens`: of a tensor on the host a copy, as its buffer may be reused.
+
+    Writing to one on a GPU is an error in the backward, as with all that is kept there.
+    """
+    return cu_seqlens.clone() if cu_seqlens is not None and cu_seqlens.is_cpu else cu_seqlens
 
 
 def read_offsets(
@@ -87,9 +86,6 @@ def read_offsets(
         packed_offsets(cu_seqlens_q, q.shape[1], "cu_seqlens_q"),
         packed_offsets(cu_seqlens_k, k.shape[1], "cu_seqlens_k"),
     )
-
-
-_READ = TensorMemo()
 
 
 def _check(offsets: list[int], T: int, name: str) -> None:

@@ -84,6 +84,8 @@ class RingKVCache:
                 Values outside 0 .. t are an error on the CPU, and are not read on other devices.
         """
         self._check(k, v, lengths)
+        if checks.left_inference_mode(self.k):
+            self.k, self.v, self.seqlens = (x.clone() for x in (self.k, self.v, self.seqlens))
         t, S = k.shape[1], self.k.shape[1]
         n = min(t, S)  # of more tokens than slots the last ones count
         if lengths is None:

@@ -5,6 +5,7 @@ from torch import Tensor
 from lact_kernels.autograd.autocast import autocast_dtype
 from lact_kernels.autograd.window_attn import window_attn_fwd
 from lact_kernels.ops import checks
+from lact_kernels.ops.offsets import kept
 
 MAX_TRITON_HEAD_DIM = 256
 
@@ -43,9 +44,10 @@ def window_attn(
         window_size: tokens that a query sees, at least 1. `None` is full causal attention.
         softmax_scale: factor on the scores, `D ** -0.5` by default.
         cu_seqlens: int32 `[N+1]`, the borders of N sequences laid end to end in one row (`B = 1`,
-            `Tq == Tk`); none sees another. It starts at 0, does not descend and ends at T. Its values
-            are read once per tensor to check this, which waits for the device, and not at all while a
-            CUDA graph is recorded; a replayed graph may find other lengths in it that add up to T.
+            `Tq == Tk`); none sees another. It starts at 0, does not descend and ends at T. Each call
+            reads it to check this: on the device of q that waits, on the CPU nothing does. It is not read
+            while a CUDA graph is recorded, where it has to be on the GPU; a replayed graph may find other
+            lengths in it that add up to T.
         return_lse: also return the log-sum-exp of the scaled scores of each query.
         backend: `"triton"` (NVIDIA GPUs, head dims up to 256), `"eager"` (any device), or `"auto"`:
             Triton where it can run, else eager. An explicit choice raises when it cannot run.
@@ -89,6 +91,9 @@ def run_window_attn(
     """
     scale = score_scale(q, softmax_scale)
     backend = checks.choose_backend(backend, q, triton_obstacle(q, v))
+    same = cu_seqlens_q is cu_seqlens_k
+    cu_seqlens_q = kept(cu_seqlens_q)
+    cu_seqlens_k = cu_seqlens_q if same else kept(cu_seqlens_k)
     return window_attn_fwd(q, k, v, window_size, scale, cu_seqlens_q, cu_seqlens_k, backend)
 
 

@@ -38,12 +38,15 @@ def positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, int, float]
 
 
 def packing_arguments(
-    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, device: torch.device
 ) -> tuple[Tensor | None, Tensor | None, int]:
     """The borders of packed sequences as the kernels take them, and how many sequences: 0 if dense."""
     if cu_seqlens_q is None:
         return None, None, 0
-    return cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), len(cu_seqlens_q) - 1
+    own = cu_seqlens_q.to(device, non_blocking=True).contiguous()
+    if cu_seqlens_k is cu_seqlens_q:
+        return own, own, len(own) - 1
+    return own, cu_seqlens_k.to(device, non_blocking=True).contiguous(), len(own) - 1
 
 
 CPU_MULTIPROCESSORS = 1  # another number where a device is emulated

@@ -455,7 +455,7 @@ def window_attn_bwd(
     dkv_config = config or kernel_config("window_attn_bwd_dkv", D, Dv, q.dtype, capability)
     width = _stats_width(dkv_config)
     stats = lse.new_empty(B, Hq, Tq, width)
-    packing = packing_arguments(cu_seqlens_q, cu_seqlens_k)
+    packing = packing_arguments(cu_seqlens_q, cu_seqlens_k, q.device)
     sizes = (*packing, softmax_scale, window_size, Tq, Tk, Hq, Hkv)
     query_slots = num_tile_slots(Tq, packing[-1], dq_config.block_m)
     key_slots = num_tile_slots(Tk, packing[-1], dkv_config.block_n)

@@ -225,7 +225,7 @@ def window_attn_fwd(
     q, sign, softmax_scale = positive_scale(q, softmax_scale)
     q, k, v = readable_in_place(q, k, v)
     config = config or kernel_config("window_attn_fwd", D, Dv, q.dtype, capability_of(q.device))
-    packing = packing_arguments(cu_seqlens_q, cu_seqlens_k)
+    packing = packing_arguments(cu_seqlens_q, cu_seqlens_k, q.device)
     slots = num_tile_slots(Tq, packing[-1], config.block_m)
     with on_device(q):
         _window_attn_fwd_kernel[(slots * B * Hq,)](

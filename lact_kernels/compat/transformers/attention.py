@@ -11,19 +11,21 @@ full and hold one sequence each, or `[B, S]`, which numbers the sequences of a r
 of sequence `mask[b, t]`, and 0 is padding. A boolean padding mask is one already.
 """
 
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from types import EllipsisType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
 from lact_kernels.layers.padding import borders, sequences_of
 from lact_kernels.ops import checks
-from lact_kernels.ops.tensor_memo import TensorMemo
+from lact_kernels.ops.offsets import on_host
 from lact_kernels.ops.window_attn import check_attention, run_window_attn, window_attn
 
 NAME = "lact_window_attn"
@@ -67,7 +69,7 @@ def lact_window_attn_forward(
         attention_mask: None, or `[B, S]` with `Tq <= S <= Tk`: 0 for padding, elsewhere the number of
             the sequence that a token belongs to, which does not descend along the row; True or 1 for
             all is one sequence. Keys from S on are free slots of a static cache. The values are read
-            once per mask, not once per layer, to lay the sequences end to end without the padding.
+            once per forward pass, not once per layer, to lay the sequences end to end without the padding.
         scaling: factor on the scores, `D ** -0.5` by default.
         sliding_window: tokens that a query sees, itself included, which `window_attn` calls
             `window_size`. None is full causal attention.
@@ -76,7 +78,7 @@ def lact_window_attn_forward(
         position_ids: `[B, Tq]` or `[1, Tq]`. Without a mask, and with as many keys as queries, a position
             that does not ascend begins another sequence of the row.
         cu_seq_lens_q: int32 `[N+1]`, the borders of packed sequences in the queries, rows laid end to
-            end; given with `cu_seq_lens_k` or not at all.
+            end; given with `cu_seq_lens_k` or not at all. Read as masks are.
         cu_seq_lens_k: int32 `[N+1]`, the borders in keys and values. In each sequence the last query
             stands at the last key.
         kwargs: whatever else models pass, such as `max_length_q`, has no effect on attention, save for
@@ -101,7 +103,7 @@ def lact_window_attn_forward(
 
     packing = None
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
-        packing = _given_packing(q, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
+        packing = _given_packing(module, q, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
     elif attention_mask is not None:
         S = attention_mask.shape[1]
         if attention_mask.shape[0] != B or not Tq <= S <= Tk:
@@ -112,14 +114,14 @@ def lact_window_attn_forward(
         # No query sees a key before this one, so a step of decoding packs a window, not the cache.
         first = 0 if window is None else max(0, S - Tq - window + 1)
         k, v = k[:, first:S], v[:, first:S]
-        packing = _packing(attention_mask, B, Tq, first)
+        packing = _packing(module, attention_mask, B, Tq, first)
         if packing is not None and packing.has_gaps and window is not None and window < S - first:
             raise NotImplementedError(
                 "attention_mask has padding between the tokens of a row, over which a"
                 f" sliding_window of {window} is not supported: pad on the left or on the right"
             )
     elif position_ids is not None and position_ids.ndim == 2 and Tq == Tk == position_ids.shape[1]:
-        packing = _packing(position_ids, B, Tq, are_positions=True)
+        packing = _packing(module, position_ids, B, Tq, are_positions=True)
 
     if packing is None:
         return window_attn(q, k, v, window, softmax_scale=scaling), None
@@ -131,7 +133,10 @@ def lact_window_attn_forward(
 
 
 class _Packing(NamedTuple):
-    """Where the tokens of a batch of rows are, and the borders of sequences when these are packed."""
+    """Where the tokens of a batch of rows are, and the borders of sequences when these are packed.
+
+    The borders are on the host.
+    """
 
     queries: tuple[Tensor, Tensor] | None  # row and place in it of each, None: all of all rows
     keys: tuple[Tensor, Tensor] | None
@@ -140,7 +145,7 @@ class _Packing(NamedTuple):
     has_gaps: bool  # whether padding stands between two tokens of a row
 
 
-def _given_packing(q, attention_mask, cu_seq_lens_q, cu_seq_lens_k) -> _Packing:
+def _given_packing(module, q, attention_mask, cu_seq_lens_q, cu_seq_lens_k) -> _Packing:
     if cu_seq_lens_q is None or cu_seq_lens_k is None:
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be given together")
     if attention_mask is not None and attention_mask.dtype == torch.bool:
@@ -154,27 +159,59 @@ def _given_packing(q, attention_mask, cu_seq_lens_q, cu_seq_lens_k) -> _Packing:
             f"cu_seq_lens_q has the borders of {len(cu_seq_lens_q) - 1} sequences and cu_seq_lens_k of"
             f" {len(cu_seq_lens_k) - 1}: they must be the same sequences"
         )
-    return _Packing(None, None, cu_seq_lens_q, cu_seq_lens_k, has_gaps=False)
+    read = functools.partial(on_host, cu_seq_lens_q)
+    borders_q = borders_k = _PASS.remember(module, cu_seq_lens_q, None, read)
+    if cu_seq_lens_k is not cu_seq_lens_q:
+        read = functools.partial(on_host, cu_seq_lens_k)
+        borders_k = _PASS.remember(module, cu_seq_lens_k, None, read)
+    return _Packing(None, None, borders_q, borders_k, has_gaps=False)
 
 
 @torch.compiler.disable  # its shapes depend on values
 def _packing(
-    source: Tensor, B: int, Tq: int, first: int = 0, are_positions: bool = False
+    module, source: Tensor, B: int, Tq: int, first: int = 0, are_positions: bool = False
 ) -> _Packing | None:
     """How to pack the last Tq queries, and the keys from `first` on, of a mask `[B, S]`, or of positions.
 
-    None where each row is one sequence without padding. The layers of a model share one mask, so its
-    values, which wait for the device, are not read again as long as nobody writes to it.
+    None where each row is one sequence without padding. To read the values waits for the device.
     """
 
     def read() -> _Packing | None:
         sequences = sequences_of(source).expand(B, -1) if are_positions else source[:, first:]
         return _packing_of(sequences.long(), Tq)
 
-    return _READ.get(source, (B, Tq, first), read)
+    return _PASS.remember(module, source, (B, Tq, first), read)
 
 
-_READ = TensorMemo()
+class _Pass:
+    """What the present forward pass of a model has read of tensors, for the layers that share them.
+
+    A pass begins when a model makes its masks, or when a layer asks for the second time. Between two passes
+    NumPy, `.data` and the kernels of others may change a tensor without a trace, so nothing outlives its
+    pass, and callers that begin none read every time.
+    """
+
+    def __init__(self):
+        self._results: WeakTensorKeyDictionary | None = None
+
+    def begin(self) -> None:
+        self._results = WeakTensorKeyDictionary()
+
+    def remember(self, module, x: Tensor, call: Hashable, read: Callable[[], Any]) -> Any:
+        """`read()` for this `x` and `call`, or what another layer was given in this pass."""
+        if self._results is None or torch.compiler.is_compiling():
+            return read()
+        version = None if x.is_inference() else x._version
+        call = call, version, torch.is_inference_mode_enabled()
+        known, layers, result = self._results.get(x, (None, (), None))
+        if known != call or id(module) in layers:
+            layers, result = set(), read()
+            self._results[x] = call, layers, result
+        layers.add(id(module))
+        return result
+
+
+_PASS = _Pass()
 
 
 def _packing_of(sequences: Tensor, Tq: int) -> _Packing | None:
@@ -187,7 +224,7 @@ def _packing_of(sequences: Tensor, Tq: int) -> _Packing | None:
     def pack(start: int) -> tuple[tuple[Tensor, Tensor] | None, Tensor]:
         tokens = sequences[:, start:].nonzero(as_tuple=True)
         lengths = torch.bincount(numbers[:, start:][tokens], minlength=B * N)
-        return None if len(tokens[0]) == B * (S - start) else tokens, borders(lengths)
+        return None if len(tokens[0]) == B * (S - start) else tokens, borders(lengths).cpu()
 
     keys, cu_seqlens_k = pack(0)
     queries, cu_seqlens_q = (keys, cu_seqlens_k) if Tq == S else pack(S - Tq)
@@ -270,6 +307,7 @@ def _mask(
             or of packed sequences.
         ValueError: an attention mask of fewer tokens than there are keys.
     """
+    _PASS.begin()
     packed = _packed_sequences(mask_function)
     if packed is not None:  # there is no padding, and no cache
         return (packed + 1).expand(batch_size, -1)

@@ -24,6 +24,8 @@ from lact_kernels.distributed import SequencePieces
 from lact_kernels.layers import LaCTCache, LaCTLayer
 from lact_kernels.layers.mlp import SwiGLUMLP
 from lact_kernels.layers.padding import Padding, borders, mask_of_last, sequences_of
+from lact_kernels.ops import checks
+from lact_kernels.ops.offsets import on_host
 
 # Later versions of transformers call `past_key_values` the `cache`.
 _FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
@@ -270,10 +272,13 @@ class LaCTModel(LaCTPreTrainedModel):
         if cu_seqlens is None and position_ids is not None and attention_mask is None:
             cu_seqlens = None if cache is not None and cache.layers else _packed(position_ids)
 
+        if cu_seqlens is not None:
+            checks.check_cu_seqlens(cu_seqlens, x)
+            cu_seqlens = on_host(cu_seqlens)  # once for all layers
         length = x.shape[1] + (0 if cache is None else cache.get_seq_length())
         padding = None
         if attention_mask is not None:
-            padding = Padding.of(mask_of_last(attention_mask, x))
+            padding = Padding.of(mask_of_last(attention_mask, x), x.device)
         shape = x.shape[:2]
         if padding is not None:
             x, cu_seqlens = padding.remove(x), padding.cu_seqlens
