@@ -49,6 +49,32 @@ def test_float64_equals_the_reference(case):
         )
 
 
+@pytest.mark.parametrize("case", TTT_OPTIONS, ids=str)
+def test_rates_below_zero_and_momentum_above_one(case):
+    """Values are nobody's business: the equations hold for any."""
+    inputs = case.inputs(torch.float64)
+    changed = inputs | {name: -x for name, x in inputs.items() if name.startswith("lr")}
+    if case.momentum:
+        changed["momentum"] = 4 * inputs["momentum"] - 2
+    changed = {name: x.detach().requires_grad_() for name, x in changed.items()}
+    ours, expected = (
+        fn(**changed, **case.options())
+        for fn in (eager_block_causal_ttt, reference.block_causal_ttt)
+    )
+    torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-9)
+    grads = [torch.autograd.grad(o.sum(), list(changed.values())) for o in (ours, expected)]
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8 * b.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["lr0", "lr1", "lr2", "momentum"])
+def test_nan_shows_behind_its_chunk(name):
+    inputs = {k: x.detach() for k, x in TTTCase("", momentum=True).inputs(torch.float32).items()}
+    inputs[name][0, 5, 0] = torch.nan
+    o = eager_block_causal_ttt(**inputs, chunk_size=4)
+    assert o[0, 8:, 0].isnan().all() and not o[0, :8].isnan().any() and not o[1].isnan().any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", LARGER, ids=str)
 def test_against_float64(case, dtype):

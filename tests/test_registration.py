@@ -214,6 +214,35 @@ def test_autocast_changes_nothing_in_block_causal_ttt(muon):
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
+@pytest.mark.parametrize("compiles", [False, True], ids=["", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_fits_what_it_has_made(dtype, compiles):
+    """Projections and sigmoids of 16 bits beside normalised keys of 32: as cast by hand."""
+    inputs = TTTCase("", momentum=True).inputs(torch.float32)
+    made = {
+        name: x.to(dtype) if name in ("v", "w0", "lr1", "momentum") else x
+        for name, x in inputs.items()
+    }
+    fn = functools.partial(block_causal_ttt, chunk_size=4)
+    with torch.autocast("cpu", dtype):
+        o = (compiled(fn) if compiles else fn)(**made)
+    by_hand = {
+        name: x.to(dtype) if name in ("q", "k", "v") else x.float() for name, x in made.items()
+    }
+    assert o.dtype == dtype and torch.equal(o, fn(**by_hand))
+    grads = (torch.autograd.grad(y.sum(), list(inputs.values())) for y in (o, fn(**by_hand)))
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(*grads))
+
+
+@pytest.mark.parametrize("name", ["w1", "lr0", "momentum"])
+def test_without_autocast_16_bits_are_refused_with_the_remedy(name):
+    inputs = TTTCase("", momentum=True).inputs(torch.float32)
+    inputs[name] = inputs[name].bfloat16()
+    message = f"{name} must have the dtype torch.float32, .* pass {name}.to\\(torch.float32\\)"
+    with pytest.raises(TypeError, match=message):
+        block_causal_ttt(**inputs, chunk_size=4)
+
+
 def calls():
     window = WindowCase("", 70, 16).inputs(torch.float32)
     ttt = TTTCase("", momentum=True, muon=True, prenorm=True).inputs(torch.float32)

@@ -15,17 +15,19 @@ _keys = [getattr(torch._C.DispatchKey, f"Autocast{device.upper()}") for device i
 _key_set = torch._C.DispatchKeySet(_keys[0]) | torch._C.DispatchKeySet(_keys[1])
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for `x`. It leaves float64 and all that is not floating-point alone."""
+    device = x.device.type
+    castable = x.is_floating_point() and x.dtype != torch.float64 and device in DEVICE_TYPES
+    return castable and torch.is_autocast_enabled(device)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which an op with `cast_inputs` reads `x`: autocast's, where that is on.
 
-    As everywhere in PyTorch, autocast leaves float64 and all that is not floating-point alone.
     `torch.library.register_autocast` is no help: it fixes the dtype when an op is registered.
     """
-    device = x.device.type
-    castable = x.is_floating_point() and x.dtype != torch.float64 and device in DEVICE_TYPES
-    if castable and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype
+    return torch.get_autocast_dtype(x.device.type) if autocasts(x) else x.dtype
 
 
 def register_autocast(name: str, cast_inputs: bool) -> None:

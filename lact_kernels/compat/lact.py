@@ -58,7 +58,7 @@ def block_causal_lact_swiglu(
         chunk_size: tokens from one update to the next, at least 1. The last chunk may be shorter.
             Its queries are answered and its keys train nothing.
         use_muon: orthogonalise each step by five Newton-Schulz iterations.
-        momentum: `[b*h, l, 1]` in [0, 1], of any floating dtype; cast to float32. Its mean over a
+        momentum: `[b*h, l, 1]`, of any floating dtype; cast to float32. Its mean over a
             chunk is the share of the last step kept.
         backend: as in `block_causal_ttt`.
 

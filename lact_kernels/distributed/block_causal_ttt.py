@@ -92,6 +92,8 @@ def block_causal_ttt(
     Source: arXiv 2505.23884, whose context parallelism is the scheme within chunks.
     """
     tokens, weights = Tokens(k, v, lr0, lr1, lr2, momentum), (w0, w1, w2)
+    if isinstance(q, Tensor):
+        q, tokens, weights = ops.autocast_inputs(q, tokens, weights)
 
     def facts():
         checks.check_floating("q", q, "[B, T, H, Dk]")

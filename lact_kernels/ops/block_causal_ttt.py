@@ -4,7 +4,9 @@ import operator
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
+from lact_kernels.autograd.autocast import autocast_dtype, autocasts
 from lact_kernels.autograd.block_causal_ttt import block_causal_ttt_fwd
 from lact_kernels.ops import checks
 from lact_kernels.ops.offsets import cu_seqlens_of, on_host, packed_offsets
@@ -21,6 +23,7 @@ from lact_kernels.ops.ttt_types import FastWeights, Tokens, num_updates
 __all__ = ["TTTState", "TTTTokens", "block_causal_ttt"]
 
 MAX_TRITON_DIM = 1024
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 INFERENCE_INTERVAL = 16  # of checkpoints: without a backward to come, they only take memory
 
 
@@ -71,11 +74,12 @@ def block_causal_ttt(
             (float64 for float64 inputs).
         w1: initial output weights `[H, Dv, Dh]`, or with the leading B.
         w2: initial up weights, shaped like w0.
-        lr0: learning rate of each token for w0, `[B, T, H]`, at least 0.
+        lr0: learning rate of each token for w0, `[B, T, H]`. The values of rates and momentum are not
+            checked: the equations hold for any (a rate below 0 descends), and a NaN shows in the outputs.
         lr1: the same for w1.
         lr2: the same for w2.
         chunk_size: tokens from one update to the next, at least 1.
-        momentum: `[B, T, H]` in [0, 1]; its mean over a chunk is the share of the last step kept.
+        momentum: `[B, T, H]`; its mean over a chunk is the share of the last step kept, in LaCT from 0 to 1.
         muon: orthogonalise each step by five Newton-Schulz iterations.
         prenorm: accumulate steps in un-normalised masters instead of the normalised weights.
         cu_seqlens: int32 `[N+1]`, the borders of N sequences laid end to end in one row (`B = 1`); the
@@ -101,6 +105,9 @@ def block_causal_ttt(
         take the input dtype and accumulate in float32. Newton-Schulz runs in float32; on the Triton
         backend with half-precision inputs in float16 with float32 accumulation.
 
+        Under `torch.autocast` weights, rates and momentum of 16 bits are cast to float32, and q, k and v
+        to its dtype where theirs differ. What fits together is computed as it is.
+
         Beside the inputs, the Triton backend keeps for the backward, for each chunk and fast weight,
         `e + 4` bytes, or `e + 8` with momentum or Muon: the weights in the dtype of the products, of
         e bytes, their float32 sums before renorm, and the float32 steps. The eager backend keeps two
@@ -117,11 +124,11 @@ def block_causal_ttt(
     """
     checks.check_flag("return_state", return_state)
     checks.check_floating("q", q, "[B, T, H, Dk]")
+    q, tokens, weights = autocast_inputs(q, Tokens(k, v, lr0, lr1, lr2, momentum), (w0, w1, w2))
     N = q.shape[0]
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, q)
         N = cu_seqlens.shape[0] - 1
-    tokens, weights = Tokens(k, v, lr0, lr1, lr2, momentum), (w0, w1, w2)
     check_call(q, tokens, weights, N, initial_state, chunk_size, muon, prenorm, checkpoint_interval)
     backend = checks.choose_backend(backend, q, triton_obstacle(q, v, w0))
     state = initial_state or new_state(weights, N, tokens, chunk_size, muon, prenorm)
@@ -136,6 +143,19 @@ def block_causal_ttt(
         state = state.map(torch.clone)  # its own memory: an optimizer changes w0, w1, w2 in place
     o, state = _continue(q, tokens, state, cu_seqlens, return_state, how)
     return (o, state) if return_state else o
+
+
+def autocast_inputs(q: Tensor, tokens: Tokens, weights) -> tuple[Tensor, Tokens, tuple]:
+    """The arguments as they are, or where autocast has made dtypes that do not fit, in those that do."""
+    if not autocasts(q):
+        return q, tokens, weights
+    qkv, scalars = (q, *tokens[:2]), tokens[2:]
+    if len({x.dtype for x in qkv if isinstance(x, Tensor)}) > 1:
+        qkv = tree_map_only(Tensor, lambda x: x.to(autocast_dtype(x)), qkv)
+    scalars, weights = tree_map_only(
+        Tensor, lambda x: x.float() if x.dtype in HALF_DTYPES else x, (scalars, weights)
+    )
+    return qkv[0], Tokens(*qkv[1:], *scalars), weights
 
 
 def new_state(weights, N: int, tokens: Tokens, chunk_size, muon, prenorm) -> TTTState:
@@ -246,10 +266,19 @@ def _check_tensors(q, tokens: Tokens, weights, rows: int) -> None:
     for (name, (shape, layout)), w in zip(shapes.items(), weights):
         batched = isinstance(w, Tensor) and w.ndim == 4
         shape, layout = ((rows, *shape), f"[B, {layout}]") if batched else (shape, f"[{layout}]")
-        checks.check_tensor(name, w, shape, layout, wide, q.device)
+        _check_wide(name, w, shape, layout, wide, q.device)
     for name, x in zip(("lr0", "lr1", "lr2", "momentum"), (*lrs, momentum)):
         if x is not None or name != "momentum":
-            checks.check_tensor(name, x, (B, T, H), "[B, T, H]", wide, q.device)
+            _check_wide(name, x, (B, T, H), "[B, T, H]", wide, q.device)
+
+
+def _check_wide(name: str, x: Tensor, shape, layout: str, dtype, device) -> None:
+    if isinstance(x, Tensor) and x.dtype in HALF_DTYPES:
+        raise TypeError(
+            f"{name} must have the dtype {dtype}, got {x.dtype}: weights, rates and momentum are not"
+            f" rounded to 16 bits, pass {name}.to({dtype})"
+        )
+    checks.check_tensor(name, x, shape, layout, dtype, device)
 
 
 def triton_obstacle(q, v, w0) -> str | None:
