@@ -78,6 +78,10 @@ def _sees(window_size: int, cu_seqlens: Tensor | None = None) -> Callable[[Tenso
     return lambda i, j: near(i, j) & (sequence[i] == sequence[j])
 
 
+def _on_device(cu_seqlens: Tensor | None, q: Tensor) -> Tensor | None:
+    return None if cu_seqlens is None else cu_seqlens.to(q.device)
+
+
 def _dense_sdpa(point: WindowAttn, mode: str) -> Callable[..., Tensor]:
     """`scaled_dot_product_attention` with a T x T boolean mask, made beforehand on the first call."""
     masks = []
@@ -85,7 +89,7 @@ def _dense_sdpa(point: WindowAttn, mode: str) -> Callable[..., Tensor]:
     def run(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         if not masks:
             i = torch.arange(point.T, device=q.device)
-            masks.append(_sees(point.swept_value, cu_seqlens)(i[:, None], i))
+            masks.append(_sees(point.swept_value, _on_device(cu_seqlens, q))(i[:, None], i))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         o = F.scaled_dot_product_attention(
             q, k, v, attn_mask=masks[0], enable_gqa=point.Hq != point.Hkv
@@ -108,7 +112,8 @@ def _flex_attention(point: WindowAttn, mode: str) -> Callable[..., Tensor]:
         if not masks:
             # Compiled, because the uncompiled mask of T x T does not fit at long lengths.
             make = torch.compile(create_block_mask) if q.is_cuda else create_block_mask
-            sees, lengths = _sees(point.swept_value, cu_seqlens), (point.T, point.T)
+            sees = _sees(point.swept_value, _on_device(cu_seqlens, q))
+            lengths = (point.T, point.T)
             mask = make(lambda b, h, i, j: sees(i, j), None, None, *lengths, device=q.device)
             masks.append(mask)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -128,7 +133,7 @@ def _varlen_attn(point: WindowAttn, mode: str) -> Callable[..., Tensor]:
     def run(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         if not borders:
             rows = torch.arange(point.B + 1, dtype=torch.int32, device=q.device) * point.T
-            borders.append(rows if cu_seqlens is None else cu_seqlens)
+            borders.append(rows if cu_seqlens is None else _on_device(cu_seqlens, q))
         lengths = (borders[0], borders[0], longest, longest)
         packed = (x.flatten(0, 1) for x in (q, k, v))
         return varlen_attn(*packed, *lengths, window_size=(left, 0)).unflatten(0, q.shape[:2])
@@ -144,7 +149,7 @@ def _parallel_attn(point: WindowAttn, mode: str) -> Callable[..., Tensor]:
 
     def run(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         if not borders:  # one int64 tensor, by which it recognises what it made of it
-            borders.append(None if cu_seqlens is None else cu_seqlens.long())
+            borders.append(None if cu_seqlens is None else _on_device(cu_seqlens, q).long())
         return parallel_attn(q, k, v, window_size=window_size, cu_seqlens=borders[0])
 
     return run

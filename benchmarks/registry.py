@@ -69,7 +69,8 @@ class WindowAttn:
     def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
         """Leaves q `[B, T, Hq, D]`, k `[B, T, Hkv, D]`, v `[B, T, Hkv, Dv]`, standard normal.
 
-        Packed sequences come with their borders, cu_seqlens `[sequences + 1]`.
+        Packed sequences come with their borders, cu_seqlens `[sequences + 1]`, on the host: nothing waits
+        for them there. Peers that want them on the device take them there once.
         """
         normal = _normal(device, seed)
         shapes = {
@@ -80,7 +81,7 @@ class WindowAttn:
         inputs = {name: normal(shape).to(dtype).requires_grad_() for name, shape in shapes.items()}
         if self.sequences > 1:
             borders = [0, *itertools.accumulate(self.lengths)]
-            inputs["cu_seqlens"] = torch.tensor(borders, dtype=torch.int32, device=device)
+            inputs["cu_seqlens"] = torch.tensor(borders, dtype=torch.int32)
         return inputs
 
     def run(self, backend: str, q: Tensor, k: Tensor, v: Tensor, **packing: Tensor) -> Tensor:
