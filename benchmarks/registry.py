@@ -88,6 +88,7 @@ class WindowAttn:
         return lact_kernels.window_attn(q, k, v, self.window_size, **packing, backend=backend)
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor, **packing: Tensor) -> Tensor:
+        packing = {name: x.to(q.device) for name, x in packing.items()}
         return reference.window_attn(q, k, v, self.window_size, **packing)
 
     def flops(self, mode: str) -> int:
