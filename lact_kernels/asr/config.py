@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from inspect import signature
+from typing import Any, Literal
 
 from transformers import PretrainedConfig
 
@@ -85,7 +86,7 @@ class LaCTASRConfig(PretrainedConfig):
         time_mask_width: int = 15,
         max_utterance_seconds: float = 30.0,
         pad_token_id: int = 0,
-        **kwargs,
+        **kwargs: Any,
     ):
         for name, value in list(locals().items()):
             if name not in ("self", "kwargs", "__class__"):
@@ -145,7 +146,11 @@ class LaCTASRConfig(PretrainedConfig):
         return (self.look_ahead + self.temporal_reduction) * self.seconds_per_frame
 
     @classmethod
-    def named(cls, name: str, **overrides) -> "LaCTASRConfig":
+    def named(
+        cls,
+        name: Literal["tiny", "stream", "base", "improved", "regularized", "large"],
+        **overrides: Any,
+    ) -> "LaCTASRConfig":
         """The configuration of this name, with some options changed.
 
         - `tiny`: half a million parameters, trained on a laptop's processor in minutes.

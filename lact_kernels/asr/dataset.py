@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedTokenizer
 
 from lact_kernels.asr.audio import SAMPLING_RATE, read_audio, resampler
 from lact_kernels.asr.manifest import Utterance
@@ -87,7 +88,7 @@ class SpeechDataset(Dataset):
     def __init__(
         self,
         utterances: Sequence[Utterance],
-        tokenizer,
+        tokenizer: PreTrainedTokenizer,
         *,
         sampling_rate: int = SAMPLING_RATE,
         augmentation: Augmentation | None = None,
@@ -179,7 +180,7 @@ class SpeechDataset(Dataset):
 
 def keep_usable(
     utterances: Sequence[Utterance],
-    tokenizer,
+    tokenizer: PreTrainedTokenizer,
     seconds_per_frame: float,
     *,
     min_seconds: float = 0.1,

@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,9 @@ from torchaudio.functional import forced_align, merge_tokens
 from transformers import PreTrainedTokenizer
 
 from lact_kernels.asr.text import write_lexicon
+
+if TYPE_CHECKING:
+    from torchaudio.models.decoder import CTCDecoderLM
 
 IMPOSSIBLE = -1e4  # a log-probability that nothing outweighs, and that can be added up
 
@@ -53,7 +56,7 @@ class BeamDecoder:
         tokenizer: PreTrainedTokenizer,
         words: Iterable[str],
         beam_size: int = 50,
-        lm=None,
+        lm: "str | Path | CTCDecoderLM | None" = None,
         lm_weight: float = 2.0,
         word_score: float = 0.0,
     ):

@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jiwer
 import numpy as np
@@ -59,7 +59,7 @@ class ErrorRate(NamedTuple):
 def error_rate(
     references: Sequence[str],
     hypotheses: Sequence[str],
-    unit: str = "word",
+    unit: Literal["word", "char"] = "word",
     *,
     groups: Sequence[Any] | None = None,
     resamples: int = 1000,
@@ -192,7 +192,7 @@ def evaluate(
     recogniser: Recogniser,
     sets: Mapping[str, Sequence[Utterance]],
     decoder: Decoder | None = None,
-    **options,
+    **options: Any,
 ) -> dict[str, dict[str, Any]]:
     """The result of `evaluate_set`, which has the same options, for each set by its name."""
     return {

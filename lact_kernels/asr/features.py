@@ -1,6 +1,7 @@
 """Log-mel frames of a waveform, each from samples that have been heard."""
 
 import functools
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,7 @@ class LogMel(nn.Module):
         return bool((self.mean != 0).any())
 
     @torch.no_grad()
-    def measure(self, waveforms) -> None:
+    def measure(self, waveforms: Iterable[Tensor]) -> None:
         """Take mean and deviation from these waveforms, tensors `[samples]`.
 
         Raises:

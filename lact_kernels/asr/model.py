@@ -76,6 +76,7 @@ class LaCTForCTC(PreTrainedModel):
     """
 
     sequence_mesh: DeviceMesh | None = None
+    config: LaCTASRConfig
     config_class = LaCTASRConfig
     main_input_name = "input_values"
     base_model_prefix = "model"

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import soundfile
 import torch
@@ -146,7 +147,12 @@ class Speech:
 
 
 def plan(
-    task: str, *, num_train: int = 2500, num_dev: int = 200, num_test: int = 200, seed: int = 0
+    task: Literal["digits", "commands"],
+    *,
+    num_train: int = 2500,
+    num_dev: int = 200,
+    num_test: int = 200,
+    seed: int = 0,
 ) -> dict[str, list[Speech]]:
     """What `synthesize` makes: the utterances of each set. Nothing is synthesised.
 
@@ -176,14 +182,14 @@ def plan(
 
 def synthesize(
     out: str | Path,
-    task: str,
+    task: Literal["digits", "commands"],
     *,
     num_train: int = 2500,
     num_dev: int = 200,
     num_test: int = 200,
     seed: int = 0,
     workers: int | None = None,
-    audio_format: str = "flac",
+    audio_format: Literal["flac", "ogg"] = "flac",
     progress: bool = True,
     one_file_per_set: bool = False,
 ) -> dict[str, Path]:

@@ -8,6 +8,7 @@ import tempfile
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, Literal
 
 from transformers import Wav2Vec2CTCTokenizer
 
@@ -47,7 +48,13 @@ class WordCTCTokenizer(Wav2Vec2CTCTokenizer):
         vocab_file: JSON object from words and special tokens to ids.
     """
 
-    def __init__(self, vocab_file, bos_token=None, eos_token=None, **kwargs):
+    def __init__(
+        self,
+        vocab_file: str,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        **kwargs: Any,
+    ):
         kwargs["word_delimiter_token"] = None
         super().__init__(vocab_file, bos_token=bos_token, eos_token=eos_token, **kwargs)
 
@@ -78,7 +85,9 @@ class WordCTCTokenizer(Wav2Vec2CTCTokenizer):
         ]
 
 
-def build_tokenizer(texts: Iterable[str], unit: str = "char") -> Wav2Vec2CTCTokenizer:
+def build_tokenizer(
+    texts: Iterable[str], unit: Literal["char", "word"] = "char"
+) -> Wav2Vec2CTCTokenizer:
     """A tokenizer of the characters ("char") or words ("word") that occur in the texts.
 
     Texts are taken as they are: normalise them first, here and wherever they are tokenized.

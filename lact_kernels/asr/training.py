@@ -87,7 +87,7 @@ class TrainingOptions:
     sequence_parallel: int = 1
     fsdp: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
             at_least = 0 if f.name in ("warmup_steps", "weight_decay", "seed", "workers") else 1

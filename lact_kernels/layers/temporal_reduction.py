@@ -20,7 +20,13 @@ class TemporalReduction(nn.Conv1d):
         device, dtype: of the parameters, `weight [C, 1, r]` and `bias [C]`.
     """
 
-    def __init__(self, channels: int, factor: int, device=None, dtype=None):
+    def __init__(
+        self,
+        channels: int,
+        factor: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__(
             channels, channels, factor, factor, groups=channels, device=device, dtype=dtype
         )

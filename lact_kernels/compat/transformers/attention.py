@@ -56,7 +56,7 @@ def lact_window_attn_forward(
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """`lact_kernels.window_attn`, called as the layers of a `transformers` model call their attention.
 

@@ -1,6 +1,7 @@
 """LaCT language models: the configuration and the weights of the paper's, with a cache that generates."""
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -105,7 +106,7 @@ class LaCTSWIGLUConfig(PretrainedConfig):
         fw_init_gain: float = 0.5,
         use_fused_kernel: bool = False,
         fp32_states: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ):
         for name, value in list(locals().items()):
             if name not in ("self", "kwargs", "__class__"):
@@ -160,6 +161,7 @@ class LaCTBlock(GradientCheckpointingLayer):
 
 
 class LaCTPreTrainedModel(PreTrainedModel):
+    config: LaCTSWIGLUConfig
     config_class = LaCTSWIGLUConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -225,7 +227,7 @@ class LaCTModel(LaCTPreTrainedModel):
         output_hidden_states: bool | None = None,
         past_key_values: LaCTCache | None = None,
         cu_seqlens: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> LaCTModelOutput:
         """Read tokens, or their embeddings.
 
@@ -360,7 +362,7 @@ class LaCTForCausalLM(LaCTPreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         past_key_values: LaCTCache | None = None,
         cu_seqlens: Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> LaCTCausalLMOutput:
         """`LaCTModel.forward`, and the logits of the next tokens.
 
