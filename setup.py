@@ -26,6 +26,7 @@ BENCH = ["matplotlib>=3.8", "numpy<2.4", "pytest>=8", "pytest-benchmark>=5"]
 # no notice of xdist_group, and every worker would start the processes that distributed tests share.
 TEST = [
     "hypothesis>=6.100",
+    "mypy>=1.18",
     "numpy<2.4",
     "pytest>=8,<9.2",
     "pytest-xdist>=3.6",

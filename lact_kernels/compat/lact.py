@@ -5,6 +5,7 @@
 """
 
 import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from lact_kernels.layers import LaCTCache, LaCTLayer
 from lact_kernels.layers.padding import mask_of_last
 from lact_kernels.ops import checks
 from lact_kernels.ops.block_causal_ttt import block_causal_ttt
+from lact_kernels.ops.checks import Backend
 
 __all__ = [
     "LaCTSWIGLULayer",
@@ -36,7 +38,7 @@ def block_causal_lact_swiglu(
     use_muon: bool = False,
     momentum: Tensor | None = None,
     *,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """`lact_kernels.block_causal_ttt` with post-norm, called as the authors' function of this name is.
 
@@ -101,7 +103,7 @@ def prenorm_block_causal_lact_swiglu(
     use_muon: bool = False,
     momentum: Tensor | None = None,
     *,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """`block_causal_lact_swiglu` with pre-norm: steps add up in weights that are not normalised.
 
@@ -201,7 +203,7 @@ class LaCTSWIGLULayer(LaCTLayer):
         past_key_values: LaCTCache | None = None,
         output_attentions: bool = False,
         use_cache: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> tuple[Tensor, None, LaCTCache | None]:
         """`(outputs, None, past_key_values)`.
 
@@ -258,7 +260,7 @@ _ATTRIBUTES = _RENAMED | {
 }
 
 
-def swap_lact_layers(model: nn.Module, *, backend: str = "auto") -> dict[str, nn.Module]:
+def swap_lact_layers(model: nn.Module, *, backend: Backend = "auto") -> dict[str, nn.Module]:
     """Put our layer in the place of every layer of the LaCT authors in a model.
 
     A layer is known by the names of its parameters, wherever it stands; the authors' package is not
@@ -308,7 +310,7 @@ def _is_lact_layer(module: nn.Module) -> bool:
     return _PARAMETERS <= names and bool(names & {"w0", "w0.w_left"})
 
 
-def _swapped(name: str, old: nn.Module, backend: str) -> LaCTSWIGLULayer:
+def _swapped(name: str, old: nn.Module, backend: Backend) -> LaCTSWIGLULayer:
     """Our layer with the options and the parameters of an old one."""
     missing = [attribute for attribute in _ATTRIBUTES if not hasattr(old, attribute)]
     if missing:

@@ -10,6 +10,7 @@ ranks, once per chunk, and every rank makes the same update.
 """
 
 import itertools
+from typing import Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -21,12 +22,38 @@ from lact_kernels.distributed.pieces import SequencePieces
 from lact_kernels.distributed.within_chunks import scan_within_chunks
 from lact_kernels.ops import block_causal_ttt as ops
 from lact_kernels.ops import checks
+from lact_kernels.ops.checks import Backend
 from lact_kernels.ops.ttt_state import TTTState, TTTTokens, joined_tokens, split_sequences
 from lact_kernels.ops.ttt_types import FastWeights, Tokens
 
-SCHEMES = ("auto", "across_chunks", "within_chunks")
+Scheme = Literal["auto", "across_chunks", "within_chunks"]
+SCHEMES = get_args(Scheme)
 
 
+@overload
+def block_causal_ttt(
+    q: Tensor, k: Tensor, v: Tensor, w0: Tensor, w1: Tensor, w2: Tensor,
+    lr0: Tensor, lr1: Tensor, lr2: Tensor, *, pieces: SequencePieces, scheme: Scheme = "auto",
+    chunk_size: int = 2048, momentum: Tensor | None = None, muon: bool = False, prenorm: bool = False,
+    initial_state: TTTState | None = None, checkpoint_interval: int = 1, backend: Backend = "auto",
+    return_state: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def block_causal_ttt(
+    q: Tensor, k: Tensor, v: Tensor, w0: Tensor, w1: Tensor, w2: Tensor,
+    lr0: Tensor, lr1: Tensor, lr2: Tensor, *, pieces: SequencePieces, scheme: Scheme = "auto",
+    chunk_size: int = 2048, momentum: Tensor | None = None, muon: bool = False, prenorm: bool = False,
+    initial_state: TTTState | None = None, checkpoint_interval: int = 1, backend: Backend = "auto",
+    return_state: Literal[True],
+) -> tuple[Tensor, TTTState]: ...  # fmt: skip
+@overload
+def block_causal_ttt(
+    q: Tensor, k: Tensor, v: Tensor, w0: Tensor, w1: Tensor, w2: Tensor,
+    lr0: Tensor, lr1: Tensor, lr2: Tensor, *, pieces: SequencePieces, scheme: Scheme = "auto",
+    chunk_size: int = 2048, momentum: Tensor | None = None, muon: bool = False, prenorm: bool = False,
+    initial_state: TTTState | None = None, checkpoint_interval: int = 1, backend: Backend = "auto",
+    return_state: bool = False,
+) -> Tensor | tuple[Tensor, TTTState]: ...  # fmt: skip
 @torch.compiler.disable  # what is compiled calls it as it is: all ranks must take part in the same order
 def block_causal_ttt(
     q: Tensor,
@@ -40,7 +67,7 @@ def block_causal_ttt(
     lr2: Tensor,
     *,
     pieces: SequencePieces,
-    scheme: str = "auto",
+    scheme: Scheme = "auto",
     chunk_size: int = 2048,
     momentum: Tensor | None = None,
     muon: bool = False,
@@ -48,7 +75,7 @@ def block_causal_ttt(
     initial_state: TTTState | None = None,
     return_state: bool = False,
     checkpoint_interval: int = 1,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, TTTState]:
     """`lact_kernels.block_causal_ttt` of sequences that the ranks of a mesh hold in pieces.
 

@@ -4,7 +4,7 @@ import bisect
 import itertools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,12 @@ from lact_kernels.ops import checks
 from lact_kernels.ops.offsets import packed_offsets
 
 Range = tuple[int, int]  # from, up to
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _uncompiled(fn: Function) -> Function:
+    """`torch.compiler.disable`, which itself takes the types of what it decorates away."""
+    return torch.compiler.disable(fn)
 
 
 class SequencePieces:
@@ -66,7 +72,7 @@ class SequencePieces:
         self._memo: dict[Any, Any] = {}
 
     @classmethod
-    @torch.compiler.disable
+    @_uncompiled
     def of(
         cls, mesh: DeviceMesh, num_tokens: int, cu_seqlens: Tensor | None = None
     ) -> "SequencePieces":
@@ -96,7 +102,7 @@ class SequencePieces:
         return cls(mesh, [[(stop - n, stop)] for n, stop in zip(lengths, stops)], borders[0])
 
     @classmethod
-    @torch.compiler.disable
+    @_uncompiled
     def even(
         cls,
         mesh: DeviceMesh,
@@ -119,7 +125,7 @@ class SequencePieces:
         return cls(mesh, [[piece] for piece in itertools.pairwise(cuts)], borders)
 
     @classmethod
-    @torch.compiler.disable
+    @_uncompiled
     def of_chunks(
         cls, mesh: DeviceMesh, num_tokens: int, chunk_size: int, cu_seqlens: Tensor | None = None
     ) -> "SequencePieces":
@@ -151,7 +157,7 @@ class SequencePieces:
         return self._counts[self.rank][-1]
 
     @property
-    @torch.compiler.disable
+    @_uncompiled
     def cu_seqlens(self) -> Tensor | None:
         """The borders `[N+1]` of the packed sequences among this rank's tokens, on the host."""
         if not self.packed:
@@ -170,7 +176,7 @@ class SequencePieces:
         start, stop = ranges[n - 1]
         return self._counts[self.rank][n - 1] + min(position, stop) - start
 
-    @torch.compiler.disable
+    @_uncompiled
     def positions(self, device: torch.device | str | None = None) -> Tensor:
         """The position of each of this rank's tokens in its sequence, int64 `[t]`."""
 
@@ -183,7 +189,7 @@ class SequencePieces:
 
         return self.once(("positions", device), compute)
 
-    @torch.compiler.disable
+    @_uncompiled
     def of_groups(self, size: int) -> "SequencePieces":
         """The pieces of tokens each of which stands for `size` of these, counted from its sequence's start.
 
@@ -230,7 +236,7 @@ class SequencePieces:
             return parts[0]
         return torch.cat(parts, dim) if parts else x.narrow(dim, 0, 0)
 
-    @torch.compiler.disable
+    @_uncompiled
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
         """All T tokens, on every rank, of a tensor that has this rank's in the axis `dim`. Collective.
 

@@ -15,7 +15,7 @@ home while the interior is computed.
 """
 
 import bisect
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -26,8 +26,24 @@ from lact_kernels.distributed.exchange import TokenExchange
 from lact_kernels.distributed.pieces import SequencePieces
 from lact_kernels.ops import checks
 from lact_kernels.ops import window_attn as ops
+from lact_kernels.ops.checks import Backend
 
 
+@overload
+def window_attn(
+    q: Tensor, k: Tensor, v: Tensor, window_size: int | None = None, *, pieces: SequencePieces,
+    softmax_scale: float | None = None, backend: Backend = "auto", return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def window_attn(
+    q: Tensor, k: Tensor, v: Tensor, window_size: int | None = None, *, pieces: SequencePieces,
+    softmax_scale: float | None = None, backend: Backend = "auto", return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def window_attn(
+    q: Tensor, k: Tensor, v: Tensor, window_size: int | None = None, *, pieces: SequencePieces,
+    softmax_scale: float | None = None, backend: Backend = "auto", return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 @torch.compiler.disable  # what is compiled calls it as it is: all ranks must take part in the same order
 def window_attn(
     q: Tensor,
@@ -38,7 +54,7 @@ def window_attn(
     pieces: SequencePieces,
     softmax_scale: float | None = None,
     return_lse: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`lact_kernels.window_attn` of sequences that the ranks of a mesh hold in contiguous pieces.
 

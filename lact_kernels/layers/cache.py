@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lact_kernels.autograd.autocast import autocast_dtype
 from lact_kernels.ops import checks
 from lact_kernels.ops.block_causal_ttt import TTTState, TTTTokens
+from lact_kernels.ops.checks import Backend
 from lact_kernels.ops.offsets import cu_seqlens_of
 from lact_kernels.ops.ring_kv_cache import RingKVCache
 from lact_kernels.ops.window_attn import run_window_attn, window_attn
@@ -55,7 +56,7 @@ class LaCTCache:
 
     is_compileable, is_linear = False, (False,)  # what transformers asks of a cache
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.layers: dict[int, LayerCache] = {}
 
     def __repr__(self) -> str:
@@ -220,7 +221,15 @@ class LayerCache:
                     " only its last piece may end within a group"
                 )
 
-    def window_attn(self, q, k, v, cu_seqlens, lengths, backend) -> Tensor:
+    def window_attn(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor | None,
+        lengths: Sequence[int],
+        backend: Backend,
+    ) -> Tensor:
         """Attention of new tokens to those before them and to one another. Their keys are kept.
 
         q, k and v are `[B, t, H, D]`, or packed `[1, total, H, D]` with the borders `cu_seqlens`; row b

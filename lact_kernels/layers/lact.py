@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from lact_kernels.layers.temporal_reduction import TemporalReduction
 from lact_kernels.ops import checks
 from lact_kernels.ops.block_causal_ttt import block_causal_ttt
 from lact_kernels.ops.branches import branch_qkv, branch_sum
+from lact_kernels.ops.checks import Backend
 from lact_kernels.ops.offsets import on_host, packed_offsets
 from lact_kernels.ops.window_attn import window_attn
 
@@ -105,7 +106,7 @@ class LaCTLayer(nn.Module):
         no_v_silu: bool = False,
         lr_dim: int = 1,
         use_muon: bool = False,
-        lr_parameterization: str = "mamba",
+        lr_parameterization: Literal["mamba"] = "mamba",
         learnable_ttt_scale: bool = False,
         ttt_prenorm: bool = False,
         ttt_nope: bool = False,
@@ -114,13 +115,13 @@ class LaCTLayer(nn.Module):
         max_position_embeddings: int | None = 2048,
         w0_w2_low_rank: int = -1,
         use_momentum: bool = False,
-        ttt_loss_type: str = "dot_product",
+        ttt_loss_type: Literal["dot_product"] = "dot_product",
         fw_init_gain: float = 0.5,
         use_fused_kernel: bool = False,
         fp32_states: bool = False,
         temporal_reduction: int = 1,
         *,
-        backend: str = "auto",
+        backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -174,7 +175,7 @@ class LaCTLayer(nn.Module):
         self.rope_theta = rope_theta
         self.layer_idx = layer_idx
         self.temporal_reduction = temporal_reduction
-        self.backend = backend
+        self.backend: Backend = backend
 
         # In the order of the authors' layer, by which the state of an optimizer finds its parameters.
         H, D, Dh = num_lact_heads, self.fw_head_dim, int(inter_multi * self.fw_head_dim)
@@ -183,6 +184,8 @@ class LaCTLayer(nn.Module):
         if attn_qk_norm:
             self.q_norm, self.k_norm = (nn.RMSNorm(C, NORM_EPS, **factory) for _ in range(2))
         self.o_proj = nn.Linear(C, C, bias=False, **factory)
+        self.w0: nn.Parameter | LowRankFastWeight
+        self.w2: nn.Parameter | LowRankFastWeight
         if w0_w2_low_rank > 0:
             self.w0, self.w2 = (
                 LowRankFastWeight(H, Dh, D, w0_w2_low_rank, fw_init_gain, **factory)

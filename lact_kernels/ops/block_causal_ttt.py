@@ -1,6 +1,7 @@
 """`block_causal_ttt`: test-time training of SwiGLU fast weights, chunk by chunk."""
 
 import operator
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch.utils._pytree import tree_map_only
 from lact_kernels.autograd.autocast import autocast_dtype, autocasts
 from lact_kernels.autograd.block_causal_ttt import block_causal_ttt_fwd
 from lact_kernels.ops import checks
+from lact_kernels.ops.checks import Backend
 from lact_kernels.ops.offsets import cu_seqlens_of, on_host, packed_offsets
 from lact_kernels.ops.ttt_state import (
     StateOptions,
@@ -27,6 +29,30 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 INFERENCE_INTERVAL = 16  # of checkpoints: without a backward to come, they only take memory
 
 
+@overload
+def block_causal_ttt(
+    q: Tensor, k: Tensor, v: Tensor, w0: Tensor, w1: Tensor, w2: Tensor,
+    lr0: Tensor, lr1: Tensor, lr2: Tensor, *, chunk_size: int = 2048, momentum: Tensor | None = None,
+    muon: bool = False, prenorm: bool = False, cu_seqlens: Tensor | None = None,
+    initial_state: TTTState | None = None, checkpoint_interval: int = 1, backend: Backend = "auto",
+    return_state: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def block_causal_ttt(
+    q: Tensor, k: Tensor, v: Tensor, w0: Tensor, w1: Tensor, w2: Tensor,
+    lr0: Tensor, lr1: Tensor, lr2: Tensor, *, chunk_size: int = 2048, momentum: Tensor | None = None,
+    muon: bool = False, prenorm: bool = False, cu_seqlens: Tensor | None = None,
+    initial_state: TTTState | None = None, checkpoint_interval: int = 1, backend: Backend = "auto",
+    return_state: Literal[True],
+) -> tuple[Tensor, TTTState]: ...  # fmt: skip
+@overload
+def block_causal_ttt(
+    q: Tensor, k: Tensor, v: Tensor, w0: Tensor, w1: Tensor, w2: Tensor,
+    lr0: Tensor, lr1: Tensor, lr2: Tensor, *, chunk_size: int = 2048, momentum: Tensor | None = None,
+    muon: bool = False, prenorm: bool = False, cu_seqlens: Tensor | None = None,
+    initial_state: TTTState | None = None, checkpoint_interval: int = 1, backend: Backend = "auto",
+    return_state: bool = False,
+) -> Tensor | tuple[Tensor, TTTState]: ...  # fmt: skip
 def block_causal_ttt(
     q: Tensor,
     k: Tensor,
@@ -46,7 +72,7 @@ def block_causal_ttt(
     initial_state: TTTState | None = None,
     return_state: bool = False,
     checkpoint_interval: int = 1,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, TTTState]:
     """A small network per head, `f(x) = w1 (silu(w0 x) * (w2 x))`, that learns from what it has read.
 

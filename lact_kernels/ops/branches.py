@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lact_kernels.autograd.branches import branch_qkv_fwd, branch_sum_fwd
 from lact_kernels.ops import checks
+from lact_kernels.ops.checks import Backend
 
 MAX_TRITON_FAST_DIM = 2048
 
@@ -27,7 +28,7 @@ def branch_qkv(
     silu: bool,
     silu_v: bool,
     rotate_fast: bool,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The inputs of both branches of a LaCT layer, from the queries, keys and values that they share.
 
@@ -119,7 +120,7 @@ def branch_sum(
     scale: Tensor | None,
     *,
     eps: float,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """The sum of both branches of a LaCT layer, in which the one of the fast weights is normed and scaled.
 

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import math
 import os
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch import Tensor
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # found, not imported
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+Backend = Literal["auto", "triton", "eager"]
+BACKENDS = get_args(Backend)
 
 
 def check_floating(name: str, x: Tensor, *layouts: str) -> None:
@@ -154,11 +158,11 @@ def or_on_the_cpu(x: Tensor, name: str = "q") -> str:
 
 
 def check_backend(backend: str) -> None:
-    if backend not in ("auto", "triton", "eager"):
+    if backend not in BACKENDS:
         raise ValueError(f"backend must be 'auto', 'triton' or 'eager', got {backend!r}")
 
 
-def choose_backend(backend: str, q: Tensor, obstacle: str | None) -> str:
+def choose_backend(backend: Backend, q: Tensor, obstacle: str | None) -> Backend:
     """The backend that runs: Triton for "auto" where it can, and for "triton", or the obstacle is raised.
 
     `obstacle` is what keeps the operation's own kernels from this call, if anything does.

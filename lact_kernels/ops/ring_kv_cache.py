@@ -1,9 +1,12 @@
 """`RingKVCache`: the keys and values that a window can still see, in memory that does not grow."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
 from lact_kernels.ops import checks
+from lact_kernels.ops.checks import Backend
 from lact_kernels.ops.window_attn_with_kvcache import window_attn_with_kvcache
 
 
@@ -45,7 +48,7 @@ class RingKVCache:
     def __init__(
         self,
         batch_size: int,
-        window_size: int,
+        window_size: int | tuple[int, int],
         num_kv_heads: int,
         head_dim: int,
         *,
@@ -68,9 +71,9 @@ class RingKVCache:
         self.window_size = window_size
         self.max_queries = max_queries
         shape = (batch_size, window_size + max_queries - 1, num_kv_heads)
-        self.k = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
-        self.v = torch.zeros(*shape, head_dim_v, dtype=dtype, device=device)
-        self.seqlens = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        self.k: Tensor = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
+        self.v: Tensor = torch.zeros(*shape, head_dim_v, dtype=dtype, device=device)
+        self.seqlens: Tensor = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.max_seqlen = 0
 
     @torch.no_grad()
@@ -135,13 +138,28 @@ class RingKVCache:
         self.k, self.v, self.seqlens = (x.to(device) for x in (self.k, self.v, self.seqlens))
         return self
 
+    @overload
+    def window_attn(
+        self, q: Tensor, *, softmax_scale: float | None = None, backend: Backend = "auto",
+        return_lse: Literal[False] = False,
+    ) -> Tensor: ...  # fmt: skip
+    @overload
+    def window_attn(
+        self, q: Tensor, *, softmax_scale: float | None = None, backend: Backend = "auto",
+        return_lse: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+    @overload
+    def window_attn(
+        self, q: Tensor, *, softmax_scale: float | None = None, backend: Backend = "auto",
+        return_lse: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
     def window_attn(
         self,
         q: Tensor,
         *,
         softmax_scale: float | None = None,
         return_lse: bool = False,
-        backend: str = "auto",
+        backend: Backend = "auto",
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`window_attn_with_kvcache` of the last `Tq <= max_queries` tokens, q `[B, Tq, Hq, D]`."""
         checks.check_floating("q", q, "[B, Tq, Hq, D]")

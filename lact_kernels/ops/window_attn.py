@@ -1,25 +1,46 @@
 """`window_attn`: causal attention in a sliding window."""
 
+from typing import Literal, overload
+
 from torch import Tensor
 
 from lact_kernels.autograd.autocast import autocast_dtype
 from lact_kernels.autograd.window_attn import window_attn_fwd
 from lact_kernels.ops import checks
+from lact_kernels.ops.checks import Backend
 from lact_kernels.ops.offsets import kept
 
 MAX_TRITON_HEAD_DIM = 256
 
 
+@overload
+def window_attn(
+    q: Tensor, k: Tensor, v: Tensor, window_size: int | tuple[int, int] | None = None, *,
+    softmax_scale: float | None = None, cu_seqlens: Tensor | None = None, backend: Backend = "auto",
+    return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def window_attn(
+    q: Tensor, k: Tensor, v: Tensor, window_size: int | tuple[int, int] | None = None, *,
+    softmax_scale: float | None = None, cu_seqlens: Tensor | None = None, backend: Backend = "auto",
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def window_attn(
+    q: Tensor, k: Tensor, v: Tensor, window_size: int | tuple[int, int] | None = None, *,
+    softmax_scale: float | None = None, cu_seqlens: Tensor | None = None, backend: Backend = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def window_attn(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    window_size: int | None = None,
+    window_size: int | tuple[int, int] | None = None,
     *,
     softmax_scale: float | None = None,
     cu_seqlens: Tensor | None = None,
     return_lse: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal softmax attention in which a query sees itself and the `window_size - 1` tokens before it.
 

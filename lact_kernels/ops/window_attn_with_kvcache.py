@@ -1,23 +1,44 @@
 """`window_attn_with_kvcache`: sliding-window attention of new tokens over a cache, for generation."""
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
 from lact_kernels.autograd.window_attn_with_kvcache import window_attn_with_kvcache as op
 from lact_kernels.ops import checks
+from lact_kernels.ops.checks import Backend
 from lact_kernels.ops.window_attn import check_attention, score_scale, triton_obstacle
 
 
+@overload
+def window_attn_with_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, window_size: int | tuple[int, int] | None = None, *,
+    cache_seqlens: Tensor | int | None = None, softmax_scale: float | None = None,
+    backend: Backend = "auto", return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def window_attn_with_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, window_size: int | tuple[int, int] | None = None, *,
+    cache_seqlens: Tensor | int | None = None, softmax_scale: float | None = None,
+    backend: Backend = "auto", return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def window_attn_with_kvcache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, window_size: int | tuple[int, int] | None = None, *,
+    cache_seqlens: Tensor | int | None = None, softmax_scale: float | None = None,
+    backend: Backend = "auto", return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def window_attn_with_kvcache(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    window_size: int | None = None,
+    window_size: int | tuple[int, int] | None = None,
     *,
     cache_seqlens: Tensor | int | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`window_attn` of the last tokens of each row, whose keys and values are in a cache already.
 
