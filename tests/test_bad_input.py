@@ -25,6 +25,10 @@ def cu_seqlens(*values, dtype=torch.int32):
     return torch.tensor(values, dtype=dtype)
 
 
+def nested(*shape):
+    return torch.nested.nested_tensor([torch.ones(shape)], layout=torch.jagged)
+
+
 def meta(*shape, dtype=torch.float32):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -32,6 +36,10 @@ def meta(*shape, dtype=torch.float32):
 WINDOW = [
     ({"q": [1.0]}, TypeError, r"q must be a tensor \[B, Tq, Hq, D\], got list"),
     ({"q": torch.ones(1, 6, 4, 8, dtype=torch.int32)}, TypeError, "q .*torch.int32"),
+    ({"q": torch.ones(1, 6, 4, 8).to_sparse()}, TypeError, "q must be a dense .*torch.sparse_coo"),
+    ({"k": torch.ones(1, 6, 2, 8).to_sparse()}, TypeError, "k must be a dense .*torch.sparse_coo"),
+    ({"q": nested(6, 4, 8)}, TypeError, "q must be a plain tensor, got a nested .* cu_seqlens"),
+    ({"v": nested(6, 2, 8)}, TypeError, "v must be a plain tensor, got a nested"),
     ({"q": torch.ones(6, 4, 8)}, ValueError, r"q must have the shape .*\(6, 4, 8\)"),
     ({"q": torch.ones(1, 6, 4, 0)}, ValueError, "q .*empty"),
     ({"k": torch.ones(1, 6, 0, 8)}, ValueError, "k .*empty"),
@@ -54,6 +62,7 @@ WINDOW = [
     ({"backend": "cuda"}, ValueError, "backend must be .* got 'cuda'"),
     ({"cu_seqlens": [0, 6]}, TypeError, "cu_seqlens must be an int32 tensor"),
     ({"cu_seqlens": cu_seqlens(0, 6, dtype=torch.int64)}, TypeError, "cu_seqlens .*int32.*int64"),
+    ({"cu_seqlens": cu_seqlens(0, 6).to_sparse()}, TypeError, "cu_seqlens must be a dense tensor"),
     ({"cu_seqlens": cu_seqlens(0)}, ValueError, r"cu_seqlens must have the shape \[N\+1\]"),
     ({"cu_seqlens": cu_seqlens(1, 6)}, ValueError, "cu_seqlens must start at 0, got 1"),
     ({"cu_seqlens": cu_seqlens(0, 4, 3, 6)}, ValueError, "descends from 4 to 3 at index 2"),
@@ -121,6 +130,8 @@ TTT = [
     ({"k": torch.ones(1, 5, 2, 5)}, ValueError, "k must have the shape"),
     ({"k": torch.ones(1, 6, 2, 5).half()}, TypeError, "k .*float16"),
     ({"v": torch.ones(1, 6, 3, 6)}, ValueError, "v must have the shape"),
+    ({"q": nested(6, 2, 5)}, TypeError, "q must be a plain tensor, got a nested"),
+    ({"lr0": torch.ones(1, 6, 2).to_sparse()}, TypeError, "lr0 must be a dense tensor"),
     ({"w0": torch.ones(2, 7, 4)}, ValueError, r"w0 .*\[H, Dh, Dk\] = \(2, 7, 5\), got \(2, 7, 4\)"),
     ({"w0": torch.ones(3, 2, 7, 5)}, ValueError, r"w0 .*\[B, H, Dh, Dk\] = \(1, 2, 7, 5\)"),
     ({"w0": torch.ones(7, 5)}, ValueError, "w0 must have the shape"),

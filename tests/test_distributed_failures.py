@@ -3,6 +3,7 @@
 import datetime
 import os
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -198,8 +199,8 @@ def layouts(T):
     for pieces in (
         SequencePieces.of(mesh, (T, 0, 0, 0)[mesh.get_local_rank()]),
         SequencePieces.even(mesh, T, borders),
-        SequencePieces.even(mesh, T, multiple_of=8),
-        SequencePieces.of_chunks(mesh, T, 8, borders),
+        SequencePieces.even(mesh, np.int64(T), multiple_of=np.int32(8)),
+        SequencePieces.of_chunks(mesh, T, np.int64(8), borders),
         SequencePieces.of_chunks(mesh, T, 3),
     ):
         mine = pieces.take(x).requires_grad_()

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from transformers import PretrainedConfig
 
+from lact_kernels.ops import checks
+
 
 class LaCTASRConfig(PretrainedConfig):
     """The configuration of `LaCTForCTC`.
@@ -90,8 +92,9 @@ class LaCTASRConfig(PretrainedConfig):
     ):
         for name, value in list(locals().items()):
             if name not in ("self", "kwargs", "__class__"):
-                setattr(self, name, value)
-        self.conv_kernel_sizes, self.conv_strides = list(conv_kernel_sizes), list(conv_strides)
+                setattr(self, name, checks.plain(value))  # JSON has no numbers of NumPy
+        self.conv_kernel_sizes = list(map(checks.plain, conv_kernel_sizes))
+        self.conv_strides = list(map(checks.plain, conv_strides))
         self._check()
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 

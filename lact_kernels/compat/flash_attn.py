@@ -114,7 +114,7 @@ def flash_attn_func(
     _check_supported(dropout_p, softcap, alibi_slopes=alibi_slopes)
     checks.check_flags(deterministic=deterministic, return_attn_probs=return_attn_probs)
     check_attention(q, k, v, None, softmax_scale)
-    window = _window(causal, window_size, single_query=q.shape[1] <= 1)
+    window = _window(causal, window_size, q.shape[1])
     o, lse = run_window_attn(q, k, v, window, softmax_scale, None, None, backend)
     return (o, lse, q.new_empty(0)) if return_attn_probs else o
 
@@ -214,8 +214,8 @@ def flash_attn_varlen_func(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
@@ -239,8 +239,9 @@ def flash_attn_varlen_func(
             call reads it to check this, as in `window_attn`: on the CPU nothing waits for that.
         cu_seqlens_k: int32 `[N+1]`, the borders in k and v. In each sequence the last query stands at
             the last key, whichever there are more of.
-        max_seqlen_q: the most queries of a sequence. The kernels do not need it; where it is at most 1,
-            no query has later keys, and any `causal` and `window_size` are accepted.
+        max_seqlen_q: the most queries of a sequence, an int or a tensor `[]`. The kernels do not need it;
+            where it is at most 1, no query has later keys, and any `causal` and `window_size` are
+            accepted. Only then is it read, which waits for the device of a tensor.
         max_seqlen_k: the most keys of a sequence, not needed either.
         block_table: None.
 
@@ -265,11 +266,10 @@ def flash_attn_varlen_func(
             f"cu_seqlens_q has the borders of {N} sequences and cu_seqlens_k of"
             f" {cu_seqlens_k.shape[0] - 1}: they must be the same sequences"
         )
-    checks.check_int("max_seqlen_q", max_seqlen_q)
-    checks.check_int("max_seqlen_k", max_seqlen_k)
+    _check_longest("max_seqlen_q", max_seqlen_q)
+    _check_longest("max_seqlen_k", max_seqlen_k)
     # More queries than sequences belie a max_seqlen_q of 1.
-    single_query = max_seqlen_q <= 1 and q.shape[1] <= N
-    window = _window(causal, window_size, single_query)
+    window = _window(causal, window_size, max_seqlen_q if q.shape[1] <= N else q.shape[1])
     o, lse = run_window_attn(q, k, v, window, softmax_scale, cu_seqlens_q, cu_seqlens_k, backend)
     return (o[0], lse[0], q.new_empty(0)) if return_attn_probs else o[0]
 
@@ -340,8 +340,9 @@ def flash_attn_with_kvcache(
         v: their values `[B, n, Hkv, Dv]`, given with k or not at all.
         rotary_cos, rotary_sin: None.
         cache_seqlens: how many tokens each row has in the cache, before k: int32 `[B]`, or an int for
-            all rows. The new tokens go to the slots behind them, and the queries stand at the last
-            tokens, new ones included. Needed with k; without it the default is S.
+            all rows, or that in a tensor `[]`. The new tokens go to the slots behind them, and the
+            queries stand at the last tokens, new ones included. Needed with k; without it the default
+            is S.
         cache_batch_idx, cache_leftpad, block_table: None.
         softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`.
         rotary_interleaved: of no effect without `rotary_cos`, in flash-attn as well.
@@ -380,10 +381,12 @@ def flash_attn_with_kvcache(
     checks.check_flags(rotary_interleaved=rotary_interleaved, return_softmax_lse=return_softmax_lse)
     checks.check_int("num_splits", num_splits)
     check_attention(q, k_cache, v_cache, None, softmax_scale, ("k_cache", "v_cache"))
-    window = _window(causal, window_size, single_query=q.shape[1] <= 1)
+    window = _window(causal, window_size, q.shape[1])
     backend = checks.choose_backend(backend, q, triton_obstacle(q, v_cache))
     _check_new_tokens(k, v, k_cache, v_cache)
-    _check_lengths(cache_seqlens, k, k_cache)
+    if cache_seqlens is not None:
+        cache_seqlens = checks.check_lengths("cache_seqlens", cache_seqlens, len(q), q.device)
+    _check_slots(cache_seqlens, k, k_cache)
     tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
     checks.check_no_gradient("flash_attn_with_kvcache", "flash_attn_func", **tensors)
     if k is not None:
@@ -396,26 +399,40 @@ def flash_attn_with_kvcache(
     return (o, lse) if return_softmax_lse else o
 
 
-def _window(causal: bool, window_size: tuple[int, int], single_query: bool) -> int | None:
-    """`window_attn`'s `window_size`, for `causal` and the inclusive `(left, right)` of flash-attn."""
+def _window(causal: bool, window_size: tuple[int, int], most_queries: int | Tensor) -> int | None:
+    """`window_attn`'s `window_size`, for `causal` and the inclusive `(left, right)` of flash-attn.
+
+    `most_queries` is of a sequence, and read only where the answer depends on it.
+    """
     checks.check_flag("causal", causal)
     is_pair = isinstance(window_size, (tuple, list)) and len(window_size) == 2
-    if not is_pair or not all(checks.is_int(side) for side in window_size):
+    left, right = map(checks.plain, window_size) if is_pair else (None, None)
+    if not checks.is_int(left) or not checks.is_int(right):
         raise TypeError(f"window_size must be a pair of ints (left, right), got {window_size!r}")
-    left, right = window_size
     # Queries are aligned at the end: one alone stands at the last key, with none to its right.
-    if not (causal or right == 0 or single_query):
+    if not (causal or right == 0 or most_queries <= 1):
         raise NotImplementedError(
-            f"causal=False with window_size={tuple(window_size)} lets queries see later keys, which is"
+            f"causal=False with window_size={(left, right)} lets queries see later keys, which is"
             " not supported: pass causal=True, or a right side of 0"
         )
-    return left + 1 if left >= 0 else None
+    return checks.check_count("window_size", left + 1) if left >= 0 else None
+
+
+def _check_longest(name: str, length: int | Tensor) -> None:
+    """`length` is an int, or as it comes out of `lengths.max()`. It is not read."""
+    if not isinstance(length, Tensor):
+        checks.check_int(name, length)
+    elif length.ndim or length.is_floating_point() or length.dtype == torch.bool:
+        raise TypeError(
+            f"{name} must be an int or a tensor [] of integers, got {tuple(length.shape)} of"
+            f" {length.dtype}"
+        )
 
 
 def _check_supported(dropout_p: float = 0.0, softcap: float = 0.0, **options) -> None:
     """Raise for the first option that is not off. The two numbers are off unless they are above 0."""
     for name, number in {"dropout_p": dropout_p, "softcap": softcap}.items():
-        checks.check_finite_number(name, number)
+        number = checks.check_finite_number(name, number)
         options[name] = number if number > 0 else None
     for name, value in options.items():
         if value is not None:
@@ -433,15 +450,12 @@ def _check_new_tokens(k: Tensor | None, v: Tensor | None, k_cache: Tensor, v_cac
     checks.check_tensor("v", v, (B, n, Hkv, v_cache.shape[3]), "[B, n, Hkv, Dv]", dtype, device)
 
 
-def _check_lengths(cache_seqlens: int | Tensor | None, k: Tensor | None, k_cache: Tensor) -> None:
+def _check_slots(cache_seqlens: int | Tensor | None, k: Tensor | None, k_cache: Tensor) -> None:
     """Each row's tokens and those of k have slots, as far as that is known without waiting."""
-    B, S = k_cache.shape[:2]
-    n = 0 if k is None else k.shape[1]
-    lengths = []
-    if cache_seqlens is not None:
-        lengths = checks.known_lengths("cache_seqlens", cache_seqlens, B, k_cache.device)
-    elif k is not None:
+    S, n = k_cache.shape[1], 0 if k is None else k.shape[1]
+    if cache_seqlens is None and k is not None:
         raise ValueError("cache_seqlens must say where k and v go, got None")
+    lengths = [] if cache_seqlens is None else checks.known_values(cache_seqlens)
     for length in [0, *lengths]:  # of values that are not known, 0 is the least
         if length + n > S:
             raise ValueError(

@@ -119,7 +119,7 @@ def _block_causal_lact_swiglu(
 ):
     """Each of the b*h rows is a batch row of one head, with weights of its own. These are views."""
     _check_inputs(weights, tokens, lrs, momentum)
-    checks.check_positive_int("chunk_size", chunk_size)
+    chunk_size = checks.check_count("chunk_size", chunk_size)
     checks.check_flag("use_muon", use_muon)
     dtype = tokens[2].dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32

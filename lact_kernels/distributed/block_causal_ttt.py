@@ -123,9 +123,10 @@ def block_causal_ttt(
         q, tokens, weights = ops.autocast_inputs(q, tokens, weights)
 
     def facts():
+        nonlocal chunk_size, checkpoint_interval
         checks.check_floating("q", q, "[B, T, H, Dk]")
         rows = len(pieces.borders) - 1 if pieces.packed else q.shape[0]
-        ops.check_call(
+        chunk_size, checkpoint_interval = ops.check_call(
             q, tokens, weights, rows, initial_state, chunk_size, muon, prenorm, checkpoint_interval
         )
         checks.check_flag("return_state", return_state)

@@ -89,10 +89,7 @@ class SequencePieces:
         """
 
         def facts():
-            checks.check_int("num_tokens", num_tokens)
-            if num_tokens < 0:
-                raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
-            return num_tokens, _on_host(cu_seqlens)
+            return _checked_length(num_tokens), _on_host(cu_seqlens)
 
         answers = _gathered(_checked(mesh).get_group(), *_attempt(facts))
         lengths, borders = zip(*answers)
@@ -119,7 +116,9 @@ class SequencePieces:
         Raises:
             TypeError, ValueError: as `of`.
         """
-        borders = _agreed_total(mesh, num_tokens, cu_seqlens, multiple_of=multiple_of)
+        num_tokens, borders, multiple_of = _agreed_total(
+            mesh, num_tokens, cu_seqlens, multiple_of=multiple_of
+        )
         groups = -(-num_tokens // multiple_of)
         cuts = [min(cut * multiple_of, num_tokens) for cut in _cuts(0, groups, mesh.size())]
         return cls(mesh, [[piece] for piece in itertools.pairwise(cuts)], borders)
@@ -136,7 +135,9 @@ class SequencePieces:
         Raises:
             TypeError, ValueError: as `of`.
         """
-        borders = _agreed_total(mesh, num_tokens, cu_seqlens, chunk_size=chunk_size)
+        num_tokens, borders, chunk_size = _agreed_total(
+            mesh, num_tokens, cu_seqlens, chunk_size=chunk_size
+        )
         ranges = [[] for _ in range(mesh.size())]
         for start, stop in itertools.pairwise(borders or [0, num_tokens]):
             for first in range(start, stop, chunk_size):
@@ -350,22 +351,25 @@ def _compare(operation: str, answers: Sequence[dict[str, Any]]) -> None:
             raise ValueError(f"the ranks call {operation} with different {name}: {each}")
 
 
-def _agreed_total(mesh, num_tokens, cu_seqlens, **sizes: int) -> list[int] | None:
-    """The borders of packed sequences, when all ranks have said the same."""
+def _agreed_total(mesh, num_tokens, cu_seqlens, **size: int) -> tuple[int, list[int] | None, int]:
+    """Tokens, borders of packed sequences and the one size, when all ranks have said the same."""
 
     def facts():
-        checks.check_int("num_tokens", num_tokens)
-        if num_tokens < 0:
-            raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
-        for name, size in sizes.items():
-            checks.check_positive_int(name, size)
-        borders = _on_host(cu_seqlens)
-        _check_borders(borders, num_tokens)
-        return {"num_tokens": num_tokens, "cu_seqlens": borders} | sizes
+        total, borders = _checked_length(num_tokens), _on_host(cu_seqlens)
+        _check_borders(borders, total)
+        sizes = {name: checks.check_count(name, value) for name, value in size.items()}
+        return {"num_tokens": total, "cu_seqlens": borders} | sizes
 
     answers = _gathered(_checked(mesh).get_group(), *_attempt(facts))
     _compare("SequencePieces", answers)
-    return answers[0]["cu_seqlens"]
+    return tuple(answers[0].values())
+
+
+def _checked_length(num_tokens: int) -> int:
+    num_tokens = checks.check_int("num_tokens", num_tokens)
+    if num_tokens < 0:
+        raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
+    return num_tokens
 
 
 def _checked(mesh: DeviceMesh) -> DeviceMesh:

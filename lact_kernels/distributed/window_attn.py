@@ -49,7 +49,7 @@ def window_attn(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    window_size: int | None = None,
+    window_size: int | tuple[int, int] | None = None,
     *,
     pieces: SequencePieces,
     softmax_scale: float | None = None,
@@ -65,8 +65,9 @@ def window_attn(
         q: queries of this rank's tokens, `[B, t, Hq, D]`.
         k: their keys, `[B, t, Hkv, D]`.
         v: their values, `[B, t, Hkv, Dv]`. Dtypes and strides as in `lact_kernels.window_attn`.
-        window_size: tokens that a query sees, at least 1; None is full causal attention, for which every
-            rank receives all keys before its own: a ring attention suits that better.
+        window_size: tokens that a query sees, at least 1, or a pair `(left, 0)`, as in
+            `lact_kernels.window_attn`; None is full causal attention, for which every rank receives all
+            keys before its own: a ring attention suits that better.
         pieces: contiguous pieces, with the borders of packed sequences if there are any.
         softmax_scale, return_lse, backend: as in `lact_kernels.window_attn`.
 
@@ -86,6 +87,7 @@ def window_attn(
         "window_attn",
         lambda: _facts(q, k, v, window_size, softmax_scale, return_lse, backend, pieces),
     )
+    window_size = checks.check_window("window_size", window_size)
     backend = checks.choose_backend(backend, q, ops.triton_obstacle(q, v))
     q, k, v = (x.to(autocast_dtype(x)) for x in (q, k, v))
     plan = pieces.once(("window_attn", window_size), lambda: _Plan.of(pieces, window_size))
@@ -95,7 +97,7 @@ def window_attn(
 
 
 def _facts(q, k, v, window_size, softmax_scale, return_lse, backend, pieces) -> dict:
-    ops.check_attention(q, k, v, window_size, softmax_scale)
+    window_size = ops.check_attention(q, k, v, window_size, softmax_scale)
     checks.check_flag("return_lse", return_lse)
     checks.choose_backend(backend, q, ops.triton_obstacle(q, v))
     if pieces.chunk_size is not None:

@@ -56,7 +56,8 @@ class LaCTLayer(nn.Module):
         num_attn_heads: heads of the attention. They divide C into an even number of channels each.
         num_lact_heads: heads of the fast weights. They divide C.
         inter_multi: hidden width of the fast network, relative to its head's `C / num_lact_heads`.
-        window_size: tokens that a query sees, itself included; None is full causal attention.
+        window_size: tokens that a query sees, itself included; None is full causal attention. Also a pair
+            `(left, 0)` as in `window_attn`.
         lact_chunk_size: tokens from one update of the fast weights to the next. A sequence that is not
             longer never updates them.
         qkv_bias: whether the projection has a bias.
@@ -98,7 +99,7 @@ class LaCTLayer(nn.Module):
         num_attn_heads: int,
         num_lact_heads: int,
         inter_multi: float = 1.0,
-        window_size: int | None = 2048,
+        window_size: int | tuple[int, int] | None = 2048,
         lact_chunk_size: int = 2048,
         qkv_bias: bool = False,
         attn_qk_norm: bool = True,
@@ -126,14 +127,16 @@ class LaCTLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _check_sizes(hidden_size, num_attn_heads, num_lact_heads, inter_multi, w0_w2_low_rank)
+        hidden_size = checks.check_positive_int("hidden_size", hidden_size)
+        num_attn_heads = checks.check_positive_int("num_attn_heads", num_attn_heads)
+        num_lact_heads = checks.check_positive_int("num_lact_heads", num_lact_heads)
+        inter_multi = checks.check_finite_number("inter_multi", inter_multi)
+        w0_w2_low_rank = checks.check_int("w0_w2_low_rank", w0_w2_low_rank)
+        _check_sizes(hidden_size, num_attn_heads, num_lact_heads, inter_multi)
         _check_supported(lr_dim, lr_parameterization, ttt_loss_type)
-        for name, size in (
-            ("lact_chunk_size", lact_chunk_size),
-            ("temporal_reduction", temporal_reduction),
-            ("window_size", 1 if window_size is None else window_size),
-        ):
-            checks.check_positive_int(name, size)
+        lact_chunk_size = checks.check_count("lact_chunk_size", lact_chunk_size)
+        temporal_reduction = checks.check_positive_int("temporal_reduction", temporal_reduction)
+        window_size = checks.check_window("window_size", window_size)
         checks.check_flags(
             qkv_bias=qkv_bias,
             attn_qk_norm=attn_qk_norm,
@@ -145,12 +148,12 @@ class LaCTLayer(nn.Module):
             ttt_nope=ttt_nope,
             use_momentum=use_momentum,
         )
-        checks.check_finite_number("rope_theta", rope_theta)
+        rope_theta = checks.check_finite_number("rope_theta", rope_theta)
         if rope_theta <= 0:
             raise ValueError(f"rope_theta must be positive, got {rope_theta}")
-        checks.check_finite_number("fw_init_gain", fw_init_gain)
+        fw_init_gain = checks.check_finite_number("fw_init_gain", fw_init_gain)
         if layer_idx is not None:
-            checks.check_int("layer_idx", layer_idx)
+            layer_idx = checks.check_int("layer_idx", layer_idx)
         checks.check_backend(backend)
         if use_fused_kernel and use_muon:
             warnings.warn(
@@ -452,25 +455,17 @@ def _positions(
     return positions[None]
 
 
-def _check_sizes(hidden_size, num_attn_heads, num_lact_heads, inter_multi, w0_w2_low_rank) -> None:
-    sizes = {
-        "hidden_size": hidden_size,
-        "num_attn_heads": num_attn_heads,
-        "num_lact_heads": num_lact_heads,
-    }
-    for name, size in sizes.items():
-        checks.check_positive_int(name, size)
-        if hidden_size % size:
-            raise ValueError(f"{name} must divide hidden_size = {hidden_size}, got {size}")
+def _check_sizes(hidden_size, num_attn_heads, num_lact_heads, inter_multi) -> None:
+    for name, heads in (("num_attn_heads", num_attn_heads), ("num_lact_heads", num_lact_heads)):
+        if hidden_size % heads:
+            raise ValueError(f"{name} must divide hidden_size = {hidden_size}, got {heads}")
     if hidden_size // num_attn_heads % 2:
         raise ValueError(
             f"hidden_size = {hidden_size} and num_attn_heads = {num_attn_heads} give heads of"
             f" {hidden_size // num_attn_heads} channels, and position embeddings need an even number"
         )
-    checks.check_finite_number("inter_multi", inter_multi)
     if int(inter_multi * (hidden_size // num_lact_heads)) < 1:
         raise ValueError(f"inter_multi must leave at least one hidden channel, got {inter_multi}")
-    checks.check_int("w0_w2_low_rank", w0_w2_low_rank)
 
 
 def _check_supported(lr_dim, lr_parameterization, ttt_loss_type) -> None:

@@ -155,7 +155,9 @@ def block_causal_ttt(
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, q)
         N = cu_seqlens.shape[0] - 1
-    check_call(q, tokens, weights, N, initial_state, chunk_size, muon, prenorm, checkpoint_interval)
+    chunk_size, checkpoint_interval = check_call(
+        q, tokens, weights, N, initial_state, chunk_size, muon, prenorm, checkpoint_interval
+    )
     backend = checks.choose_backend(backend, q, triton_obstacle(q, v, w0))
     state = initial_state or new_state(weights, N, tokens, chunk_size, muon, prenorm)
     if initial_state is not None and checks.left_inference_mode(state.weights[0]):
@@ -261,15 +263,20 @@ def _continue(q, tokens, state: TTTState, cu_seqlens, return_state: bool, how):
 
 def check_call(
     q, tokens: Tokens, weights, rows: int, state, chunk_size, muon, prenorm, checkpoint_interval
-) -> None:
-    """What every call must fulfil; `rows` is the number of its sequences."""
-    checks.check_positive_int("chunk_size", chunk_size)
+) -> tuple[int, int]:
+    """What every call must fulfil; `rows` is the number of its sequences.
+
+    Returns:
+        The chunk size and the checkpoint interval.
+    """
+    chunk_size = checks.check_count("chunk_size", chunk_size)
     checks.check_flags(muon=muon, prenorm=prenorm)
-    checks.check_positive_int("checkpoint_interval", checkpoint_interval)
+    interval = checks.check_count("checkpoint_interval", checkpoint_interval)
     _check_tensors(q, tokens, weights, rows)
     if state is not None:
         options = StateOptions(chunk_size, muon, prenorm, tokens.momentum is not None)
         _check_state(state, tokens, weights, rows, options)
+    return chunk_size, interval
 
 
 def _check_tensors(q, tokens: Tokens, weights, rows: int) -> None:

@@ -82,8 +82,9 @@ def branch_qkv(
     for name, x in (("qk_scale", qk_scale), ("qk_offset", qk_offset)):
         checks.check_float_dtype(name, x, "[C, 2]")
         checks.check_tensor(name, x, (C, 2), "[C, 2]", x.dtype, q.device)
+    num_attn_heads = checks.check_positive_int("num_attn_heads", num_attn_heads)
+    num_lact_heads = checks.check_positive_int("num_lact_heads", num_lact_heads)
     for name, heads in (("num_attn_heads", num_attn_heads), ("num_lact_heads", num_lact_heads)):
-        checks.check_positive_int(name, heads)
         if C % heads:
             raise ValueError(f"{name} must divide the {C} channels of q, got {heads}")
     head_dim, fast_dim = C // num_attn_heads, C // num_lact_heads
@@ -167,7 +168,7 @@ def branch_sum(
         checks.check_tensor(
             "scale", scale, (B, T, Hf), "[B, T, Hf]", attn.dtype, attn.device, "attn"
         )
-    checks.check_finite_number("eps", eps)
+    eps = checks.check_finite_number("eps", eps)
     if eps < 0:
         raise ValueError(f"eps must not be negative, got {eps}")
     backend = checks.choose_backend(backend, attn, _wide_heads_obstacle(Df))

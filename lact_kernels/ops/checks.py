@@ -6,8 +6,9 @@ a wrong value, shape or device. Messages name the argument, what came and what w
 
 import functools
 import importlib.util
-import math
+import numbers
 import os
+import sys
 from typing import Literal, get_args
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # found, not imported
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MOST_TOKENS = 2**62  # more than any sequence has; registered ops take numbers of 64 bits
 
 Backend = Literal["auto", "triton", "eager"]
 BACKENDS = get_args(Backend)
@@ -35,9 +37,21 @@ def check_float_dtype(name: str, x: Tensor, layout: str) -> None:
     """`x` is a tensor of a floating dtype that the operations know."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor {layout}, got {type(x).__name__}")
+    check_dense(name, x)
     if x.dtype not in FLOAT_DTYPES:
         dtypes = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
         raise TypeError(f"{name} must have one of the dtypes {dtypes}, got {x.dtype}")
+
+
+def check_dense(name: str, x: Tensor) -> None:
+    """`x` is neither sparse nor nested."""
+    if x.is_nested:
+        raise TypeError(
+            f"{name} must be a plain tensor, got a nested one: lay its sequences end to end, with their"
+            " borders in cu_seqlens"
+        )
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got one of the layout {x.layout}")
 
 
 def check_tensor(
@@ -52,6 +66,7 @@ def check_tensor(
     """`x` is a tensor of exactly this shape, dtype and device, which is that of the argument `like`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor {layout}, got {type(x).__name__}")
+    check_dense(name, x)
     if x.dtype != dtype:
         raise TypeError(f"{name} must have the dtype {dtype}, got {x.dtype}")
     if x.device != device:
@@ -72,46 +87,98 @@ def check_flags(**flags: bool) -> None:
         check_flag(name, flag)
 
 
+def plain(value: object) -> object:
+    """A number of another library, NumPy's among them, as Python's own; everything else as it is."""
+    if isinstance(value, (bool, torch.SymInt)) or type(value) in (int, float):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
 def is_int(value: object) -> bool:
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
-def check_int(name: str, value: int) -> None:
-    if not is_int(value):
+def check_int(name: str, value: int) -> int:
+    """`value` as a plain int. A symbolic one stays as it is."""
+    number = plain(value)
+    if not is_int(number):
         raise TypeError(f"{name} must be an int, got {value!r}")
+    return number
 
 
-def check_positive_int(name: str, value: int) -> None:
-    check_int(name, value)
+def check_positive_int(name: str, value: int) -> int:
+    value = check_int(name, value)
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
 
 
-def check_finite_number(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def check_count(name: str, value: int) -> int:
+    """`check_positive_int` of how many tokens or chunks: more than any sequence has are all the same."""
+    value = check_positive_int(name, value)
+    # Compiled code would be bound by the comparison to the numbers that it has been compiled for.
+    return value if torch.compiler.is_compiling() or value < MOST_TOKENS else MOST_TOKENS
+
+
+def check_window(name: str, window: int | tuple[int, int] | None) -> int | None:
+    """How many tokens a query sees, itself included, of that number or flash-attn's `(left, 0)`."""
+    if isinstance(window, (tuple, list)):
+        if len(window) != 2:
+            raise ValueError(f"{name} must be an int, a pair (left, right) or None, got {window!r}")
+        left, right = (check_int(name, side) for side in window)
+        if right != 0:
+            raise NotImplementedError(
+                f"{name} must be an int or a pair (left, 0), of a query that sees itself and the tokens on"
+                f" its left; later ones, as in {window!r}, are not supported"
+            )
+        if left < -1:
+            raise ValueError(
+                f"{name} must have a left side of at least 0, or -1 for all, got {window!r}"
+            )
+        window = None if left == -1 else left + 1
+    return None if window is None else check_count(name, window)
+
+
+def check_finite_number(name: str, value: float) -> float:
+    """`value` as a plain number."""
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if not abs(value) < math.inf:  # nor NaN; torch.compile cannot trace math.isfinite
-        raise ValueError(f"{name} must be finite, got {value}")
+    if not abs(number) <= sys.float_info.max:  # nor NaN; torch.compile cannot trace math.isfinite
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
 
 
-def known_values(lengths: Tensor) -> list[int]:
+def known_values(lengths: Tensor | int) -> list[int]:
     """The values of a tensor as far as they can be known without waiting for a device: all or none."""
-    return lengths.tolist() if lengths.is_cpu and not torch.compiler.is_compiling() else []
+    if not isinstance(lengths, Tensor):
+        return [lengths]
+    return lengths.tolist() if has_known_values(lengths) else []
 
 
-def known_lengths(name: str, lengths: Tensor | int, B: int, device: torch.device) -> list[int]:
-    """`known_values` of an int32 `[B]`, or an int for all rows; they are not negative."""
-    if is_int(lengths):
-        values = [lengths]
-    elif isinstance(lengths, Tensor):
+def has_known_values(x: Tensor) -> bool:
+    """Whether values can be read without waiting. A subclass may have none at all, as fake tensors."""
+    return x.is_cpu and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
+def check_lengths(name: str, lengths: Tensor | int, B: int, device: torch.device) -> Tensor | int:
+    """`lengths` as an int32 `[B]`, or as one int for all rows, which may also be a tensor `[]`."""
+    if isinstance(lengths, Tensor):
+        if lengths.ndim == 0 and lengths.dtype in (torch.int32, torch.int64):
+            if has_known_values(lengths):
+                return check_lengths(name, lengths.item(), B, device)
+            lengths = lengths.to(torch.int32).expand(B).contiguous()
         check_tensor(name, lengths, (B,), "[B]", torch.int32, device)
-        values = known_values(lengths)
     else:
-        raise TypeError(f"{name} must be an int32 tensor [B] or an int, got {lengths!r}")
-    for length in values:
+        lengths = plain(lengths)
+        if not is_int(lengths):
+            raise TypeError(f"{name} must be an int32 tensor [B] or an int, got {lengths!r}")
+    for length in known_values(lengths):
         if length < 0:
             raise ValueError(f"{name} must not be negative, got {length}")
-    return values
+    return lengths
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
@@ -140,6 +207,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, name: str = "cu_seqlens") ->
     """What can be known of `cu_seqlens` without reading its values: see `ops/offsets.py` for those."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{name} must be an int32 tensor [N+1], got {type(cu_seqlens).__name__}")
+    check_dense(name, cu_seqlens)
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"{name} must have the dtype torch.int32, got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:

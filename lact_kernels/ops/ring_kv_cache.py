@@ -25,7 +25,8 @@ class RingKVCache:
 
     Args:
         batch_size: rows B.
-        window_size: tokens that a query sees, itself included, at least 1.
+        window_size: tokens that a query sees, itself included, at least 1. Also a pair `(left, 0)` as in
+            `window_attn`, but for `(-1, 0)`, which sees all.
         num_kv_heads: heads Hkv of keys and values.
         head_dim: channels D of a key.
         head_dim_v: channels Dv of a value, D by default.
@@ -43,6 +44,7 @@ class RingKVCache:
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, device or value. Both name the argument.
+        NotImplementedError: a pair `window_size` with a right side other than 0.
     """
 
     def __init__(
@@ -57,20 +59,20 @@ class RingKVCache:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
-        head_dim_v = head_dim if head_dim_v is None else head_dim_v
-        sizes = {
-            "batch_size": batch_size,
-            "window_size": window_size,
-            "num_kv_heads": num_kv_heads,
-            "head_dim": head_dim,
-            "head_dim_v": head_dim_v,
-            "max_queries": max_queries,
-        }
-        for name, size in sizes.items():
-            checks.check_positive_int(name, size)
-        self.window_size = window_size
-        self.max_queries = max_queries
-        shape = (batch_size, window_size + max_queries - 1, num_kv_heads)
+        batch_size = checks.check_positive_int("batch_size", batch_size)
+        num_kv_heads = checks.check_positive_int("num_kv_heads", num_kv_heads)
+        head_dim = checks.check_positive_int("head_dim", head_dim)
+        if head_dim_v is None:
+            head_dim_v = head_dim
+        head_dim_v = checks.check_positive_int("head_dim_v", head_dim_v)
+        window = checks.check_window("window_size", window_size)
+        if window is None:
+            raise TypeError(
+                f"window_size must be an int or a pair with an end, got {window_size!r}"
+            )
+        self.window_size = window
+        self.max_queries = checks.check_positive_int("max_queries", max_queries)
+        shape = (batch_size, self.window_size + self.max_queries - 1, num_kv_heads)
         self.k: Tensor = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
         self.v: Tensor = torch.zeros(*shape, head_dim_v, dtype=dtype, device=device)
         self.seqlens: Tensor = torch.zeros(batch_size, dtype=torch.int32, device=device)

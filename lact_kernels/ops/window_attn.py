@@ -62,7 +62,8 @@ def window_attn(
             query head h reads key head `h // (Hq // Hkv)`.
         v: values `[B, Tk, Hkv, Dv]`. All three share dtype and device. Any strides are read in place,
             as long as the last one is 1.
-        window_size: tokens that a query sees, at least 1. `None` is full causal attention.
+        window_size: tokens that a query sees, at least 1. `None` is full causal attention. Also
+            flash-attn's pair `(left, 0)`, which is `left + 1`, or `(-1, 0)`, which is `None`.
         softmax_scale: factor on the scores, `D ** -0.5` by default.
         cu_seqlens: int32 `[N+1]`, the borders of N sequences laid end to end in one row (`B = 1`,
             `Tq == Tk`); none sees another. It starts at 0, does not descend and ends at T. Each call
@@ -84,10 +85,11 @@ def window_attn(
         TypeError: an argument of the wrong type, or a tensor of the wrong dtype.
         ValueError: a wrong shape, device or value. Both name the argument, what came and what was
             expected, before any kernel starts.
+        NotImplementedError: a pair `window_size` with a right side other than 0.
 
     Source: the sliding-window branch of the LaCT layer, arXiv 2505.23884, section 3.3.
     """
-    check_attention(q, k, v, window_size, softmax_scale)
+    window_size = check_attention(q, k, v, window_size, softmax_scale)
     checks.check_flag("return_lse", return_lse)
     Tq, Tk = q.shape[1], k.shape[1]
     if Tq > Tk:
@@ -118,8 +120,12 @@ def run_window_attn(
     return window_attn_fwd(q, k, v, window_size, scale, cu_seqlens_q, cu_seqlens_k, backend)
 
 
-def check_attention(q, k, v, window_size, softmax_scale, names=("k", "v")) -> None:
-    """What every call of attention must fulfil. k and v, called `names`, have any number of tokens."""
+def check_attention(q, k, v, window_size, softmax_scale, names=("k", "v")) -> int | None:
+    """What every call of attention must fulfil. k and v, called `names`, have any number of tokens.
+
+    Returns:
+        The window, as how many tokens a query sees.
+    """
     layouts = "[B, Tk, Hkv, D]", "[B, Tk, Hkv, Dv]"
     checks.check_floating("q", q, "[B, Tq, Hq, D]")
     for name, x, layout in zip(names, (k, v), layouts):
@@ -134,10 +140,9 @@ def check_attention(q, k, v, window_size, softmax_scale, names=("k", "v")) -> No
         raise ValueError(
             f"the {Hq} heads of q must be a multiple of the {Hkv} heads of {' and '.join(names)}"
         )
-    if window_size is not None:
-        checks.check_positive_int("window_size", window_size)
     if softmax_scale is not None:
         checks.check_finite_number("softmax_scale", softmax_scale)
+    return checks.check_window("window_size", window_size)
 
 
 def score_scale(q: Tensor, softmax_scale: float | None) -> float:

@@ -54,10 +54,11 @@ def window_attn_with_kvcache(
         k_cache: keys `[B, S, Hkv, D]`, those of the Tq tokens included. `Hkv` divides `Hq`. Read in
             place with any strides, as long as the last one is 1.
         v_cache: values `[B, S, Hkv, Dv]`.
-        window_size: tokens that a query sees, itself included, at least 1. `None` is all before it.
+        window_size: tokens that a query sees, itself included, at least 1. `None` is all before it. Also
+            a pair `(left, 0)` as in `window_attn`.
         cache_seqlens: how many tokens each row has had so far, the Tq of q included: int32 `[B]`, or an
-            int for all rows; S by default. Rows may differ. A query before the first token of its row
-            has the output 0 and the lse -inf.
+            int for all rows, or that in a tensor `[]`; S by default. Rows may differ. A query before the
+            first token of its row has the output 0 and the lse -inf.
         softmax_scale: factor on the scores, `D ** -0.5` by default.
         return_lse: also return the log-sum-exp of the scaled scores of each query.
         backend: as in `window_attn`.
@@ -73,15 +74,18 @@ def window_attn_with_kvcache(
             more than S tokens where `S < window_size + Tq - 1`, whose window is no longer in the cache.
             Values of `cache_seqlens` on a GPU are not checked, nor does the Triton backend read them on
             the host, so that nothing waits and CUDA graphs can be recorded: such a row gives NaN there.
+        NotImplementedError: a pair `window_size` with a right side other than 0.
 
     Source: the sliding-window branch of the LaCT layer, arXiv 2505.23884, section 3.3.
     """
-    check_attention(q, k_cache, v_cache, window_size, softmax_scale, ("k_cache", "v_cache"))
+    names = ("k_cache", "v_cache")
+    window_size = check_attention(q, k_cache, v_cache, window_size, softmax_scale, names)
     checks.check_flag("return_lse", return_lse)
     tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
     checks.check_no_gradient("window_attn_with_kvcache", "window_attn", **tensors)
     if cache_seqlens is not None:
-        _check_lengths(cache_seqlens, q, k_cache.shape[1], window_size)
+        cache_seqlens = checks.check_lengths("cache_seqlens", cache_seqlens, len(q), q.device)
+        _check_slots(cache_seqlens, q.shape[1], k_cache.shape[1], window_size)
     o, lse = run_window_attn_with_kvcache(
         q, k_cache, v_cache, window_size, cache_seqlens, softmax_scale, backend
     )
@@ -92,18 +96,17 @@ def run_window_attn_with_kvcache(
     q, k_cache, v_cache, window_size, cache_seqlens, softmax_scale, backend
 ) -> tuple[Tensor, Tensor]:
     """`window_attn_with_kvcache` of checked arguments."""
-    if checks.is_int(cache_seqlens):
+    if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
         cache_seqlens = torch.full((len(q),), cache_seqlens, dtype=torch.int32, device=q.device)
     backend = checks.choose_backend(backend, q, triton_obstacle(q, v_cache))
     scale = score_scale(q, softmax_scale)
     return op(q, k_cache, v_cache, cache_seqlens, window_size, scale, backend)
 
 
-def _check_lengths(lengths: Tensor | int, q: Tensor, S: int, window_size: int | None) -> None:
+def _check_slots(lengths: Tensor | int, Tq: int, S: int, window_size: int | None) -> None:
     """A row of more tokens than slots still has its window, as far as that is known without waiting."""
-    B, Tq = q.shape[:2]
     ring_slots = None if window_size is None else window_size + Tq - 1
-    for length in checks.known_lengths("cache_seqlens", lengths, B, q.device):
+    for length in checks.known_values(lengths):
         if length > S and (ring_slots is None or S < ring_slots):
             ring = "" if ring_slots is None else f", and than window_size + Tq - 1 = {ring_slots}"
             raise ValueError(f"cache_seqlens is {length}, but the cache has fewer slots{ring}: {S}")

@@ -98,7 +98,7 @@ def lact_window_attn_forward(
     _check_supported(module, attention_mask, sliding_window, dropout, is_causal, kwargs)
     window = None if sliding_window is ... else sliding_window
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    check_attention(q, k, v, window, scaling)
+    window = check_attention(q, k, v, window, scaling)
     B, Tq, Tk = q.shape[0], q.shape[1], k.shape[1]
 
     packing = None

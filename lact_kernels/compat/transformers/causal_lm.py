@@ -110,7 +110,7 @@ class LaCTSWIGLUConfig(PretrainedConfig):
     ):
         for name, value in list(locals().items()):
             if name not in ("self", "kwargs", "__class__"):
-                setattr(self, name, value)
+                setattr(self, name, checks.plain(value))  # JSON has no numbers of NumPy
         super().__init__(
             pad_token_id=pad_token_id,
             bos_token_id=bos_token_id,
