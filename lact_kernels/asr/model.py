@@ -82,6 +82,7 @@ class LaCTForCTC(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LaCTASRBlock"]
+    _skip_keys_device_placement = ["cache"]  # its layers keep each its own
 
     def __init__(self, config: LaCTASRConfig):
         super().__init__(config)
@@ -101,6 +102,13 @@ class LaCTForCTC(PreTrainedModel):
         self.ctc_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
         warn_if_never_updated(config, config.max_utterance_seconds)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes: accelerate may keep its parameters elsewhere until they are needed."""
+        hook = getattr(self.ctc_head, "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)
+        return super().device if device is None else torch.device(device)
 
     def get_input_embeddings(self) -> None:
         """There are none, as it reads waveforms."""
@@ -227,7 +235,7 @@ class LaCTForCTC(PreTrainedModel):
         for layer in self.layers:
             if hidden_states is not None:
                 hidden_states.append(x)
-            x = layer(x, cache, pieces)
+            x = layer(x, cache=cache, pieces=pieces)
         x = self.norm(x)
         if hidden_states is not None:
             hidden_states.append(x)

@@ -285,7 +285,8 @@ def swap_lact_layers(model: nn.Module, *, backend: Backend = "auto") -> dict[str
             learning rates than `LaCTLayer` has.
         TypeError: `model` is no module.
         ValueError: `model` is itself such a layer, which has no place to put another one in, or a layer
-            has parameters that `LaCTLayer` does not know.
+            has parameters that `LaCTLayer` does not know, adapters, or weights that accelerate has
+            offloaded.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -312,6 +313,11 @@ def _is_lact_layer(module: nn.Module) -> bool:
 
 def _swapped(name: str, old: nn.Module, backend: Backend) -> LaCTSWIGLULayer:
     """Our layer with the options and the parameters of an old one."""
+    if any(p.is_meta for p in old.parameters()) and hasattr(old, "_hf_hook"):
+        raise ValueError(
+            f"{name} has weights that accelerate keeps elsewhere until they are needed: swap the layers of"
+            " a model in memory, and offload it then"
+        )
     missing = [attribute for attribute in _ATTRIBUTES if not hasattr(old, attribute)]
     if missing:
         raise ValueError(

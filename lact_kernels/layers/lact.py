@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lact_kernels.layers.branch_norm import BranchNorm
 from lact_kernels.layers.cache import LaCTCache, LayerCache, LayerOptions
 from lact_kernels.layers.fast_weight import LowRankFastWeight
 from lact_kernels.layers.padding import (
@@ -20,7 +21,7 @@ from lact_kernels.layers.rotary import rotary_tables
 from lact_kernels.layers.temporal_reduction import TemporalReduction
 from lact_kernels.ops import checks
 from lact_kernels.ops.block_causal_ttt import block_causal_ttt
-from lact_kernels.ops.branches import branch_qkv, branch_sum
+from lact_kernels.ops.branches import branch_qkv
 from lact_kernels.ops.checks import Backend
 from lact_kernels.ops.offsets import on_host, packed_offsets
 from lact_kernels.ops.window_attn import window_attn
@@ -201,7 +202,7 @@ class LaCTLayer(nn.Module):
         self.qk_scale = nn.Parameter(torch.ones(C, 2, **factory))  # of queries, of keys
         self.qk_offset = nn.Parameter(torch.zeros(C, 2, **factory))
         self.ttt_scale_proj = nn.Linear(C, H, **factory) if learnable_ttt_scale else None
-        self.ttt_norm = nn.RMSNorm(D, NORM_EPS, **factory)
+        self.ttt_norm = BranchNorm(D, NORM_EPS, **factory)
         self.momentum_proj = None
         if use_momentum:
             self.momentum_proj = nn.Sequential(nn.Linear(C, H, **factory), nn.Sigmoid())
@@ -391,10 +392,7 @@ class LaCTLayer(nn.Module):
         scale = None
         if self.ttt_scale_proj is not None:
             scale = F.silu(self.ttt_scale_proj(x)).to(v.dtype)
-        o = branch_sum(
-            attn, ttt, self.ttt_norm.weight, scale, eps=self.ttt_norm.eps, backend=self.backend
-        )
-        o = self.o_proj(o)
+        o = self.o_proj(self.ttt_norm(ttt, attn, scale, self.backend))
         return o if self.temporal_conv is None else self.temporal_conv.expand(o, T, borders)
 
     def _train_fast_weights(

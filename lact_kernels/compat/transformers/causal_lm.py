@@ -166,6 +166,10 @@ class LaCTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LaCTBlock"]
+    _skip_keys_device_placement = [
+        "cache",
+        "past_key_values",
+    ]  # each layer finds its part where it left it
     _is_stateful = True  # no token can be taken back
 
     @classmethod
