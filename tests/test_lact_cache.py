@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lact_kernels.layers.cache
 import lact_kernels.layers.lact
-from lact_kernels import LaCTCache
+from lact_kernels import LaCTCache, LaCTLayer
 from tests.lact_layer_cases import CASES, make_layer, oracle
 
 T = 30
@@ -319,3 +319,12 @@ def test_caches_that_do_not_fit():
     layer(x, cache=cache)
     with pytest.raises(ValueError, match="row 0 of cache has had 10 frames, no multiple"):
         layer(x, cache=cache)
+
+
+def test_the_length_is_traced():
+    """What every call of a model asks of a cache does not end a graph, nor make torch.compile warn."""
+    layer, cache = LaCTLayer(32, 4, 2, layer_idx=0, window_size=6), LaCTCache()
+    compiled = torch.compile(LaCTCache.get_seq_length, backend="eager", fullgraph=True)
+    assert compiled(cache) == 0
+    layer(torch.randn(1, 5, 32), cache=cache)
+    assert compiled(cache) == 5

@@ -60,12 +60,19 @@ class LaCTCache:
         self.layers: dict[int, LayerCache] = {}
 
     def __repr__(self) -> str:
-        return f"LaCTCache({len(self.layers)} layers, {self.get_seq_length()} tokens)"
+        said = [f"{len(self.layers)} layers", f"{self.get_seq_length()} tokens"]
+        layers = list(self.layers.values())
+        if layers:
+            windows = dict.fromkeys(str(layer.options.window_size) for layer in layers)
+            said += [f"{len(layers[0].lengths)} rows", f"window_size={' and '.join(windows)}"]
+        if layers and layers[0].kv is not None:
+            said.append(f"{layers[0].kv.k.dtype} on {layers[0].kv.k.device}")
+        return f"LaCTCache({', '.join(said)})"
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:
         """How many places of a row were read, padding included, by one layer or the foremost."""
         layers = self.layers.values() if layer_idx is None else [self.layers.get(layer_idx)]
-        return max((layer.places for layer in layers if layer is not None), default=0)
+        return max([0, *(layer.places for layer in layers if layer is not None)])
 
     def check_complete(self, num_layers: int | None = None) -> None:
         """Raise RuntimeError where a call was interrupted, within a layer or between `num_layers` of them."""

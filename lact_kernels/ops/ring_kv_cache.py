@@ -78,6 +78,13 @@ class RingKVCache:
         self.seqlens: Tensor = torch.zeros(batch_size, dtype=torch.int32, device=device)
         self.max_seqlen = 0
 
+    def __repr__(self) -> str:
+        return (
+            f"RingKVCache(k {list(self.k.shape)}, v {list(self.v.shape)}, {self.k.dtype} on"
+            f" {self.k.device}, window_size={self.window_size}, max_queries={self.max_queries}, at most"
+            f" {self.max_seqlen} tokens in a row)"
+        )
+
     @torch.no_grad()
     def append(self, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> None:
         """Write the next tokens of each row, over those that are no longer seen.

@@ -26,6 +26,10 @@ class TTTTokens(NamedTuple):
     momentum: Tensor | None
     lengths: tuple[int, ...]
 
+    def __repr__(self) -> str:
+        shapes = f"k {list(self.k.shape)}, v {list(self.v.shape)}"
+        return f"TTTTokens({shapes}, {_said(self.lengths)}, {self.k.dtype} on {self.k.device})"
+
     @classmethod
     def padded(cls, sequences: Sequences) -> "TTTTokens":
         """Of sequences of any lengths."""
@@ -89,6 +93,13 @@ class TTTState(NamedTuple):
     chunk_size: int
     muon: bool
     dtype: torch.dtype
+
+    def __repr__(self) -> str:
+        w0, w1, w2 = (f"w{i} {list(w.shape)}" for i, w in enumerate(self.weights))
+        return (
+            f"TTTState({w0}, {w1}, {w2}, {self.weights[0].dtype} on {self.weights[0].device},"
+            f" {self.options}, {_said(self.pending_lengths)} of {self.dtype} pending)"
+        )
 
     @property
     def num_sequences(self) -> int:
@@ -188,6 +199,12 @@ def packed_tokens(
         None if column[0] is None else torch.cat([x for parts in zip(*column) for x in parts])[None]
         for column in columns
     ]
+
+
+def _said(lengths: Sequence[int]) -> str:
+    """How many tokens sequences of these lengths have: one number, or the least and the most."""
+    numbers = sorted({min(lengths, default=0), max(lengths, default=0)})
+    return f"{' to '.join(map(str, numbers))} tokens"
 
 
 def _padded(sequences: Sequence[Tensor]) -> Tensor:
