@@ -105,6 +105,51 @@ def test_packed_sequences_equal_single_ones(how):
     torch.testing.assert_close(model(ids, position_ids=whole).logits, model(ids).logits)
 
 
+def test_rows_of_packed_sequences_equal_single_ones():
+    """With padding in every place, in which positions mean nothing."""
+    model, ids = make_model(), make_ids(2, LENGTH)
+    positions = torch.stack(
+        [
+            torch.cat([torch.arange(n) for n in (5, 1, 15)]),
+            torch.cat([torch.arange(n) for n in (13, 8)]),
+        ]
+    )
+    parts = [ids[0, :5], ids[0, 5:6], ids[0, 6:], ids[1, :13], ids[1, 13:]]
+    expected = torch.cat([expected_logits(model, part) for part in parts]).view(2, LENGTH, -1)
+    out = model(ids, position_ids=positions, use_cache=False, output_hidden_states=True)
+    torch.testing.assert_close(out.logits, expected)
+    assert out.hidden_states[1].shape == (2, LENGTH, 32)
+    cache = model(ids, position_ids=positions)[CACHE_FIELD]
+    assert cache.layers[1].lengths == (5, 1, 15, 13, 8)
+
+    places = torch.tensor([[0] * 3 + [1] * 9 + [0] * 2 + [1] * 12, [1] * 21 + [0] * 5]).bool()
+    padded = [x.new_full((2, 26), 3) for x in (ids, positions)]
+    for x, whole in zip((ids, positions), padded):
+        whole[0, places[0]], whole[1, places[1]] = x[0], x[1]
+    actual = model(padded[0], places, padded[1], use_cache=False).logits
+    torch.testing.assert_close(actual[places].view(2, LENGTH, -1), expected)
+    assert not actual[~places].any()
+
+
+def test_positions_that_are_counted_change_nothing():
+    model, ids = make_model(), make_ids(2, LENGTH)
+    mask = torch.ones_like(ids)
+    mask[0, :8] = 0
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    expected = model(ids, mask).logits
+    torch.testing.assert_close(model(ids, mask, positions).logits, expected)
+    cache = LaCTCache()
+    pieces = [
+        model(ids[:, part], mask[:, : part.stop], positions[:, part], cache).logits
+        for part in (slice(0, 13), slice(13, LENGTH))
+    ]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected)
+    borders = torch.tensor([0, 8, 21], dtype=torch.int32)
+    restart = torch.cat([torch.arange(8), torch.arange(13)])[None]
+    packed = model(ids[:1], position_ids=restart, cu_seqlens=borders).logits
+    torch.testing.assert_close(packed[:, 8:], expected[:1, 8:])
+
+
 def generate(model, ids, n=14, **options):
     return model.generate(ids, max_new_tokens=n, do_sample=False, **options)
 
@@ -245,6 +290,9 @@ def test_labels_logits_to_keep_and_tuples():
     model, ids = make_model(), make_ids(2, LENGTH)
     kept = model(ids, logits_to_keep=3).logits
     torch.testing.assert_close(kept, model(ids).logits[:, -3:])
+    places = torch.tensor([4, 0, 19])
+    kept = model(ids, logits_to_keep=places).logits
+    torch.testing.assert_close(kept, model(ids).logits[:, places])
     uniform = make_model(initializer_range=0.0)(ids, labels=ids).loss
     assert abs(uniform.item() - math.log(50)) < 1e-6
     loss, logits, *_ = model(ids, labels=ids, return_dict=False)
@@ -271,12 +319,90 @@ def test_labels_logits_to_keep_and_tuples():
             TypeError,
             "attention_mask must be bool or integers",
         ),
+        (
+            dict(input_ids=make_ids(1, 4), past_key_values={}),
+            TypeError,
+            "past_key_values must be a LaCTCache, got dict",
+        ),
+        (
+            dict(input_ids=make_ids(1, 4), past_key_values=LaCTCache(), cache=LaCTCache()),
+            ValueError,
+            "cache and past_key_values are the same argument",
+        ),
+        (dict(input_ids=make_ids(4)), ValueError, r"input_ids must .* \[B, T\], got \(4,\)"),
+        (dict(input_ids=[[1, 2]]), TypeError, "input_ids must be an int32 or int64 .* got list"),
+        (dict(input_ids=torch.ones(1, 4)), TypeError, "input_ids must .* got torch.float32"),
+        (
+            dict(inputs_embeds=torch.ones(4, 32)),
+            ValueError,
+            r"inputs_embeds must .* \[B, T, C\] with C = 32, got \(4, 32\)",
+        ),
+        (
+            dict(input_ids=make_ids(1, 4), logits_to_keep=-1),
+            ValueError,
+            "logits_to_keep must not be negative, got -1",
+        ),
+        (
+            dict(input_ids=make_ids(1, 4), logits_to_keep=torch.zeros(1, 2).long()),
+            ValueError,
+            r"logits_to_keep must be an int or have the shape \[n\], got \(1, 2\)",
+        ),
+        (
+            dict(
+                input_ids=make_ids(1, 4),
+                attention_mask=torch.tensor([[0, 1, 1, 1]]),
+                cu_seqlens=torch.tensor([0, 4], dtype=torch.int32),
+            ),
+            ValueError,
+            "attention_mask with padding and cu_seqlens exclude each other",
+        ),
     ],
-    ids=["attentions", "nothing", "cache", "short-mask", "additive-mask"],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else None,
 )
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
         make_model()(**arguments)
+
+
+@pytest.mark.parametrize(
+    "positions, error, message",
+    [
+        (torch.arange(1, 7)[None], ValueError, "from 0, .* got 1 at place 0 of row 0, .* number 0"),
+        (torch.tensor([[0, 1, 3, 4, 5, 6]]), ValueError, "got 3 at place 2 of row 0, .* number 2"),
+        (torch.arange(12).view(2, 6), ValueError, "got 6 at place 0 of row 1, .* number 0"),
+        (torch.arange(6), ValueError, r"must have the shape \[B, T\] = \(2, 6\), or \[1, T\]"),
+        (torch.zeros(3, 2, 6).long(), ValueError, r"must have the shape .* got \(3, 2, 6\)"),
+        (torch.arange(6.0)[None], TypeError, "must be int32 or int64, got torch.float32"),
+        (range(6), TypeError, r"must be a tensor \[B, T\], got range"),
+        (torch.arange(6, device="meta")[None], ValueError, "must be on cpu like input_ids"),
+    ],
+    ids=str,
+)
+def test_positions_that_are_not_counted(positions, error, message):
+    with pytest.raises(error, match=f"position_ids .*{message}"):
+        make_model()(make_ids(2, 6), position_ids=positions)
+
+
+def test_positions_and_masks_behind_a_cache():
+    """Whoever repeats the tokens of a cache says so by them."""
+    model, ids, cache = make_model(), make_ids(2, 9), LaCTCache()
+    model(ids, cache=cache)
+    with pytest.raises(ValueError, match="got 0 at place 0 of row 0, which is number 9"):
+        model(ids, position_ids=torch.arange(9)[None], cache=cache)
+    for length in (4, 11, 15):
+        with pytest.raises(ValueError, match=r"\[B, T\] with T = 5, or \[B, 9 \+ T\]"):
+            model(ids[:, :5], torch.ones(2, length, dtype=torch.bool), cache=cache)
+    borders = torch.tensor([0, 4, 9], dtype=torch.int32)
+    with pytest.raises(ValueError, match="got 4 at place 4 of row 0, which is number 0"):
+        model(ids[:1], position_ids=torch.arange(9)[None], cu_seqlens=borders)
+
+
+@pytest.mark.parametrize("length", [1, 8, 14])
+def test_generation_needs_more_tokens_than_the_cache_has(length):
+    model, ids = make_model(), make_ids(2, 11)
+    first = generate(model, ids, 4, return_dict_in_generate=True)
+    with pytest.raises(ValueError, match="input_ids must have the 14 tokens of the cache and more"):
+        generate(model, first.sequences[:, :length], **{CACHE_FIELD: first[CACHE_FIELD]})
 
 
 def test_unsupported_activation():

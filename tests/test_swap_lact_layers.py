@@ -141,6 +141,10 @@ def test_calls_as_the_authors_model_makes_them():
     first, _, same = layer(x[:, :30], mask[:, :30], cache, use_cache=True)
     second = layer(x[:, 30:], attention_mask=mask, past_key_values=cache)[0]
     assert same is cache
+    with pytest.raises(
+        ValueError, match=r"\[B, T\] with T = 1, or \[B, 40 \+ T\] .* got \(2, 40\)"
+    ):
+        layer(x[:, :1], attention_mask=mask, past_key_values=cache)
     torch.testing.assert_close(torch.cat([first, second], dim=1), expected)
 
     borders = torch.tensor([0, 15, 40], dtype=torch.int32)

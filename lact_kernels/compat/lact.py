@@ -229,7 +229,8 @@ class LaCTSWIGLULayer(LaCTLayer):
                 f" {type(past_key_values).__name__}: call the model with use_cache=False"
             )
         if attention_mask is not None:
-            attention_mask = mask_of_last(attention_mask, hidden_states)
+            past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
+            attention_mask = mask_of_last(attention_mask, hidden_states, past)
         cu_seqlens = kwargs.get("cu_seqlens")
         o = super().forward(hidden_states, attention_mask, past_key_values, cu_seqlens)
         return o, None, past_key_values

@@ -86,10 +86,16 @@ def checked_mask(mask: Tensor, x: Tensor) -> Tensor:
     return mask
 
 
-def mask_of_last(attention_mask: Tensor, x: Tensor) -> Tensor:
-    """The padding mask of the tokens `x [B, T, C]`, of one that may cover earlier ones before them."""
-    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-        attention_mask = attention_mask[:, max(attention_mask.shape[1] - x.shape[1], 0) :]
+def mask_of_last(attention_mask: Tensor, x: Tensor, past: int) -> Tensor:
+    """The padding mask of the tokens `x [B, T, C]`, of one that may cover the `past` ones before them."""
+    T = x.shape[1]
+    if past and isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        if attention_mask.shape[1] not in (T, past + T):
+            raise ValueError(
+                f"attention_mask must have the shape [B, T] with T = {T}, or [B, {past} + T] with the"
+                f" tokens before them, got {tuple(attention_mask.shape)}"
+            )
+        attention_mask = attention_mask[:, attention_mask.shape[1] - T :]
     return checked_mask(attention_mask, x)
 
 

@@ -1,6 +1,7 @@
 """LaCT language models: the configuration and the weights of the paper's, with a cache that generates."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,10 +22,15 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from lact_kernels.compat.lact import AUTHORS_OPTIONS
+from lact_kernels.compat.transformers.positions import (
+    check_counted,
+    check_position_ids,
+    packed_rows,
+)
 from lact_kernels.distributed import SequencePieces
 from lact_kernels.layers import LaCTCache, LaCTLayer
 from lact_kernels.layers.mlp import SwiGLUMLP
-from lact_kernels.layers.padding import Padding, borders, mask_of_last, sequences_of
+from lact_kernels.layers.padding import Padding, mask_of_last
 from lact_kernels.ops import checks
 from lact_kernels.ops.offsets import on_host
 
@@ -240,9 +246,12 @@ class LaCTModel(LaCTPreTrainedModel):
             inputs_embeds: `[B, T, C]`.
             attention_mask: `[B, T]`, or with the tokens of earlier calls before them as `generate` has it;
                 0 where there is no token. Padding is not computed, and its outputs are 0.
-            position_ids: `[1, T]`, without a mask or a cache: a position that does not ascend begins another
-                of several packed sequences. Beyond this it has no effect: positions are counted.
-            cache: a `LaCTCache` to go on with; one is made with `use_cache`. Also `past_key_values`.
+            position_ids: `[B, T]`, or `[1, T]` for all rows. A position that does not ascend begins another
+                of several sequences that are packed into a row. Positions are counted, from 0 in each
+                sequence, and others are an error; with `cu_seqlens`, or behind the tokens of a cache, those
+                on a GPU are not read.
+            cache: a `LaCTCache` to go on with, behind whose tokens those of `input_ids` come; one is made
+                with `use_cache`. Also `past_key_values`.
             use_cache: whether to return the cache; by default as the configuration says, and not in
                 training.
             output_hidden_states: return the inputs of all blocks, and the output.
@@ -253,14 +262,11 @@ class LaCTModel(LaCTPreTrainedModel):
             TypeError, ValueError: an argument of a wrong type, dtype, shape or value.
             RuntimeError: a cache that an earlier call left half-way.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        self._check_inputs(input_ids, inputs_embeds)
         if kwargs.get("output_attentions"):
             raise NotImplementedError("output_attentions is not supported: no probabilities exist")
         x = input_ids if inputs_embeds is None else inputs_embeds  # embedded when few are left
-        cache = past_key_values if cache is None else cache
-        if cache is not None and not isinstance(cache, LaCTCache):
-            raise TypeError(f"cache must be a LaCTCache, got {type(cache).__name__}")
+        cache = _one_cache(cache, past_key_values)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and self.sequence_mesh is None
         if self.sequence_mesh is not None and (use_cache or cache is not None):
@@ -275,17 +281,28 @@ class LaCTModel(LaCTPreTrainedModel):
             cache.check_complete(len(self.layers))
         if cu_seqlens is None:
             cu_seqlens = kwargs.get("cu_seq_lens_q")
-        if cu_seqlens is None and position_ids is not None and attention_mask is None:
-            cu_seqlens = None if cache is not None and cache.layers else _packed(position_ids)
-
         if cu_seqlens is not None:
             checks.check_cu_seqlens(cu_seqlens, x)
             cu_seqlens = on_host(cu_seqlens)  # once for all layers
-        length = x.shape[1] + (0 if cache is None else cache.get_seq_length())
-        padding = None
+        shape, past = x.shape[:2], 0 if cache is None else cache.get_seq_length()
+        mask = padding = packing = None
         if attention_mask is not None:
-            padding = Padding.of(mask_of_last(attention_mask, x), x.device)
-        shape = x.shape[:2]
+            mask = mask_of_last(attention_mask, x, past)
+            padding = Padding.of(mask, x.device)
+        if padding is not None and cu_seqlens is not None:
+            raise ValueError(
+                "attention_mask with padding and cu_seqlens exclude each other, got both"
+            )
+        if position_ids is not None:
+            check_position_ids(position_ids, x)
+            if cu_seqlens is None and not past:
+                packing = packed_rows(position_ids, mask, shape, x.device)
+            elif all(checks.has_known_values(y) for y in (position_ids, mask) if y is not None):
+                check_counted(position_ids, mask, cu_seqlens, _lengths(cache, shape, cu_seqlens))
+        if packing is not None and padding is None and shape[0] == 1:
+            cu_seqlens = packing.cu_seqlens
+        elif packing is not None:
+            padding = packing
         if padding is not None:
             x, cu_seqlens = padding.remove(x), padding.cu_seqlens
         pieces = places = None
@@ -304,14 +321,32 @@ class LaCTModel(LaCTPreTrainedModel):
         states = [*states, x] if output_hidden_states else []
         if padding is not None:
             x, *states = (padding.restore(state) for state in (x, *states))
-            if cache is not None:
-                cache.set_seq_length(length)
+            if cache is not None and packing is None:
+                cache.set_seq_length(past + shape[1])
         return LaCTModelOutput(
             last_hidden_state=x,
             hidden_states=tuple(states) or None,
             places=places,
             **{CACHE_FIELD: cache if use_cache else None},
         )
+
+    def _check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        if inputs_embeds is not None:
+            checks.check_float_dtype("inputs_embeds", inputs_embeds, "[B, T, C]")
+            C = self.config.hidden_size
+            if inputs_embeds.ndim != 3 or inputs_embeds.shape[2] != C:
+                raise ValueError(
+                    f"inputs_embeds must have the shape [B, T, C] with C = {C}, got"
+                    f" {tuple(inputs_embeds.shape)}"
+                )
+            return
+        if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int32, torch.int64):
+            got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+            raise TypeError(f"input_ids must be an int32 or int64 tensor [B, T], got {got}")
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids must have the shape [B, T], got {tuple(input_ids.shape)}")
 
 
 class LaCTForCausalLM(LaCTPreTrainedModel, GenerationMixin):
@@ -340,6 +375,22 @@ class LaCTForCausalLM(LaCTPreTrainedModel, GenerationMixin):
     def sequence_mesh(self, mesh: DeviceMesh | None) -> None:
         self.model.sequence_mesh = mesh
 
+    def generate(self, inputs: Tensor | None = None, *args, **kwargs):
+        """As in transformers. With a `LaCTCache`, `inputs` repeat its tokens and have more behind them.
+
+        Raises:
+            ValueError: they do not, so that none are left to go on with.
+        """
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        cache = _one_cache(kwargs.get("cache"), kwargs.get("past_key_values"))
+        past = 0 if cache is None else cache.get_seq_length()
+        if past and isinstance(ids, Tensor) and ids.shape[-1] <= past:
+            raise ValueError(
+                f"input_ids must have the {past} tokens of the cache and more behind them, got"
+                f" {tuple(ids.shape)}: a cache goes on only at its end"
+            )
+        return super().generate(inputs, *args, **kwargs)
+
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.embeddings
 
@@ -363,7 +414,7 @@ class LaCTForCausalLM(LaCTPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
         past_key_values: LaCTCache | None = None,
         cu_seqlens: Tensor | None = None,
         **kwargs: Any,
@@ -373,10 +424,12 @@ class LaCTForCausalLM(LaCTPreTrainedModel, GenerationMixin):
         Args:
             labels: `[B, T]`, the tokens themselves (they are shifted here), -100 where none counts: adds
                 the mean cross entropy, `loss`.
-            logits_to_keep: compute the logits of so many last tokens only; 0 is all.
+            logits_to_keep: compute the logits of so many last tokens only; 0 is all. Or those of the places
+                `[n]`, int32 or int64.
 
         The other arguments, and the errors, are those of `LaCTModel`.
         """
+        kept = _kept(logits_to_keep)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -390,7 +443,7 @@ class LaCTForCausalLM(LaCTPreTrainedModel, GenerationMixin):
             **{k: x for k, x in kwargs.items() if k in ("cu_seq_lens_q", "output_attentions")},
         )
         if outputs.places is not None:
-            if logits_to_keep:
+            if isinstance(kept, Tensor) or kept != slice(None):
                 raise ValueError(
                     "logits_to_keep must be 0 with a sequence_mesh: each rank has others"
                 )
@@ -399,7 +452,7 @@ class LaCTForCausalLM(LaCTPreTrainedModel, GenerationMixin):
                 if attention_mask is not None:  # what is computed nowhere predicts nothing
                     shifted = shifted.masked_fill(attention_mask == 0, -100)
                 kwargs |= self._labels_of_piece(shifted, outputs.places, kwargs)
-        logits = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -427,12 +480,39 @@ class LaCTForCausalLM(LaCTPreTrainedModel, GenerationMixin):
         }
 
 
-def _packed(position_ids: Tensor) -> Tensor | None:
-    """The borders of packed sequences whose positions begin anew, None if it is one sequence."""
-    if position_ids.ndim != 2 or position_ids.shape[0] != 1:
-        return None
-    lengths = sequences_of(position_ids)[0].bincount()[1:]
-    return borders(lengths) if len(lengths) > 1 else None
+def _one_cache(cache: LaCTCache | None, past_key_values: LaCTCache | None) -> LaCTCache | None:
+    """The cache, by whichever of its names it is given."""
+    for name, given in (("cache", cache), ("past_key_values", past_key_values)):
+        if given is not None and not isinstance(given, LaCTCache):
+            raise TypeError(f"{name} must be a LaCTCache, got {type(given).__name__}")
+    if cache is not None and past_key_values is not None and cache is not past_key_values:
+        raise ValueError("cache and past_key_values are the same argument, got two")
+    return past_key_values if cache is None else cache
+
+
+def _lengths(
+    cache: LaCTCache | None, shape: torch.Size, cu_seqlens: Tensor | None
+) -> Sequence[int]:
+    """How many tokens each row, or packed sequence, has had."""
+    if cache is not None and cache.layers:
+        return next(iter(cache.layers.values())).lengths
+    return [0] * (shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
+
+
+def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
+    """The places whose logits are computed."""
+    if not isinstance(logits_to_keep, Tensor):
+        number = checks.check_int("logits_to_keep", logits_to_keep)
+        if number < 0:
+            raise ValueError(f"logits_to_keep must not be negative, got {number}")
+        return slice(-number, None) if number else slice(None)
+    if logits_to_keep.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"logits_to_keep must be int32 or int64, got {logits_to_keep.dtype}")
+    if logits_to_keep.ndim != 1:
+        raise ValueError(
+            f"logits_to_keep must be an int or have the shape [n], got {tuple(logits_to_keep.shape)}"
+        )
+    return logits_to_keep
 
 
 # `AutoModelForCausalLM` finds these models, unless the LaCT authors' package has registered its own before.
