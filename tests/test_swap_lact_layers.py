@@ -96,6 +96,60 @@ def test_rates_per_channel_are_an_error():
         swap_lact_layers(model)
 
 
+class Adapter(nn.Module):
+    """Something of low rank beside a projection, as PEFT's LoRA has it."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        sizes = {"device": base_layer.weight.device, "dtype": base_layer.weight.dtype}
+        self.lora_A = nn.Linear(base_layer.in_features, 2, bias=False, **sizes)
+        self.lora_B = nn.Linear(2, base_layer.out_features, bias=False, **sizes)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+    def merged(self):
+        return self.base_layer.weight + self.lora_B.weight @ self.lora_A.weight
+
+
+PROJECTIONS = ["qkv", "o_proj", "lr_proj", "ttt_scale_proj", "momentum_proj.0"]
+
+
+@pytest.mark.parametrize("path", PROJECTIONS)
+def test_layers_with_adapters_are_named_and_nothing_is_replaced(path):
+    model = make_model()
+    model["a"].set_submodule(path, Adapter(model["a"].get_submodule(path)))
+    before = list(map(id, model.modules()))
+    with pytest.raises(
+        ValueError, match=rf"a\.{path} must be a torch.nn.Linear, got .*Adapter: swap"
+    ):
+        swap_lact_layers(model)
+    assert list(map(id, model.modules())) == before
+
+
+def test_adapters_are_added_to_layers_that_were_swapped():
+    """All projections are called as modules, and so are fast weights of low rank."""
+    model, x = make_model(), torch.randn(1, 40, 64, dtype=torch.float64)
+    swap_lact_layers(model)
+    layer, before = model["a"], model["a"](x)[0]
+    for path in PROJECTIONS:
+        layer.set_submodule(path, Adapter(layer.get_submodule(path)))
+    layer.w0 = nn.Sequential(layer.w0)  # as PEFT's modules_to_save wraps a module
+    adapted = layer(x)[0]
+    assert not torch.allclose(adapted, before)
+    for name, gradient in zip(
+        dict(layer.named_parameters()),
+        torch.autograd.grad(adapted.sum(), list(layer.parameters())),
+    ):
+        assert gradient.any(), name
+    for path in PROJECTIONS:
+        adapter = layer.get_submodule(path)
+        adapter.base_layer.weight.data = adapter.merged().detach()
+        layer.set_submodule(path, adapter.base_layer)
+    torch.testing.assert_close(layer(x)[0], adapted)
+
+
 def test_a_look_alike_without_the_options_is_an_error():
     model = make_model()
     del model["a"].rope_theta

@@ -236,17 +236,9 @@ class LaCTSWIGLULayer(LaCTLayer):
         return o, None, past_key_values
 
 
-# What a layer of the authors has beside the options that add to its parameters.
-_PARAMETERS = {
-    "qkv.weight",
-    "o_proj.weight",
-    "w1",
-    "lr_proj.weight",
-    "lr_proj.bias",
-    "qk_scale",
-    "qk_offset",
-    "ttt_norm.weight",
-}
+# The parameters and modules that every layer of the authors has.
+_PARTS = {"qkv", "o_proj", "w0", "w1", "w2", "lr_proj", "qk_scale", "qk_offset", "ttt_norm"}
+_PROJECTIONS = {"qkv", "o_proj", "lr_proj", "ttt_scale_proj", "momentum_proj.0"}
 # The arguments of their layer: all of ours but those that it does not have.
 AUTHORS_OPTIONS = set(inspect.signature(LaCTLayer).parameters) - {
     "temporal_reduction",
@@ -264,10 +256,10 @@ _ATTRIBUTES = _RENAMED | {
 def swap_lact_layers(model: nn.Module, *, backend: Backend = "auto") -> dict[str, nn.Module]:
     """Put our layer in the place of every layer of the LaCT authors in a model.
 
-    A layer is known by the names of its parameters, wherever it stands; the authors' package is not
-    needed. The new layers are called as the old ones were, have the very same parameters (nothing is
-    copied, optimizers and tied weights go on) and the same state dict; hooks stay with the old ones. All
-    layers are examined before the first is replaced. A second call finds nothing to do.
+    A layer is known by the names of its parts, wherever it stands; the authors' package is not needed.
+    The new layers are called as the old ones were, have the very same parameters (nothing is copied,
+    optimizers and tied weights go on) and the same state dict; hooks stay with the old ones. All layers
+    are examined before the first is replaced. A second call finds nothing to do.
 
         swap_lact_layers(model)
 
@@ -286,8 +278,8 @@ def swap_lact_layers(model: nn.Module, *, backend: Backend = "auto") -> dict[str
             learning rates than `LaCTLayer` has.
         TypeError: `model` is no module.
         ValueError: `model` is itself such a layer, which has no place to put another one in, or a layer
-            has parameters that `LaCTLayer` does not know, adapters, or weights that accelerate has
-            offloaded.
+            has parameters that `LaCTLayer` does not know, projections with adapters, or weights that
+            accelerate has offloaded.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -308,8 +300,8 @@ def swap_lact_layers(model: nn.Module, *, backend: Backend = "auto") -> dict[str
 def _is_lact_layer(module: nn.Module) -> bool:
     if isinstance(module, LaCTLayer):
         return False
-    names = {name for name, _ in module.named_parameters()}
-    return _PARAMETERS <= names and bool(names & {"w0", "w0.w_left"})
+    own = [*module.named_parameters(recurse=False), *module.named_children()]
+    return _PARTS <= {name for name, _ in own}
 
 
 def _swapped(name: str, old: nn.Module, backend: Backend) -> LaCTSWIGLULayer:
@@ -319,6 +311,14 @@ def _swapped(name: str, old: nn.Module, backend: Backend) -> LaCTSWIGLULayer:
             f"{name} has weights that accelerate keeps elsewhere until they are needed: swap the layers of"
             " a model in memory, and offload it then"
         )
+    for path, module in old.named_modules():
+        # Of a module with a forward of its own (an adapter, a quantised layer) only parameters would go over.
+        if path in _PROJECTIONS and type(module).forward is not nn.Linear.forward:
+            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+            raise ValueError(
+                f"{name}.{path} must be a torch.nn.Linear, got {kind}: swap the layers before adapters"
+                " are added to them, and before they are quantised"
+            )
     missing = [attribute for attribute in _ATTRIBUTES if not hasattr(old, attribute)]
     if missing:
         raise ValueError(

@@ -400,7 +400,9 @@ class LaCTLayer(nn.Module):
     ) -> Tensor:
         """The outputs of the fast weights `[B, T, H, D]`, which go on where `past` left them."""
         w0, w1, w2 = (
-            w(wide) if isinstance(w, LowRankFastWeight) else w.to(wide)
+            w.to(wide)
+            if isinstance(w, Tensor)
+            else w(wide)  # of a module, perhaps with another around it
             for w in (self.w0, self.w1, self.w2)
         )
         rates = self.lr_proj(x).to(wide) + math.log(math.expm1(BASE_LR))
