@@ -309,12 +309,14 @@ MASK = torch.ones(2, 6, dtype=torch.long)
         ((X, MASK.float()), TypeError, "attention_mask must be bool or integers"),
         ((X, MASK[:, :5]), ValueError, r"attention_mask must have the shape \[B, T\] = \(2, 6\)"),
         ((X, [[1]]), TypeError, "attention_mask must be a tensor"),
+        ((X.to_sparse(),), TypeError, "hidden_states must be a dense tensor"),
+        ((X, MASK.to_sparse()), TypeError, "attention_mask must be a dense tensor"),
         ((X, MASK, None, torch.tensor([0, 6])), ValueError, "exclude each other"),
         ((X, None, None, torch.tensor([0, 6], dtype=torch.int32)), ValueError, "B = 1"),
         ((X[:1], None, None, torch.tensor([0, 5], dtype=torch.int32)), ValueError, "end at T = 6"),
         ((X, None, {}), TypeError, "cache must be a LaCTCache, got dict"),
     ],
-    ids=range(11),
+    ids=range(13),
 )
 def test_bad_input(arguments, error, message):
     with pytest.raises(error, match=message):

@@ -71,6 +71,7 @@ def checked_mask(mask: Tensor, x: Tensor) -> Tensor:
     shape = tuple(x.shape[:2])
     if not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask must be a tensor [B, T], got {type(mask).__name__}")
+    checks.check_dense("attention_mask", mask)
     if mask.is_floating_point() or mask.is_complex():
         raise TypeError(
             f"attention_mask must be bool or integers, 0 where there is no token, got {mask.dtype}"

@@ -50,7 +50,7 @@ def check_dense(name: str, x: Tensor) -> None:
             f"{name} must be a plain tensor, got a nested one: lay its sequences end to end, with their"
             " borders in cu_seqlens"
         )
-    if x.layout != torch.strided:
+    if x.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got one of the layout {x.layout}")
 
 
@@ -66,7 +66,8 @@ def check_tensor(
     """`x` is a tensor of exactly this shape, dtype and device, which is that of the argument `like`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor {layout}, got {type(x).__name__}")
-    check_dense(name, x)
+    if x.layout is not torch.strided:
+        check_dense(name, x)
     if x.dtype != dtype:
         raise TypeError(f"{name} must have the dtype {dtype}, got {x.dtype}")
     if x.device != device:
@@ -89,7 +90,7 @@ def check_flags(**flags: bool) -> None:
 
 def plain(value: object) -> object:
     """A number of another library, NumPy's among them, as Python's own; everything else as it is."""
-    if isinstance(value, (bool, torch.SymInt)) or type(value) in (int, float):
+    if type(value) in (int, float, bool, torch.SymInt):
         return value
     if isinstance(value, numbers.Integral):
         return int(value)
@@ -102,6 +103,8 @@ def is_int(value: object) -> bool:
 
 def check_int(name: str, value: int) -> int:
     """`value` as a plain int. A symbolic one stays as it is."""
+    if type(value) is int:
+        return value
     number = plain(value)
     if not is_int(number):
         raise TypeError(f"{name} must be an int, got {value!r}")
