@@ -164,7 +164,7 @@ def plan(
         checks.check_int(name, value)
         if value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")
-    checks.check_int("seed", seed)
+    seed = checks.check_int("seed", seed)
     sets = {}
     for name, voices in VOICES.items():
         count = {"train": num_train, "dev": num_dev}.get(name, num_test)
@@ -233,7 +233,7 @@ def synthesize(
     """
     sets = plan(task, num_train=num_train, num_dev=num_dev, num_test=num_test, seed=seed)
     if workers is not None:
-        checks.check_positive_int("workers", workers)
+        workers = checks.check_positive_int("workers", workers)
     if audio_format not in FORMATS:
         raise ValueError(f"audio_format must be one of {', '.join(FORMATS)}, got {audio_format!r}")
     checks.check_flags(progress=progress, one_file_per_set=one_file_per_set)
