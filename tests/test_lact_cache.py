@@ -97,7 +97,7 @@ def test_rows_that_came_to_the_same_place_in_different_turns():
         assert (y[exists] - oracle(layer, row[exists])).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("change", [None, copy.deepcopy, "reorder", "state_dict"], ids=str)
+@pytest.mark.parametrize("change", ["nothing", "deepcopy", "reorder", "state_dict"])
 def test_a_cache_of_inference_mode_goes_on_outside(change):
     """Nothing may be written to its tensors there, and autograd keeps none of them."""
     layer, x, cache = make_layer("paper"), torch.randn(2, T, 32, dtype=torch.float64), LaCTCache()
@@ -107,8 +107,8 @@ def test_a_cache_of_inference_mode_goes_on_outside(change):
             cache.reorder_cache(torch.arange(2))
         elif change == "state_dict":
             cache = LaCTCache.from_state_dict(cache.state_dict())
-        elif change is not None:
-            cache = change(cache)
+        elif change == "deepcopy":
+            cache = copy.deepcopy(cache)
     with torch.no_grad():
         pieces = [layer(x[:, 9:10], cache=cache)]
     pieces += [layer(part, cache=cache) for part in x[:, 10:].split([1, T - 11], dim=1)]
