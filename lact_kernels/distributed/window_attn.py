@@ -31,17 +31,20 @@ from lact_kernels.ops.checks import Backend
 
 @overload
 def window_attn(
-    q: Tensor, k: Tensor, v: Tensor, window_size: int | None = None, *, pieces: SequencePieces,
+    q: Tensor, k: Tensor, v: Tensor, window_size: int | tuple[int, int] | None = None, *,
+    pieces: SequencePieces,
     softmax_scale: float | None = None, backend: Backend = "auto", return_lse: Literal[False] = False,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def window_attn(
-    q: Tensor, k: Tensor, v: Tensor, window_size: int | None = None, *, pieces: SequencePieces,
+    q: Tensor, k: Tensor, v: Tensor, window_size: int | tuple[int, int] | None = None, *,
+    pieces: SequencePieces,
     softmax_scale: float | None = None, backend: Backend = "auto", return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def window_attn(
-    q: Tensor, k: Tensor, v: Tensor, window_size: int | None = None, *, pieces: SequencePieces,
+    q: Tensor, k: Tensor, v: Tensor, window_size: int | tuple[int, int] | None = None, *,
+    pieces: SequencePieces,
     softmax_scale: float | None = None, backend: Backend = "auto", return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 @torch.compiler.disable  # what is compiled calls it as it is: all ranks must take part in the same order
