@@ -29,6 +29,32 @@ def filled_with_nan():
         torch.use_deterministic_algorithms(before)
 
 
+LAYOUTS = ("contiguous", "one projection", "heads first", "padded channels", "every second token")
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values with other strides, and NaN wherever a wrong offset would read."""
+    if layout == "one projection":
+        return _embedded(
+            x, (x.shape[0], x.shape[1], 3, *x.shape[2:]), (..., 1, slice(None), slice(None))
+        )
+    if layout == "heads first":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "padded channels":
+        return _embedded(x, (*x.shape[:3], x.shape[3] + 5), (..., slice(3, 3 + x.shape[3])))
+    if layout == "every second token":
+        return _embedded(
+            x, (x.shape[0], 2 * x.shape[1], *x.shape[2:]), (slice(None), slice(1, None, 2))
+        )
+    return x
+
+
+def _embedded(x: Tensor, shape: tuple[int, ...], index: tuple) -> Tensor:
+    larger = x.new_full(shape, float("nan"))
+    larger[index] = x
+    return larger[index]
+
+
 @dataclasses.dataclass(frozen=True)
 class WindowCase:
     """One shape of `window_attn`, and why it is there."""

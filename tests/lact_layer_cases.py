@@ -49,7 +49,11 @@ ORACLE_OPTIONS = (
 
 def make_layer(case: str, dtype: torch.dtype = torch.float64, **options) -> LaCTLayer:
     """A layer with random values in every parameter, also in those that start at 0 or 1."""
-    layer = LaCTLayer(**SMALL | CASES[case] | options, dtype=dtype)
+    return randomised(LaCTLayer(**SMALL | CASES[case] | options, dtype=dtype))
+
+
+def randomised(layer: LaCTLayer) -> LaCTLayer:
+    """The layer, after changing what starts at 0 or 1."""
     with torch.no_grad():
         for name, p in layer.named_parameters():
             if name.endswith("bias") or "norm" in name or name.startswith("qk_"):

@@ -17,6 +17,7 @@ from torch import Tensor
 import reference
 from lact_kernels.ops.window_attn import run_window_attn
 from lact_kernels.triton.configs import KernelConfig
+from tests.cases import LAYOUTS, laid_out
 from tests.test_window_attn_triton import DEVICE, ON_CPU, run_kernels, run_reference
 
 drawn = settings(
@@ -26,30 +27,6 @@ drawn = settings(
     database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-LAYOUTS = ("contiguous", "one projection", "heads first", "padded channels", "every second token")
-
-
-def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same values with other strides, and NaN wherever a wrong offset would read."""
-    if layout == "one projection":
-        return _embedded(
-            x, (x.shape[0], x.shape[1], 3, *x.shape[2:]), (..., 1, slice(None), slice(None))
-        )
-    if layout == "heads first":
-        return x.transpose(1, 2).contiguous().transpose(1, 2)
-    if layout == "padded channels":
-        return _embedded(x, (*x.shape[:3], x.shape[3] + 5), (..., slice(3, 3 + x.shape[3])))
-    if layout == "every second token":
-        return _embedded(
-            x, (x.shape[0], 2 * x.shape[1], *x.shape[2:]), (slice(None), slice(1, None, 2))
-        )
-    return x
-
-
-def _embedded(x: Tensor, shape: tuple[int, ...], index: tuple) -> Tensor:
-    larger = x.new_full(shape, float("nan"))
-    larger[index] = x
-    return larger[index]
 
 
 @dataclasses.dataclass(frozen=True)
