@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo asr-demo asr-demo-commands asr-adaptation test lint bench bench-report compile-report gpu-check gpu-check-all clean
+.PHONY: help demo asr-demo asr-demo-commands asr-adaptation test soak lint bench bench-report compile-report gpu-check gpu-check-all clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -31,6 +31,9 @@ asr-adaptation: $(INSTALLED)  ## does test-time training help a recogniser? Nine
 test: $(INSTALLED)  ## all tests that need no GPU: emulator, interpreter and compiler gate included
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest tests/emulated -n 2 --dist loadgroup
 	$(BIN)/python -m pytest tests --ignore tests/emulated -m 'not gpu' -n 2 --dist loadgroup
+
+soak: $(INSTALLED)  ## random small cases of everything against the reference, for a minute; ARGS='--minutes 10'
+	$(BIN)/python -m tests.soak $(ARGS)
 
 lint: $(INSTALLED)  ## style
 	$(BIN)/ruff check .

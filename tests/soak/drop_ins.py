@@ -1,0 +1,216 @@
+"""The signatures of others: flash-attn's, the LaCT authors', and the attention of `transformers`."""
+
+import functools
+
+import torch
+
+import reference
+from lact_kernels import compat
+from tests.soak.attention import SIZES, heads, scale
+from tests.soak.bar import hold, hold_gradients
+from tests.soak.draw import Draw, int32, kind
+from tests.test_compat_lact import by_heads, make
+
+
+def draw_window(draw: Draw, Tk: int) -> tuple[dict, int | None]:
+    """flash-attn's `causal` and `window_size`, and the one of `window_attn`."""
+    left = draw.choice((-1, 0, 1, draw.randint(0, Tk + 3)))
+    causal = draw.chance(0.7)
+    right = draw.choice((-1, 0, 3)) if causal else 0
+    options = {"causal": causal, "window_size": (left, right), "softmax_scale": scale(draw)}
+    return options, left + 1 if left >= 0 else None
+
+
+@kind(8)
+def flash_attn(draw: Draw) -> None:
+    """Dense, of one tensor, and packed with other lengths of queries than of keys."""
+    backend, dtype = draw.backend(0.1)
+    longest = 25 if backend == "triton" else 60
+    (Hq, Hkv), D, Dv = heads(draw), draw.randint(1, 24), draw.randint(1, 24)
+    how = draw.choice(("dense", "qkvpacked", "varlen"))
+    B, Tq, Tk = draw.randint(0, 2), draw.length(longest), draw.length(longest)
+    packing = {}
+    if how == "qkvpacked":
+        Tk, Hkv, Dv = Tq, Hq, D
+    elif how == "varlen":
+        B = 1
+        lengths = [(draw.length(12), draw.length(12)) for _ in range(draw.randint(1, 5))]
+        borders = [[0], [0]]
+        for pair in lengths:
+            for of, length in zip(borders, pair):
+                of.append(of[-1] + length)
+        Tq, Tk = (of[-1] for of in borders)
+        packing = dict(zip(("cu_seqlens", "cu_seqlens_k"), map(int32, borders)))
+    options, W = draw_window(draw, Tk)
+    shapes = {"q": (Tq, Hq, D), "k": (Tk, Hkv, D), "v": (Tk, Hkv, Dv)}
+    inputs = {n: draw.normal(B, *s) * draw.choice(SIZES[:5]) for n, s in shapes.items()}
+    inputs = {n: draw.laid_out(x.to(dtype)) for n, x in inputs.items()}
+    draw.note(how=how, dtype=dtype, backend=backend, B=B, shapes=shapes, **options, **packing)
+
+    def ours(x):
+        more = options | {"return_attn_probs": True, "backend": backend}
+        if how == "varlen":
+            most = [max(x) for x in zip(*lengths)]
+            o, lse, _ = compat.flash_attn_varlen_func(
+                *(x[n][0] for n in "qkv"), *packing.values(), *most, **more
+            )
+            return {"o": o[None], "lse": lse[None]}
+        if how == "qkvpacked":
+            qkv = torch.stack([x[n] for n in "qkv"], dim=2)
+            o, lse, _ = compat.flash_attn_qkvpacked_func(qkv, **more)
+        else:
+            o, lse, _ = compat.flash_attn_func(x["q"], x["k"], x["v"], **more)
+        return {"o": o, "lse": lse}
+
+    def plain(x):
+        more = {"softmax_scale": options["softmax_scale"], "return_lse": True}
+        o, lse = reference.window_attn(x["q"], x["k"], x["v"], W, **packing, **more)
+        return {"o": o, "lse": lse}
+
+    gradients = draw.gradients(dtype, inputs)
+    with draw.tiles():
+        hold_gradients(ours, plain, gradients, inputs)
+
+
+@kind(5)
+def flash_attn_with_kvcache(draw: Draw) -> None:
+    """New tokens go behind those of each row, and nothing else of the cache changes."""
+    backend, dtype = draw.backend(0.1)
+    (Hq, Hkv), D, Dv = heads(draw), draw.randint(1, 24), draw.randint(1, 24)
+    B, S, Tq = draw.randint(1, 3), draw.randint(1, 25), draw.randint(0, 5)
+    n = draw.choice((None, 0, 1, draw.randint(0, S)))
+    same = draw.chance(0.3)
+    lengths = [draw.randint(0, S - (n or 0)) for _ in range(B)]
+    lengths = lengths[:1] * B if same else lengths
+    options, W = draw_window(draw, S)
+    caches = [draw.laid_out(draw.normal(B, S, Hkv, d, dtype=dtype)) for d in (D, Dv)]
+    inputs = {"q": draw.laid_out(draw.normal(B, Tq, Hq, D, dtype=dtype))}
+    new = {}
+    if n is not None:
+        new = {name: draw.normal(B, n, Hkv, d, dtype=dtype) for name, d in (("k", D), ("v", Dv))}
+    expected = [x.clone() for x in caches]
+    for cache, x in zip(expected, new.values()):
+        for b, length in enumerate(lengths):
+            cache[b, length : length + n] = x[b]
+    inputs |= {"k": expected[0], "v": expected[1]}
+    draw.note(dtype=dtype, backend=backend, Tq=Tq, S=S, n=n, lengths=lengths, **options)
+
+    def ours(x):
+        o, lse = compat.flash_attn_with_kvcache(
+            x["q"],
+            *caches,
+            **new,
+            cache_seqlens=lengths[0] if same else int32(lengths),
+            **options,
+            return_softmax_lse=True,
+            backend=backend,
+        )
+        assert all(map(torch.equal, caches, expected)), "another cache"
+        return {"o": o, "lse": lse}
+
+    def plain(x):
+        totals = [length + (n or 0) for length in lengths]
+        rows = [
+            reference.window_attn(
+                x["q"][b, None],
+                x["k"][b, None, :t],
+                x["v"][b, None, :t],
+                W,
+                softmax_scale=options["softmax_scale"],
+                return_lse=True,
+            )
+            for b, t in enumerate(totals)
+        ]
+        o, lse = map(torch.cat, zip(*rows))
+        return {"o": o, "lse": lse}
+
+    with draw.tiles():
+        hold(ours, plain, inputs, dtype)
+
+
+@kind(5)
+def lact_functions(draw: Draw) -> None:
+    """The authors' functions, batch and heads on one axis."""
+    dtype = draw.choice((torch.float64, torch.float64, torch.float32))
+    prenorm, muon = draw.chance(0.5), draw.chance(0.3)
+    sizes = {name: draw.randint(1, 9) for name in ("dk", "dv", "dh")}
+    C, l = draw.choice((1, 3, 4, 100)), draw.length(20)  # noqa: E741
+    l = min(l, 6 * C) if muon else l  # noqa: E741
+    inputs = make(dtype, rows=draw.randint(0, 4), l=l, momentum=draw.chance(0.5), **sizes)
+    inputs = {name: x.detach() for name, x in inputs.items()}
+    fn = compat.prenorm_block_causal_lact_swiglu if prenorm else compat.block_causal_lact_swiglu
+    draw.note(dtype=dtype, prenorm=prenorm, muon=muon, chunk_size=C, l=l, **sizes)
+
+    def ours(x):
+        return {"o": fn(**x, chunk_size=C, use_muon=muon)}
+
+    def plain(x):
+        return {"o": by_heads(x, C, muon, prenorm)}
+
+    gradients = draw.gradients(dtype, inputs)
+    hold_gradients(ours, plain, gradients, inputs)
+
+
+@functools.cache
+def models(name: str):
+    """A small model of `transformers` twice: with the library's attention, and with ours."""
+    from tests.test_compat_transformers_attention import make
+
+    return make(name)
+
+
+@kind(1)
+def transformers_attention(draw: Draw) -> None:
+    """Padded and packed batches, pieces with a cache, generation: as with the library's attention."""
+    from tests.test_compat_transformers_attention import (
+        CACHE,
+        close,
+        numbered,
+        packed_inputs,
+        tokens,
+    )
+
+    plain, ours = models(draw.choice(("mistral", "qwen2", "gemma3")))
+    how = draw.choice(("padded", "packed", "pieces", "generate"))
+    B, T = draw.randint(1, 3), draw.randint(1, 24)
+    mask = torch.ones(B, T, dtype=torch.int64)
+    for row in mask:
+        a, b = sorted((draw.randint(0, T - 1), draw.randint(1, T)))
+        if draw.chance(0.5) and a < b:
+            row[:a] = 0
+            if how == "padded":
+                row[b:] = 0
+    ids, inputs = tokens(B, T), {"attention_mask": mask, "position_ids": numbered(mask)}
+    draw.note(how=how, B=B, T=T, mask=mask.tolist(), model=type(ours).__name__)
+    with torch.no_grad():
+        if how == "packed":
+            lengths = [draw.randint(1, 20) for _ in range(draw.randint(1, 4))]
+            draw.note(lengths=lengths)
+            ids = tokens(1, sum(lengths))
+            how = draw.choice(("positions", "positions, with a cache", "borders"))
+            logits = ours(ids, **packed_inputs(how, lengths)).logits[0]
+            rows = ids.split(lengths, dim=1)
+            close(logits, torch.cat([plain(x, use_cache=False).logits[0] for x in rows]))
+            return
+        expected = plain(ids, **inputs, use_cache=False).logits
+        if how == "padded":
+            logits = ours(ids, **inputs, use_cache=False).logits
+        elif how == "pieces":
+            from transformers import DynamicCache
+
+            cache, logits, start = DynamicCache(config=ours.config), [], 0
+            for t in draw.splits(T, 8):
+                if not t:
+                    continue
+                stop = start + t
+                piece = {"attention_mask": mask[:, :stop], CACHE: cache}
+                piece["position_ids"] = inputs["position_ids"][:, start:stop]
+                logits.append(ours(ids[:, start:stop], **piece).logits)
+                start = stop
+            logits = torch.cat(logits, dim=1)
+        else:
+            options = {"attention_mask": mask, "max_new_tokens": draw.randint(1, 12)}
+            a, b = (m.generate(ids, do_sample=False, **options) for m in (plain, ours))
+            assert torch.equal(a, b), "other tokens are generated"
+            return
+        close(logits[mask.bool()], expected[mask.bool()])
