@@ -16,18 +16,10 @@ from tests.soak.bar import DRAWS, Gradients, Rounding, hold, hold_gradients
 from tests.soak.draw import KINDS, fault_of
 
 
-def check_fixed_cases(name):
+@pytest.mark.parametrize("name", KINDS)
+def test_fixed_cases(name):
     faults = {f"{name}:{seed}": fault_of(name, seed)[0] for seed in range(1, 9)}
     assert not any(faults.values()), "\n".join(f"{k}  {x}" for k, x in faults.items() if x)
-
-
-MEMORY = {"reused_buffer", "training_after_inference", "transformers_after_inference"}
-ELSE = sorted(KINDS.keys() - MEMORY - {"unseen_keys"})
-
-
-@pytest.mark.parametrize("name", ELSE)
-def test_fixed_cases(name):
-    check_fixed_cases(name)
 
 
 def one_key_too_many(patch):
