@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from lact_kernels.autograd.autocast import register_autocast
+from lact_kernels.autograd.derivatives import register_derivatives
+from lact_kernels.autograd.vmap import register_vmap
 from lact_kernels.ops.offsets import ChunkOffsets, read_offsets
 from lact_kernels.ops.ttt_types import FastWeights, Options, Tokens
 
@@ -119,7 +121,10 @@ def _backward(ctx, do, dend, _dhistory):
     return dq, *dtokens[:5], dmomentum, dstart, None, None, *(None for _ in ctx.options)
 
 
-block_causal_ttt_fwd.register_autograd(_backward, setup_context=_setup_context)
+register_derivatives(block_causal_ttt_fwd, _backward, _setup_context)
+register_derivatives(block_causal_ttt_bwd)
+register_vmap(block_causal_ttt_fwd, batched=True)
+register_vmap(block_causal_ttt_bwd, batched=True)
 register_autocast("block_causal_ttt_fwd", cast_inputs=False)
 register_autocast("block_causal_ttt_bwd", cast_inputs=False)
 

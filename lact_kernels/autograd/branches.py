@@ -12,6 +12,8 @@ from types import ModuleType
 import torch
 
 from lact_kernels.autograd.autocast import register_autocast
+from lact_kernels.autograd.derivatives import register_derivatives
+from lact_kernels.autograd.vmap import register_vmap
 from lact_kernels.eager import branches as eager
 
 QKV = (
@@ -131,7 +133,11 @@ def _sum(backend: str) -> ModuleType:
     return eager
 
 
-branch_qkv_fwd.register_autograd(_backward_qkv, setup_context=_setup_qkv)
-branch_sum_fwd.register_autograd(_backward_sum, setup_context=_setup_sum)
+register_derivatives(branch_qkv_fwd, _backward_qkv, _setup_qkv)
+register_derivatives(branch_qkv_bwd)
+register_derivatives(branch_sum_fwd, _backward_sum, _setup_sum)
+register_derivatives(branch_sum_bwd)
+for _op in (branch_qkv_fwd, branch_qkv_bwd, branch_sum_fwd, branch_sum_bwd):
+    register_vmap(_op)
 for _name in ("branch_qkv_fwd", "branch_qkv_bwd", "branch_sum_fwd", "branch_sum_bwd"):
     register_autocast(_name, cast_inputs=False)

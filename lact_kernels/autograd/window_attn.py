@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from lact_kernels.autograd.autocast import register_autocast
+from lact_kernels.autograd.derivatives import register_derivatives
+from lact_kernels.autograd.vmap import register_vmap
 from lact_kernels.eager import window_attn as eager
 from lact_kernels.ops.offsets import read_offsets
 
@@ -95,6 +97,9 @@ def _backward(ctx, do, dlse):
     return (*grads, None, None, None, None, None)
 
 
-window_attn_fwd.register_autograd(_backward, setup_context=_setup_context)
+register_derivatives(window_attn_fwd, _backward, _setup_context)
+register_derivatives(window_attn_bwd)
+register_vmap(window_attn_fwd, batched=True)
+register_vmap(window_attn_bwd, batched=True)
 register_autocast("window_attn_fwd", cast_inputs=True)
 register_autocast("window_attn_bwd", cast_inputs=False)

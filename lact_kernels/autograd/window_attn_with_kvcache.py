@@ -3,6 +3,8 @@
 import torch
 
 from lact_kernels.autograd.autocast import register_autocast
+from lact_kernels.autograd.derivatives import register_derivatives
+from lact_kernels.autograd.vmap import register_vmap
 from lact_kernels.eager import window_attn_with_kvcache as eager
 
 UNLIMITED = 2**30  # no window; positions and windows add up within 32 bits
@@ -33,4 +35,9 @@ def _(q, k_cache, v_cache, cache_seqlens, window_size, softmax_scale, backend):
     return q.new_empty(B, Tq, Hq, v_cache.shape[-1]), q.new_empty(B, Hq, Tq, dtype=lse_dtype)
 
 
+register_derivatives(
+    window_attn_with_kvcache,
+    without_backward="{} has no backward: use lact_kernels.window_attn",
+)
+register_vmap(window_attn_with_kvcache, batched=True)
 register_autocast("window_attn_with_kvcache", cast_inputs=True)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lact_kernels.autograd.derivatives import FirstOrderFunction
 from lact_kernels.distributed.exchange import TokenExchange, exchanged
 from lact_kernels.distributed.pending import behind_pending, pending_lengths
 from lact_kernels.distributed.pieces import SequencePieces
@@ -209,8 +210,10 @@ def _shared_ends(ends, o, owned: list[range], state, pieces, gradients: bool) ->
     return _with_parts(template, [x.unflatten(1, part.shape[1:]) for x, part in columns])
 
 
-class _FromOwners(torch.autograd.Function):
+class _FromOwners(FirstOrderFunction):
     """Rows of a matrix that each rank has some of, to all; the gradients are summed on the way back."""
+
+    op = "lact_kernels.distributed.block_causal_ttt"
 
     @staticmethod
     def forward(ctx, mine: Tensor, owned: list[range], pieces: SequencePieces):

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lact_kernels.autograd.derivatives import FirstOrderFunction
 from lact_kernels.distributed.pieces import Range, SequencePieces, intersections
 
 
@@ -111,7 +112,9 @@ class Transfer(NamedTuple):
                         target.add_(x) if add else target.copy_(x)
 
 
-class _Exchanged(torch.autograd.Function):
+class _Exchanged(FirstOrderFunction):
+    op = "lact_kernels.distributed.block_causal_ttt"
+
     @staticmethod
     def forward(ctx, exchange: TokenExchange, *tensors: Tensor):
         ctx.exchange = exchange

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lact_kernels.autograd.block_causal_ttt import backend_of
+from lact_kernels.autograd.derivatives import FirstOrderFunction
 from lact_kernels.ops import checks
 from lact_kernels.ops.block_causal_ttt import INFERENCE_INTERVAL
 from lact_kernels.ops.offsets import ChunkOffsets
@@ -38,7 +39,9 @@ class Scan(NamedTuple):
         return o, FastWeights.from_list(end, self.options[2]) if end else None
 
 
-class _Scan(torch.autograd.Function):
+class _Scan(FirstOrderFunction):
+    op = "lact_kernels.distributed.block_causal_ttt"
+
     @staticmethod
     def forward(ctx, scan: Scan, q, k, v, lr0, lr1, lr2, momentum, *start):
         backend, options = backend_of(scan.options)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lact_kernels.autograd.autocast import autocast_dtype
+from lact_kernels.autograd.derivatives import FirstOrderFunction
 from lact_kernels.autograd.window_attn import window_attn_bwd, window_attn_fwd
 from lact_kernels.distributed.exchange import TokenExchange
 from lact_kernels.distributed.pieces import SequencePieces
@@ -153,7 +154,9 @@ def _sequence_start(pieces: SequencePieces, position: int) -> int:
     return pieces.borders[bisect.bisect_right(pieces.borders, position) - 1]
 
 
-class _WindowAttn(torch.autograd.Function):
+class _WindowAttn(FirstOrderFunction):
+    op = "lact_kernels.distributed.window_attn"
+
     @staticmethod
     def forward(ctx, q, k, v, window_size, scale, plan: _Plan, backend):
         edge, options = plan.edge, (window_size, scale)

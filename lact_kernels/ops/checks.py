@@ -154,6 +154,11 @@ def check_finite_number(name: str, value: float) -> float:
     return number
 
 
+def is_transformed() -> bool:
+    """Whether this runs within `torch.func.grad`, `vmap` or their kin, whose tensors have no values."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def known_values(lengths: Tensor | int) -> list[int]:
     """The values of a tensor as far as they can be known without waiting for a device: all or none."""
     if not isinstance(lengths, Tensor):
@@ -163,7 +168,8 @@ def known_values(lengths: Tensor | int) -> list[int]:
 
 def has_known_values(x: Tensor) -> bool:
     """Whether values can be read without waiting. A subclass may have none at all, as fake tensors."""
-    return x.is_cpu and type(x) is Tensor and not torch.compiler.is_compiling()
+    readable = x.is_cpu and type(x) is Tensor and not torch.compiler.is_compiling()
+    return readable and not is_transformed()
 
 
 def check_lengths(name: str, lengths: Tensor | int, B: int, device: torch.device) -> Tensor | int:
