@@ -17,6 +17,7 @@ import lact_kernels.triton.block_causal_ttt as ttt
 import reference
 from benchmarks.launches import count_launches
 from lact_kernels import block_causal_ttt
+from lact_kernels.ops import ttt_types
 from lact_kernels.triton import configs, ttt_products
 from lact_kernels.triton.configs import TTTConfig
 from tests.cases import (
@@ -210,6 +211,24 @@ def test_checkpoints_change_nothing(case, intervals, blocks):
         for interval in intervals:
             actual = run(inputs, **case.options(), checkpoint_interval=interval)
             assert all(torch.equal(a, b) for a, b in zip(actual, expected)), interval
+
+
+@needs_interpreter
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_segments_without_a_backward_change_nothing(packed, blocks, monkeypatch):
+    """Two updates at a time, of which nothing is kept. There are three at least."""
+    blocks(16)
+    monkeypatch.setattr(ttt_types, "INFERENCE_SEGMENT", 2)
+    shape = {"T": 16, "cu_seqlens": (0, 3, 16)} if packed else {"T": 14}
+    case = TTTCase("", B=1, H=1, momentum=True, **shape)
+    inputs = case.inputs(torch.float32, DEVICE)
+    results = []
+    with filled_with_nan():
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients):
+                o, state = triton_block_causal_ttt(**inputs, **case.options(), return_state=True)
+                results.append((o, *state.weights, *state.buffers))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 @needs_interpreter

@@ -5,7 +5,8 @@ norms, then masters with pre-norm, then buffers with momentum.
 
     start    before the first token, `[B, H, ...]`, or `[N, H, ...]` for N packed sequences
     end      the same after each sequence's last update; empty unless `return_end`
-    history  what the backend's backward needs beside its inputs; only the backend can read it
+    history  what the backend's backward needs beside its inputs; only the backend can read it. It is empty
+             with a checkpoint interval of 0, where no backward will come
 
 A backend is a module with the three functions `block_causal_ttt_fwd`, `block_causal_ttt_bwd` and
 `block_causal_ttt_history` of `lact_kernels.eager.block_causal_ttt`. What they return is contiguous and
@@ -23,6 +24,10 @@ from lact_kernels.autograd.vmap import register_vmap
 from lact_kernels.ops.offsets import ChunkOffsets, read_offsets
 from lact_kernels.ops.ttt_types import FastWeights, Options, Tokens
 
+NO_HISTORY = (
+    "lact_kernels::block_causal_ttt_fwd kept nothing for a backward: where it was called, or exported,"
+    " nothing needed a gradient"
+)
 TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor lr0, Tensor lr1, Tensor lr2, Tensor? momentum,"
     " Tensor[] start, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
@@ -57,6 +62,10 @@ def _(q, k, v, lr0, lr1, lr2, momentum, start, cu_seqlens_q, cu_seqlens_k, *opti
     backend, options = backend_of(options)
     o = q.new_empty(*q.shape[:3], v.shape[-1])
     end = _empty_like(start) if options.return_end else []
+    if torch.compiler.is_exporting():
+        # A program has the op as one call, whose backward alone reads the history. With the number of
+        # chunks in its shape, the program would hold for some lengths only.
+        return o, end, []
     start = FastWeights.from_list(start, options.prenorm)
     history = backend.block_causal_ttt_history(k, start, cu_seqlens_k is not None, options)
     return o, end, history
@@ -109,6 +118,8 @@ def _backward(ctx, do, dend, _dhistory):
     *tokens, cu_seqlens_q, cu_seqlens_k = saved[:9]
     lists = saved[9:]
     start, history = lists[: ctx.num_start], lists[ctx.num_start :]
+    if not history:
+        raise RuntimeError(NO_HISTORY)
     q, _, v, *_, momentum = tokens
     if do is None:
         do = q.new_zeros(*q.shape[:3], v.shape[-1])

@@ -8,7 +8,6 @@ from torch import Tensor
 from lact_kernels.autograd.block_causal_ttt import backend_of
 from lact_kernels.autograd.derivatives import FirstOrderFunction
 from lact_kernels.ops import checks
-from lact_kernels.ops.block_causal_ttt import INFERENCE_INTERVAL
 from lact_kernels.ops.offsets import ChunkOffsets
 from lact_kernels.ops.ttt_types import FastWeights, Ranks, Tokens
 
@@ -26,7 +25,7 @@ class Scan(NamedTuple):
     ) -> "Scan":
         interval, backend = how
         if not gradients:
-            interval = max(interval, INFERENCE_INTERVAL)
+            interval = 0
         prenorm = len(state.masters) > 0
         options = (state.chunk_size, state.muon, prenorm, return_end, interval, backend)
         return cls(ranks, offsets, options)

@@ -170,6 +170,8 @@ def block_causal_ttt_history(
     """Room for the history, knowing shapes only: of packed sequences as much as they may need."""
     B, Tk = k.shape[:2]
     interval = options.checkpoint_interval
+    if interval == 0:
+        return []
     updates = num_updates(Tk, options.chunk_size, options.return_end)
     if packed:
         rows = Tk // options.chunk_size // interval
@@ -193,11 +195,11 @@ def _segments(
     sequences, num_kept = [], 0
     for n, (queries, keys) in enumerate(zip(offsets.queries, offsets.keys)):
         segments, updates = [], len(keys) - 2
-        length = interval if interval > 1 else max(updates, 1)
+        length = options.segment if interval != 1 else max(updates, 1)
         for begin in range(0, max(updates, 1), length):
             stop = min(begin + length, updates)
             is_last = stop == updates
-            rows = updates if interval == 1 else int(not is_last)
+            rows = updates if interval == 1 else int(interval > 1 and not is_last)
             kept, num_kept = range(num_kept, num_kept + rows), num_kept + rows
             chunks = slice(begin, stop + 1 + is_last)
             segments.append(

@@ -26,7 +26,6 @@ __all__ = ["TTTState", "TTTTokens", "block_causal_ttt"]
 
 MAX_TRITON_DIM = 1024
 HALF_DTYPES = (torch.float16, torch.bfloat16)
-INFERENCE_INTERVAL = 16  # of checkpoints: without a backward to come, they only take memory
 
 
 @overload
@@ -118,7 +117,7 @@ def block_causal_ttt(
             number of times, and passing the state on gives the outputs of one call.
         checkpoint_interval: keep the fast weights of every n-th chunk only for the backward, which
             recomputes the others. Less memory, no other difference; it is no part of a state. Where
-            nothing needs a gradient, it is 16 at least.
+            nothing needs a gradient, none are kept.
         backend: `"triton"` (NVIDIA GPUs; float16, bfloat16 and float32; Dk, Dv and Dh up to 1024),
             `"eager"` (any device), or `"auto"`: Triton where it can run, else eager. An explicit
             choice raises when it cannot run.
@@ -205,8 +204,8 @@ def _run(q, tokens, state: TTTState, cu_seqlens_q, cu_seqlens_k, return_end: boo
     checkpoint_interval, backend = how
     prenorm = len(state.masters) > 0
     start = FastWeights(*state[:4]).to_list()
-    if not checks.needs_gradient(q, *tokens, *start):
-        checkpoint_interval = max(checkpoint_interval, INFERENCE_INTERVAL)
+    if not checks.may_need_backward(q, *tokens, *start):
+        checkpoint_interval = 0
     options = (state.chunk_size, state.muon, prenorm, return_end, checkpoint_interval, backend)
     o, end, _ = block_causal_ttt_fwd(q, *tokens, start, cu_seqlens_q, cu_seqlens_k, *options)
     if return_end:

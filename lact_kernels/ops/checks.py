@@ -202,6 +202,11 @@ def left_inference_mode(x: Tensor) -> bool:
     return x.is_inference() and not torch.is_inference_mode_enabled()
 
 
+def may_need_backward(*tensors: Tensor | None) -> bool:
+    """Whether what an op keeps for its backward may be read; within `torch.func` tensors do not tell."""
+    return (torch.is_grad_enabled() and is_transformed()) or needs_gradient(*tensors)
+
+
 def check_no_gradient(function: str, instead: str, **tensors: Tensor | None) -> None:
     """No tensor needs a gradient, which `function` has none for and `instead` has."""
     for name, x in tensors.items():

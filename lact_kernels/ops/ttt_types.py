@@ -10,6 +10,7 @@ from torch import Tensor
 
 RENORM_EPS = 1e-5
 NEWTON_SCHULZ_EPS = 1e-7
+INFERENCE_SEGMENT = 16  # updates that are computed in one go where no backward will come
 NEWTON_SCHULZ_COEFFICIENTS = (
     (4.0848, -6.8946, 2.9270),
     (3.9505, -6.3029, 2.6377),
@@ -63,7 +64,12 @@ class Options(NamedTuple):
     muon: bool
     prenorm: bool
     return_end: bool
-    checkpoint_interval: int
+    checkpoint_interval: int  # 0: no backward will come, and the history is empty
+
+    @property
+    def segment(self) -> int:
+        """Updates that are computed in one go; 1 stands for all."""
+        return self.checkpoint_interval or INFERENCE_SEGMENT
 
 
 class Ranks:

@@ -24,6 +24,7 @@ every n-th step only, and computes the others again, n steps at a time.
 """
 
 import functools
+import sys
 from typing import NamedTuple
 
 import torch
@@ -62,9 +63,14 @@ def block_causal_ttt_fwd(
 ) -> tuple[Tensor, FastWeights | None, list[Tensor]]:
     """Outputs `[B, Tq, H, Dv]`, the fast weights after the last update if asked for, and the history."""
     updates = 0 if offsets is None else sum(len(borders) - 2 for borders in offsets.keys)
-    history = block_causal_ttt_history(tokens.k, start, offsets is not None, options, updates)
+    packed = offsets is not None
+    history = block_causal_ttt_history(tokens.k, start, packed, options, updates)
+    arrays = history
+    if not arrays:  # those of the first step only, which say what a segment's are like
+        alone = options._replace(checkpoint_interval=sys.maxsize)
+        arrays = block_causal_ttt_history(tokens.k, start, packed, alone, updates)
     with on_device(q):
-        o, end = _Call(q, tokens, start, offsets, options, history, ranks).forward()
+        o, end = _Call(q, tokens, start, offsets, options, arrays, ranks).forward()
     return o, end, history
 
 
@@ -92,6 +98,8 @@ def block_causal_ttt_history(
     Of packed sequences the number of updates is known by its upper bound, with all tokens in one; ranks that
     share chunks have more of them than their own tokens make.
     """
+    if options.checkpoint_interval == 0:
+        return []
     N, H = start.weights[0].shape[:2]
     Tk, C = k.shape[1], options.chunk_size
     updates = max(Tk // C, at_least) if packed else num_updates(Tk, C, options.return_end)
@@ -224,7 +232,7 @@ class _Call:
 
     def segments(self) -> list[range]:
         """The steps from one checkpoint to the next; all, if every step is kept."""
-        last, interval = self.chunks.steps, self.options.checkpoint_interval
+        last, interval = self.chunks.steps, self.options.segment
         if interval == 1:
             return [range(last)]
         return [range(first, min(first + interval, last)) for first in range(0, last, interval)]
