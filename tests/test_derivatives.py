@@ -249,6 +249,24 @@ def test_packed_sequences_of_each_sample():
             assert_close(vmap(grad(fn), in_dims)(q, cu_seqlens, k, v), expected)
 
 
+def test_borders_that_are_read_on_the_host():
+    """With a state they are read before the op is called: those of a vmapped axis have no one value."""
+    q, k, v = randn(3, 1, 10, H, 4)
+    weights, rates = randn(3, H, 4, 4), randn(3, 1, 10, H).abs() / 9
+    borders = torch.tensor([0, 4, 10], dtype=torch.int32)
+
+    def learn(q, cu_seqlens):
+        options = {"chunk_size": 2, "cu_seqlens": cu_seqlens, "return_state": True}
+        return block_causal_ttt(q, k, v, *weights, *rates, **options)[0].square().sum()
+
+    (expected,) = gradients(learn, (0,), [q, borders])
+    assert_close(grad(learn)(q, borders), expected)
+    assert_close(grad(lambda q: learn(q, borders))(q), expected)
+    assert_close(vmap(grad(learn), (0, None))(q[None], borders), expected[None])
+    with pytest.raises(NotImplementedError, match="cu_seqlens is vmapped, and lact_kernels reads"):
+        vmap(learn, (None, 0))(q, borders[None])
+
+
 def test_a_cache_of_each_sample():
     q, k, v = randn(V, B, 1, H, 4), randn(V, B, 8, H, 4), randn(B, 8, H, 4)
     lengths = torch.tensor([[3, 8], [1, 12], [4, 4]], dtype=torch.int32)

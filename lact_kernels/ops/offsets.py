@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lact_kernels.ops.checks import is_transformed
 from lact_kernels.ops.ttt_types import num_updates
 
 
@@ -55,7 +56,12 @@ def packed_offsets(cu_seqlens: Tensor, T: int, name: str = "cu_seqlens") -> list
 
     What was read is not remembered: NumPy, `.data` and the kernels of others change a tensor without a trace.
     """
-    offsets = cu_seqlens.tolist()
+    if not is_transformed():
+        offsets = cu_seqlens.tolist()
+    else:
+        cu_seqlens = _unwrapped(cu_seqlens, name)
+        with torch._C._DisableFuncTorch():
+            offsets = cu_seqlens.tolist()
     _check(offsets, T, name)
     return offsets
 
@@ -86,6 +92,17 @@ def read_offsets(
         packed_offsets(cu_seqlens_q, q.shape[1], "cu_seqlens_q"),
         packed_offsets(cu_seqlens_k, k.shape[1], "cu_seqlens_k"),
     )
+
+
+def _unwrapped(cu_seqlens: Tensor, name: str) -> Tensor:
+    """What transforms of `torch.func` have wrapped: all but `vmap` keep its values."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(cu_seqlens):
+        if torch._C._functorch.is_batchedtensor(cu_seqlens):
+            raise NotImplementedError(
+                f"{name} is vmapped, and lact_kernels reads its values here: call it for each entry"
+            )
+        cu_seqlens = torch._C._functorch.get_unwrapped(cu_seqlens)
+    return cu_seqlens
 
 
 def _check(offsets: list[int], T: int, name: str) -> None:
