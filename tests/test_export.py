@@ -9,8 +9,10 @@ from torch import nn
 from torch.export import Dim
 
 from lact_kernels import block_causal_ttt, window_attn, window_attn_with_kvcache
+from lact_kernels.asr import features
 from lact_kernels.compat.transformers import LaCTForCausalLM, LaCTSWIGLUConfig
 from tests.lact_layer_cases import make_layer
+from tests.test_asr_model import noise, small_model
 
 LENGTHS = (
     1,
@@ -129,6 +131,17 @@ def test_reduced_frames_are_open_in_whole_groups():
     for T in (6, 9, 12, 30, 99):
         x = torch.randn(2, T, 32, dtype=torch.float64)
         assert torch.equal(program.module()(x), layer(x))
+
+
+def test_speech_model():
+    """Of any number of samples in two frames at least; no call has come before."""
+    features._mel_spectrogram.cache_clear()
+    model = small_model(num_hidden_layers=1)
+    ratio = model.config.inputs_to_logits_ratio
+    program = exported(model, noise(2, 9 * ratio), OPEN).module()
+    for samples in (ratio + 1, 5 * ratio, 7 * ratio - 3):
+        x = noise(2, samples)
+        assert torch.equal(program(x).logits, model(x).logits)
 
 
 RUN = """

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import torchaudio
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lact_kernels.asr.config import LaCTASRConfig
 
@@ -93,11 +94,15 @@ class LogMel(nn.Module):
 @functools.lru_cache(maxsize=8)
 @torch.inference_mode(False)  # a training may come after the evaluation that has made it
 def _mel_spectrogram(sampling_rate, n_fft, win_length, hop_length, n_mels, device):
-    """Its window and filters belong to no model: `model.to(bfloat16)` must not round them."""
-    transform = torchaudio.transforms.MelSpectrogram(
-        sampling_rate, n_fft, win_length, hop_length, n_mels=n_mels, center=False
-    )
-    return transform.to(device)
+    """Its window and filters belong to no model: `model.to(bfloat16)` must not round them.
+
+    They are numbers also while a program is traced, where tensors that are made have none.
+    """
+    with _disable_current_modes():
+        transform = torchaudio.transforms.MelSpectrogram(
+            sampling_rate, n_fft, win_length, hop_length, n_mels=n_mels, center=False
+        )
+        return transform.to(device)
 
 
 class SpecAugment(nn.Module):
