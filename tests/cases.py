@@ -70,6 +70,7 @@ class WindowCase:
     Dv: int = 16
     cu_seqlens: tuple[int, ...] | None = None
     cu_seqlens_k: tuple[int, ...] | None = None  # those of the keys, where they differ
+    size: float = 1.0  # of q and k
 
     def __str__(self) -> str:
         return self.reason.replace(" ", "-")
@@ -83,7 +84,9 @@ class WindowCase:
         """q, k and v with gradients."""
         Tk = self.Tq if self.Tk is None else self.Tk
         shapes = [(self.Tq, self.Hq, self.D), (Tk, self.Hkv, self.D), (Tk, self.Hkv, self.Dv)]
-        tensors = [torch.randn(self.B, *s, dtype=torch.float64).to(dtype) for s in shapes]
+        tensors = [torch.randn(self.B, *s, dtype=torch.float64) for s in shapes]
+        sizes = (self.size, self.size, 1.0)
+        tensors = [(x * size).to(dtype) for x, size in zip(tensors, sizes)]
         return [x.to(device).requires_grad_() for x in tensors]
 
     def options(self, device: str = "cpu") -> dict:

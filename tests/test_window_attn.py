@@ -1,6 +1,7 @@
 """`window_attn` on the eager backend, against the reference."""
 
 import functools
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from lact_kernels import window_attn
 from lact_kernels.eager import masked_attention
 from lact_kernels.eager import window_attn as eager
 from tests.cases import WindowCase, check_window_attn
+from tests.tolerance import assert_close_to_float64
 
 eager_window_attn = functools.partial(window_attn, backend="eager")
 
@@ -44,6 +46,38 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_against_float64(case, dtype):
     check_window_attn(eager_window_attn, case, dtype)
+
+
+LARGE_SCORES = [
+    (torch.float32, WindowCase("scores of ten", 30, 2, size=1.5, D=17, Dv=4)),
+    (torch.float32, WindowCase("scores of hundreds", 30, 3, size=10, D=17, Dv=4)),
+    (torch.float32, WindowCase("grouped heads", 90, 8, size=30, Hq=4)),
+    (torch.float32, WindowCase("one key", 30, 1, size=10, D=17, Dv=4)),
+    (torch.bfloat16, WindowCase("scores of millions", 30, 3, size=1e3, D=17, Dv=4)),
+    (torch.float16, WindowCase("scores of thousands", 30, 3, size=60, D=17, Dv=4)),
+]
+
+
+@pytest.mark.parametrize("dtype, case", LARGE_SCORES, ids=str)
+@pytest.mark.parametrize("part_scores", [masked_attention.PART_SCORES, 2 * 64 * 79, 1])
+def test_large_scores(dtype, case, part_scores, monkeypatch):
+    """Whose lse has no digits left for the probabilities."""
+    monkeypatch.setattr(masked_attention, "PART_SCORES", part_scores)
+    check_window_attn(eager_window_attn, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_scores_of_equal_keys(dtype):
+    """Every key has the same probability, which the rounding of the lse must not change."""
+    W = 4
+    q, k = (torch.full((1, 50, 2, 17), x, dtype=dtype) for x in (1e3, 1.1e3))
+    v, do = torch.randn(2, 1, 50, 2, 8, dtype=dtype)
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    (dv,) = torch.autograd.grad(window_attn(q, k, v, W), v, do)
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    (expected,) = torch.autograd.grad(reference.window_attn(*exact, W), exact[2], do.double())
+    (same,) = torch.autograd.grad(reference.window_attn(q, k, v, W), v, do)
+    assert_close_to_float64(dv, same, expected, "dv")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -121,10 +155,37 @@ def test_scores_of_minus_infinity(dtype, written_out, monkeypatch):
     q = torch.full_like(q, 1e30).requires_grad_()
     k[:, 20:70] = -1e30
     k, v = k.requires_grad_(), v.requires_grad_()
-    o = window_attn(q, k, v, 10)
-    grads = torch.autograd.grad(o, (q, k, v), torch.randn_like(o))
+    o, lse = window_attn(q, k, v, 10, return_lse=True)
+    outputs = (o, lse)
+    grads = torch.autograd.grad(outputs, (q, k, v), [torch.randn_like(x) for x in outputs])
     assert all(x.isfinite().all() for x in (o, *grads))
     assert not o[:, 29:70].any() and o[:, :20].all() and o[:, 70:].all()
+    assert (lse[..., 29:70] == -math.inf).all()
+    assert lse[..., :29].isfinite().all() and lse[..., 70:].isfinite().all()
+    assert not grads[0][:, 29:70].any()
+
+
+@pytest.mark.parametrize("written_out", [False, True])
+@pytest.mark.parametrize("score", [math.inf, math.nan])
+def test_scores_without_a_value_give_none(score, written_out, monkeypatch):
+    if written_out:
+        monkeypatch.setattr(masked_attention, "forward", masked_attention.forward_written_out)
+        monkeypatch.setattr(masked_attention, "backward", masked_attention.backward_written_out)
+    q, k, v = (x.detach() for x in WindowCase("", 100, 20).inputs(torch.float32))
+    q[:, 50], k[:, 50] = score, 1.0
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    o, lse = window_attn(q, k, v, 10, return_lse=True)
+    dq, dk, dv = torch.autograd.grad(o, (q, k, v), torch.randn_like(o))
+    assert o[:, 50].isnan().all() and not lse[..., 50].isfinite().any()
+    assert all(x.isnan().all() for x in (dq[:, 50], dk[:, 41:51], dv[:, 41:51]))
+    seen = torch.arange(100) != 50
+    assert o[:, seen].isfinite().all() and lse[..., seen].isfinite().all()
+
+
+def test_an_lse_of_zero_is_a_number():
+    q, k, v = WindowCase("", 100, 1).inputs(torch.float32)
+    lse = window_attn(q * 0, k, v, 1, return_lse=True)[1]
+    assert (lse == 0).all()
 
 
 def test_memory_does_not_grow_with_the_square_of_T():

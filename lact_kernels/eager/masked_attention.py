@@ -1,12 +1,19 @@
-"""Softmax attention under a mask, with its lse, both ways. A row without a finite score has the output 0.
+"""Softmax attention under a mask, with its lse, both ways.
 
-Tensors are `[N, H, rows, D]` and `[N, H, keys, D]`, with one D for q, k and v; the mask is additive,
-`[rows, keys]` or `[N, 1, rows, keys]`. On the CPU this is PyTorch's own flash kernel, called one level
-below `scaled_dot_product_attention`, which does not hand out the lse. On other devices, whose flash
-kernels take no such mask, it is written out.
+Tensors are `[N, H, rows, D]` and `[N, H, keys, D]`, Dv channels for v and o; the mask is additive,
+`[rows, keys]`. A row whose scores are all -inf has the output 0, the lse -inf and no gradient.
+
+On the CPU this is PyTorch's own flash kernel, called one level below `scaled_dot_product_attention`,
+which does not hand out the lse. On other devices, whose flash kernels take no such mask, it is
+written out.
+
+The flash backward finds P again as `exp(score - lse)`. The rounding of the lse, and of scores that are
+not scaled as in the forward, is a relative error of P. Where that counts, the backward is written out on
+the CPU as well, and divides P by its own sums.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,49 +21,125 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
+PART_SCORES = 2**17  # that are written out at a time on a CPU, so that they stay in its cache
+# The lse up to which its rounding counts less than that of the dtype.
+PRECISE_LSE = {torch.float64: 8, torch.float32: 8, torch.float16: 512, torch.bfloat16: 512}
+
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     """Statistics and accumulators: float32, and float64 for float64 inputs."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     """Outputs in the dtype of q, and lse `[N, H, rows]`."""
     if not q.is_cpu:
         return forward_written_out(q, k, v, mask, scale)
-    flash = aten._scaled_dot_product_flash_attention_for_cpu
-    return flash(q, k, v, attn_mask=mask, scale=scale)
+    flash = aten._scaled_dot_product_flash_attention_for_cpu.default
+    o, lse = flash(*_equally_wide(q, k, v), attn_mask=mask, scale=scale)
+    if not lse.all():  # 0 is also what the kernel gives for a row of -inf
+        for part in _parts(q, k):
+            blind = (_scores(q[part], k[part], mask, scale) == -math.inf).all(dim=-1)
+            lse[part].masked_fill_(blind, -math.inf)
+    return (o if o.shape[-1] == v.shape[-1] else o[..., : v.shape[-1]]), lse
 
 
 def backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, mask: Tensor, scale: float
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    mask: Tensor,
+    scale: float,
+    dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    if not q.is_cpu:
-        return backward_written_out(do, q, k, v, o, lse, mask, scale)
+    if not (q.is_cpu and _flash_is_precise(lse, q.dtype, scale)):
+        return backward_written_out(do, q, k, v, o, lse, mask, scale, dlse)
+    D, Dv = q.shape[-1], v.shape[-1]
+    if dlse is not None:
+        # A value channel of ones, whose output is given as 0 and whose gradient is dlse, adds
+        # dlse to every row of dP and nothing to delta: the gradient of the lse.
+        v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+        o = F.pad(o, (0, 1))
+        do = torch.cat([do, dlse[..., None].to(do.dtype)], dim=-1)
+    do, q, k, v, o = _equally_wide(do, q, k, v, o)
     flash = aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return flash(do, q, k, v, o, lse, 0.0, False, attn_mask=mask, scale=scale)
+    dq, dk, dv = flash(do, q, k, v, o, lse, 0.0, False, attn_mask=mask, scale=scale)
+    return dq[..., :D], dk[..., :D], dv[..., :Dv]
+
+
+def _flash_is_precise(lse: Tensor, dtype: torch.dtype, scale: float) -> bool:
+    """Whether `exp(score - lse)` gives probabilities as exact as the dtype: False for -inf and NaN."""
+    # The flash backward scales q, where the forward scales products. With powers of two these are equal.
+    power_of_two = abs(math.frexp(scale)[0]) == 0.5
+    same_scores = power_of_two or dtype != lse.dtype
+    return same_scores and bool((lse.abs() <= PRECISE_LSE[dtype]).all())
 
 
 def forward_written_out(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    dtype = lse_dtype(q.dtype)
-    scores = (q.to(dtype) @ k.to(dtype).mT) * scale + mask
+    scores = _scores(q, k, mask, scale)
     lse = scores.logsumexp(dim=-1)
-    o = torch.exp(scores - _finite(lse)[..., None]) @ v.to(dtype)
-    return o.to(q.dtype), lse
+    return (_probabilities(scores, lse) @ v.to(lse.dtype)).to(q.dtype), lse
 
 
 def backward_written_out(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, mask: Tensor, scale: float
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    mask: Tensor,
+    scale: float,
+    dlse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = [x.new_empty(x.shape, dtype=lse.dtype) for x in (q, k, v)]
+    for part in _parts(q, k):
+        # One batch axis, for which overlapping windows are copied once.
+        do_part, q_part, k_part, v_part, lse_part = (
+            x[part].to(lse.dtype).flatten(0, 1) for x in (do, q, k, v, lse)
+        )
+        p = _probabilities(_scores(q_part, k_part, mask, scale), lse_part)
+        dp = do_part @ v_part.mT
+        ds = aten._softmax_backward_data(dp, p, -1, p.dtype)
+        if dlse is not None:
+            ds.addcmul_(p, dlse[part].flatten(0, 1)[..., None])
+        parts = (ds @ k_part).mul_(scale), (ds.mT @ q_part).mul_(scale), p.mT @ do_part
+        for x, rows in zip(gradients, parts):
+            x[part] = rows.view(x[part].shape)
+    dq, dk, dv = gradients
+    return dq, dk, dv
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     dtype = lse_dtype(q.dtype)
-    do, q, k, v, o = (x.to(dtype) for x in (do, q, k, v, o))
-    p = torch.exp((q @ k.mT) * scale + mask - _finite(lse)[..., None])
-    delta = (do * o).sum(dim=-1, keepdim=True)
-    ds = p * (do @ v.mT - delta) * scale
-    return ds @ k, ds.mT @ q, p.mT @ do
+    products = q.to(dtype) @ k.to(dtype).mT
+    return products * scale if mask is None else torch.add(mask, products, alpha=scale)
+
+
+def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    """The softmax of each row, and 0 in rows of -inf, whose softmax is NaN."""
+    p, blind = scores.softmax(dim=-1), lse == -math.inf
+    if not blind.is_cpu or blind.any():
+        p.masked_fill_(blind[..., None], 0.0)
+    return p
+
+
+def _parts(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
+    """All of N and H: on a CPU in parts of about PART_SCORES scores, at least one head's."""
+    N, H, rows, _ = q.shape
+    heads = max(1, PART_SCORES // (rows * k.shape[2])) if q.is_cpu else N * H
+    step_n, step_h = max(1, heads // H), min(heads, H)
+    for n in range(0, N, step_n):
+        for h in range(0, H, step_h):
+            yield slice(n, n + step_n), slice(h, h + step_h)
 
 
 def band(rows: int, window_size: int, like: Tensor) -> Tensor:
@@ -66,12 +149,10 @@ def band(rows: int, window_size: int, like: Tensor) -> Tensor:
     return like.new_zeros(visible.shape).masked_fill_(~visible, -math.inf)
 
 
-def pad_channels(x: Tensor, channels: int) -> Tensor:
-    """The same channels, zeros behind them, and a last stride of 1, in place where that is given."""
-    x = F.pad(x, (0, channels - x.shape[-1])) if x.shape[-1] < channels else x
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _finite(lse: Tensor) -> Tensor:
-    """The lse, with any finite value where it is -inf: `exp(-inf - x)` is 0 for those."""
-    return lse.masked_fill(lse == -math.inf, 0.0)
+def _equally_wide(*tensors: Tensor) -> list[Tensor]:
+    """As many channels in each, zeros behind its own, and a last stride of 1; in place where that is so."""
+    channels = max(x.shape[-1] for x in tensors)
+    wide = (
+        x if x.shape[-1] == channels else F.pad(x, (0, channels - x.shape[-1])) for x in tensors
+    )
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in wide]

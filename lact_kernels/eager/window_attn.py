@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lact_kernels.eager import masked_attention
@@ -43,8 +42,12 @@ class _Blocks(NamedTuple):
     mask: Tensor  # [rows, keys]
 
     def queries(self, x: Tensor) -> Tensor:
-        """The blocks' rows of `[Tq, H, ...]`, as a view `[count, H, rows, ...]`."""
+        """The blocks' rows of `[Tq, H, D]`, as a view `[count, H, rows, D]`."""
         return self._view(x, self.first_query, self.rows)
+
+    def statistics(self, x: Tensor) -> Tensor:
+        """The same of `[Tq, H]`, as a view `[count, H, rows]`."""
+        return self.queries(x[..., None])[..., 0]
 
     def window(self, x: Tensor) -> Tensor:
         """The blocks' keys of `[Tk, H, D]`, as an overlapping view `[count, H, keys, D]`."""
@@ -69,16 +72,15 @@ def window_attn_fwd(
     offsets: Offsets | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs `[B, Tq, Hq, Dv]` and lse `[B, Hq, Tq]`, 0 and -inf for a query before the first key."""
-    (B, Tq, Hq, D), Dv = q.shape, v.shape[-1]
-    o = q.new_zeros(B, Tq, Hq, Dv)
+    B, Tq, Hq, _ = q.shape
+    o = q.new_zeros(B, Tq, Hq, v.shape[-1])
     lse = q.new_full((B, Hq, Tq), -math.inf, dtype=masked_attention.lse_dtype(q.dtype))
-    q, k, v = (masked_attention.pad_channels(x, max(D, Dv)) for x in (q, k, v))
     for blocks, (qs, os, lses), (ks, vs) in _views((q, o, lse.mT), (k, v), window_size, offsets):
         out, out_lse = masked_attention.forward(
             blocks.queries(qs), blocks.window(ks), blocks.window(vs), blocks.mask, softmax_scale
         )
-        blocks.queries(os).copy_(out[..., :Dv])
-        blocks.queries(lses[..., None]).copy_(out_lse[..., None])
+        blocks.queries(os).copy_(out)
+        blocks.statistics(lses).copy_(out_lse)
     return o, lse
 
 
@@ -94,38 +96,32 @@ def window_attn_bwd(
     softmax_scale: float,
     offsets: Offsets | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; each block recomputes its probabilities from the lse."""
-    D, Dv = q.shape[-1], v.shape[-1]
+    """Gradients of q, k and v; each block computes its probabilities again."""
     dq, dk, dv = (
         torch.zeros_like(x, dtype=lse.dtype, memory_format=torch.contiguous_format)
         for x in (q, k, v)
     )
+    queries, keys = (q, o, do, dq, lse.mT), (k, v, dk, dv)
     if dlse is not None:
-        # A value channel of ones, whose output is given as 0 and whose gradient is dlse, adds
-        # dlse to every row of dP and nothing to delta: the gradient of the lse.
-        v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
-        o = F.pad(o, (0, 1))
-        do = torch.cat([do, dlse.mT[..., None].to(do.dtype)], dim=-1)
-    q, k, v, o, do = (
-        masked_attention.pad_channels(x, max(D, v.shape[-1])) for x in (q, k, v, o, do)
-    )
-    queries, keys = (q, o, do, lse.mT, dq), (k, v, dk, dv)
-    for blocks, (qs, os, dos, lses, dqs), (ks, vs, dks, dvs) in _views(
+        queries = (*queries, dlse.mT)
+    for blocks, (qs, os, dos, dqs, *statistics), (ks, vs, dks, dvs) in _views(
         queries, keys, window_size, offsets
     ):
+        lses, *dlses = map(blocks.statistics, statistics)
         dq_part, dk_part, dv_part = masked_attention.backward(
             blocks.queries(dos),
             blocks.queries(qs),
             blocks.window(ks),
             blocks.window(vs),
             blocks.queries(os),
-            blocks.queries(lses[..., None])[..., 0],
+            lses,
             blocks.mask,
             softmax_scale,
+            *dlses,
         )
-        blocks.queries(dqs).copy_(dq_part[..., :D])
-        blocks.add_to_window(dks, dk_part[..., :D])
-        blocks.add_to_window(dvs, dv_part[..., :Dv])
+        blocks.queries(dqs).copy_(dq_part)
+        blocks.add_to_window(dks, dk_part)
+        blocks.add_to_window(dvs, dv_part)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 

@@ -1,11 +1,12 @@
 """Attention of a few queries over a cache: the slots they see are a slice of it, or two where a ring ends.
 
-The lengths are read on the host to know which. Rows of one length run together.
+The lengths are read on the host to know which. Rows that see the same slots run together.
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lact_kernels.eager import masked_attention
@@ -20,35 +21,45 @@ def window_attn_with_kvcache(
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Outputs `[B, Tq, Hq, Dv]` and lse `[B, Hq, Tq]`; NaN for a row whose keys the cache has lost."""
-    (B, Tq, Hq, _), (S, Hkv, Dv) = q.shape, v_cache.shape[1:]
-    o = q.new_zeros(B, Tq, Hq, Dv)
-    lse = q.new_full((B, Hq, Tq), -math.inf, dtype=masked_attention.lse_dtype(q.dtype))
-    lengths = [S] * B if cache_seqlens is None else cache_seqlens.tolist()
-    together = len(set(lengths)) == 1
-    rows = [slice(None)] if together else [slice(b, b + 1) for b in range(B)]
-    for row, length in zip(rows, lengths):
-        if S < min(length, window_size + Tq - 1):
-            o[row], lse[row] = math.nan, math.nan
-            continue
-        n = min(Tq, length)  # queries that are tokens of the row, the last ones
-        if n == 0:
-            continue
-        span = min(window_size + n - 1, length)
-        # The queries of a group are rows of one product.
-        queries = q[row, Tq - n :].unflatten(2, (Hkv, Hq // Hkv)).permute(0, 2, 3, 1, 4)
-        in_order = n > 1 or span < S  # a single query that sees every slot needs no order
-        keys, values = (
-            (_last_tokens(x[row], length, span) if in_order else x[row]).transpose(1, 2)
-            for x in (k_cache, v_cache)
-        )
+    S = k_cache.shape[1]
+    lengths = [S] if cache_seqlens is None else cache_seqlens.tolist()
+    if q.shape[1] == 1 and S == window_size:
+        lengths = [min(x, S) for x in lengths]  # every slot of a full ring, in any order
+    if len(set(lengths)) <= 1:
+        length = lengths[0] if lengths else 0
+        return _rows(q, k_cache, v_cache, length, window_size, softmax_scale)
+    rows = zip(q.split(1), k_cache.split(1), v_cache.split(1), lengths)
+    results = [_rows(*row, window_size, softmax_scale) for row in rows]
+    o, lse = (torch.cat(x) for x in zip(*results))
+    return o, lse
+
+
+def _rows(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int, window_size: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Outputs and lse of rows that have had so many tokens."""
+    (B, Tq, Hq, D), (S, Hkv, Dv) = q.shape, v_cache.shape[1:]
+    n = min(Tq, length)  # queries that are tokens of the row, the last ones
+    lost = S < min(length, window_size + Tq - 1)
+    if lost or n == 0:
+        o = q.new_full((B, Tq, Hq, Dv), math.nan if lost else 0.0)
+        lse_dtype = masked_attention.lse_dtype(q.dtype)
+        return o, q.new_full((B, Hq, Tq), math.nan if lost else -math.inf, dtype=lse_dtype)
+    groups = Hq // Hkv
+    span = min(window_size + n - 1, length)
+    keys, values = (_last_tokens(x, length, span).transpose(1, 2) for x in (k_cache, v_cache))
+    # The queries of a group are rows of one product.
+    queries = q if n == Tq else q[:, Tq - n :]
+    queries = queries.reshape(B, n, Hkv, groups, D).permute(0, 2, 3, 1, 4)
+    mask = None  # a single query sees all of them
+    if n > 1:
         mask = masked_attention.band(n, min(window_size, length), q)[:, -span:]
-        mask = mask.repeat(Hq // Hkv, 1)  # [G * n, span]
-        out, out_lse = masked_attention.forward(
-            *_equally_wide(queries.flatten(2, 3), keys, values), mask, softmax_scale
-        )
-        out = out[..., :Dv].unflatten(2, (Hq // Hkv, n)).permute(0, 3, 1, 2, 4)
-        o[row, Tq - n :] = out.flatten(2, 3)
-        lse[row, :, Tq - n :] = out_lse.unflatten(2, (Hq // Hkv, n)).flatten(1, 2)
+        mask = mask.repeat(groups, 1)  # [G * n, span]
+    o, lse = masked_attention.forward(queries.flatten(2, 3), keys, values, mask, scale)
+    o = o.view(B, Hkv, groups, n, Dv).permute(0, 3, 1, 2, 4).reshape(B, n, Hq, Dv)
+    lse = lse.reshape(B, Hq, n)
+    if n < Tq:
+        o, lse = F.pad(o, (0, 0, 0, 0, Tq - n, 0)), F.pad(lse, (Tq - n, 0), value=-math.inf)
     return o, lse
 
 
@@ -59,8 +70,3 @@ def _last_tokens(cache: Tensor, length: int, span: int) -> Tensor:
     if first < last:
         return cache[:, first:last]
     return torch.cat([cache[:, first:], cache[:, :last]], dim=1)
-
-
-def _equally_wide(*tensors: Tensor) -> list[Tensor]:
-    channels = max(x.shape[-1] for x in tensors)
-    return [masked_attention.pad_channels(x, channels) for x in tensors]
