@@ -11,10 +11,12 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lact_kernels
 import reference
 from lact_kernels import RingKVCache, window_attn, window_attn_with_kvcache
+from lact_kernels.eager import window_attn_with_kvcache as eager
 from lact_kernels.triton.configs import KernelConfig
 from lact_kernels.triton.window_attn_with_kvcache import choose_splits
 from lact_kernels.triton.window_attn_with_kvcache import window_attn_with_kvcache as launch
@@ -101,6 +103,75 @@ def test_eager_matches_reference(case, dtype):
         return window_attn_with_kvcache(*tensors, **options, return_lse=True, backend="eager")
 
     check(fn, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1.0, 40.0])
+def test_equal_keys_on_both_sides_of_the_end_of_a_ring(size, dtype):
+    """The shares of two results are those of the numbers of keys, whatever the scores are."""
+    W, S, length = 20, 23, 30
+    q, k = (torch.full((2, n, 2, 17), size, dtype=dtype, device=DEVICE) for n in (1, S))
+    v = torch.randn(2, S, 2, 16, dtype=dtype, device=DEVICE)
+    options = {"window_size": W, "cache_seqlens": torch.tensor([length] * 2, device=DEVICE).int()}
+    if dtype == torch.float16:
+        options["softmax_scale"] = 1.0  # plain PyTorch scales what has overflowed
+    actual = window_attn_with_kvcache(q, k, v, **options, return_lse=True, backend="eager")
+    same = reference.window_attn_with_kvcache(q, k, v, **options, return_lse=True)
+    exact = (x.double() for x in (q, k, v))
+    exact = reference.window_attn_with_kvcache(*exact, **options, return_lse=True)
+    for a, s, e, name in zip(actual, same, exact, ("o", "lse")):
+        assert_close_to_float64(a, s, e, name)
+
+
+@pytest.mark.parametrize("slots", [20, 23])
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_a_row_whose_every_score_is_minus_infinity(backend, slots):
+    q, k, v = (torch.ones(2, n, 2, 16, device=DEVICE) for n in (1, slots, slots))
+    q[1] = -math.inf
+    options = {"window_size": 20, "cache_seqlens": 30, "return_lse": True, "backend": backend}
+    o, lse = window_attn_with_kvcache(q, k, v, **options)
+    assert (o[0] == 1).all() and not o[1].any()
+    assert lse[0].isfinite().all() and (lse[1] == -math.inf).all()
+
+
+class Operations(TorchDispatchMode):
+    """The names of all that runs, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not ON_CPU, reason="of the eager backend")
+@pytest.mark.parametrize(
+    "slots, lengths, kernels",
+    [(20, (50, 50), 1), (20, (50, 77), 1), (23, (45, 45), 1), (23, (50, 50), 2)],
+    ids=["ring", "ring of uneven rows", "slice", "around the end"],
+)
+def test_decoding_runs_one_kernel_over_the_cache_as_it_is(slots, lengths, kernels):
+    """No mask, no copy of keys or values, and little else."""
+    q, k, v = (torch.randn(2, n, 4, 16) for n in (1, slots, slots))
+    seqlens = torch.tensor(lengths, dtype=torch.int32)
+    with Operations() as ran:
+        eager.window_attn_with_kvcache(q, k, v, seqlens, 20, 0.25)
+    assert ran.names.count("aten::_scaled_dot_product_flash_attention_for_cpu") == kernels
+    copies = {"aten::cat", "aten::clone", "aten::copy_", "aten::repeat", "aten::masked_fill_"}
+    assert not copies & set(ran.names)
+    assert len(ran.names) <= 40
+
+
+@pytest.mark.skipif(not ON_CPU, reason="of the eager backend")
+def test_appending_a_token_writes_it_and_little_else():
+    ring, _ = ring_and_rows(2, 5)
+    k, v = new_tokens(ring, 1)
+    with Operations() as ran:
+        ring.append(k, v)
+    assert ran.names.count("aten::copy_") == 2 and "aten::index_copy_" not in ran.names
+    assert len(ran.names) <= 8
 
 
 def check_kernels(case, dtype, num_splits, config):

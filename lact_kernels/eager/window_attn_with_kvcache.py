@@ -47,7 +47,8 @@ def _rows(
         return o, q.new_full((B, Hq, Tq), math.nan if lost else -math.inf, dtype=lse_dtype)
     groups = Hq // Hkv
     span = min(window_size + n - 1, length)
-    keys, values = (_last_tokens(x, length, span).transpose(1, 2) for x in (k_cache, v_cache))
+    slots = _slots(length, span, S)
+    pieces = [tuple(x[:, s].transpose(1, 2) for x in (k_cache, v_cache)) for s in slots]
     # The queries of a group are rows of one product.
     queries = q if n == Tq else q[:, Tq - n :]
     queries = queries.reshape(B, n, Hkv, groups, D).permute(0, 2, 3, 1, 4)
@@ -55,7 +56,7 @@ def _rows(
     if n > 1:
         mask = masked_attention.band(n, min(window_size, length), q)[:, -span:]
         mask = mask.repeat(groups, 1)  # [G * n, span]
-    o, lse = masked_attention.forward(queries.flatten(2, 3), keys, values, mask, scale)
+    o, lse = _forward(queries.flatten(2, 3), pieces, mask, scale)
     o = o.view(B, Hkv, groups, n, Dv).permute(0, 3, 1, 2, 4).reshape(B, n, Hq, Dv)
     lse = lse.reshape(B, Hq, n)
     if n < Tq:
@@ -63,10 +64,25 @@ def _rows(
     return o, lse
 
 
-def _last_tokens(cache: Tensor, length: int, span: int) -> Tensor:
-    """The last `span` of `length` tokens, `[B, span, Hkv, D]`: a view, unless the ring ends among them."""
-    S = cache.shape[1]
+def _slots(length: int, span: int, S: int) -> list[slice]:
+    """Where the last `span` of `length` tokens are, in their order."""
     first, last = (length - span) % S, (length - 1) % S + 1
-    if first < last:
-        return cache[:, first:last]
-    return torch.cat([cache[:, first:], cache[:, :last]], dim=1)
+    return [slice(first, last)] if first < last else [slice(first, S), slice(0, last)]
+
+
+def _forward(
+    q: Tensor, pieces: list[tuple[Tensor, Tensor]], mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention over one or two pieces of keys and values, without copies of them where it can be."""
+    if mask is None and len(pieces) == 2:
+        (o, lse), (other, other_lse) = (
+            masked_attention.forward(q, *x, None, scale) for x in pieces
+        )
+        # An error of an lse moves the share by a quarter of it at most.
+        limit = 4 * masked_attention.PRECISE_LSE[q.dtype]
+        if all((x.abs() <= limit).all() for x in (lse, other_lse)):
+            share = torch.sigmoid(other_lse - lse)[..., None]
+            o = torch.lerp(o.to(lse.dtype), other.to(lse.dtype), share)
+            return o.to(q.dtype), torch.logaddexp(lse, other_lse)
+    keys, values = (x[0] if len(x) == 1 else torch.cat(x, dim=2) for x in zip(*pieces))
+    return masked_attention.forward(q, keys, values, mask, scale)

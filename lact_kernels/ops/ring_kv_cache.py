@@ -100,6 +100,20 @@ class RingKVCache:
             self.k, self.v, self.seqlens = (x.clone() for x in (self.k, self.v, self.seqlens))
         t, S = k.shape[1], self.k.shape[1]
         n = min(t, S)  # of more tokens than slots the last ones count
+        known = checks.known_values(self.seqlens) if lengths is None else []
+        if len(set(known)) == 1:
+            first = (known[0] + t - n) % S
+            for cache, new in ((self.k, k), (self.v, v)):
+                _write_round(cache, first, new if n == t else new[:, t - n :])
+        else:
+            self._scatter(k, v, lengths)
+        self.seqlens += t if lengths is None else lengths
+        self.max_seqlen += t
+
+    def _scatter(self, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
+        """Write to slots that are computed where the lengths are, without reading them on the host."""
+        t, S = k.shape[1], self.k.shape[1]
+        n = min(t, S)
         if lengths is None:
             tokens, exists = torch.arange(t - n, t, device=k.device), None
             rows_k, rows_v = k[:, t - n :], v[:, t - n :]
@@ -115,8 +129,6 @@ class RingKVCache:
             if exists is not None:
                 new = torch.where(exists, new, cache.index_select(0, slots))
             cache.index_copy_(0, slots, new)
-        self.seqlens += t if lengths is None else lengths
-        self.max_seqlen += t
 
     def view(self) -> tuple[Tensor, Tensor]:
         """Keys `[B, n, Hkv, D]` and values `[B, n, Hkv, Dv]` in the order of their tokens, as copies.
@@ -202,6 +214,16 @@ class RingKVCache:
         for length in checks.known_values(lengths):
             if not 0 <= length <= t:
                 raise ValueError(f"lengths must be between 0 and t = {t}, got {length}")
+
+
+def _write_round(cache: Tensor, first: int, new: Tensor) -> None:
+    """Write to the slots from `first` on, and where they end from 0 on."""
+    n, ahead = new.shape[1], cache.shape[1] - first
+    if n <= ahead:
+        cache.narrow(1, first, n).copy_(new)
+        return
+    cache[:, first:] = new[:, :ahead]
+    cache[:, : n - ahead] = new[:, ahead:]
 
 
 def _places(indices: Tensor, size: int) -> Tensor:
