@@ -1,5 +1,7 @@
 """What the pytest-benchmark files share: one point, timed on this machine's best backend."""
 
+from collections.abc import Callable
+
 import torch
 
 from benchmarks.measure import runner
@@ -18,11 +20,17 @@ def time_point(benchmark, point: Point, mode: str) -> None:
     do = output_gradient(empty_output(point, DTYPE, DEVICE))
     run = runner(lambda **x: point.run("auto", **x), inputs, do, mode)
 
+    benchmark.group = f"{point.op} {mode}"
+    benchmark.extra_info["needed_gflop"] = point.flops(mode) / 1e9
+    time_call(benchmark, run)
+
+
+def time_call(benchmark, run: Callable[[], object]) -> None:
+    """Time one call until its last kernel has ended."""
+
     def call() -> None:
         run()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.group = f"{point.op} {mode}"
-    benchmark.extra_info["needed_gflop"] = point.flops(mode) / 1e9
     benchmark(call)

@@ -39,7 +39,7 @@ def forward(
         return forward_written_out(q, k, v, mask, scale)
     flash = aten._scaled_dot_product_flash_attention_for_cpu.default
     o, lse = flash(*_equally_wide(q, k, v), attn_mask=mask, scale=scale)
-    if not lse.all():  # 0 is also what the kernel gives for a row of -inf
+    if lse.count_nonzero() < lse.numel():  # 0 is also what the kernel gives for a row of -inf
         for part in _parts(q, k):
             blind = (_scores(q[part], k[part], mask, scale) == -math.inf).all(dim=-1)
             lse[part].masked_fill_(blind, -math.inf)
