@@ -5,6 +5,7 @@ tokens straddle every edge. The tests marked `gpu` run the same cases with the b
 of tests/emulated run what is compiled of these, in every dtype.
 """
 
+import dataclasses
 import math
 
 import pytest
@@ -34,7 +35,7 @@ CASES = [
     pytest.param(2, 31, 31, 4, 2, 16, 16, 9, id="two_heads_per_kv_head"),
     pytest.param(1, 18, 18, 3, 1, 16, 16, 5, id="one_kv_head"),
     pytest.param(1, 19, 52, 2, 1, 16, 16, 21, id="kv_cache_of_odd_length"),
-    pytest.param(1, 1, 40, 4, 2, 16, 16, 17, id="decode_leaves_keys_unseen"),
+    pytest.param(4, 1, 40, 4, 2, 16, 16, 17, id="decode_leaves_keys_unseen"),
     pytest.param(1, 40, 19, 2, 1, 16, 16, 9, id="queries_before_the_keys"),
     pytest.param(1, 34, 34, 1, 1, 24, 16, 18, id="padded_head_dim"),
     pytest.param(1, 20, 20, 1, 1, 16, 40, 7, id="value_dim_differs"),
@@ -209,6 +210,20 @@ def test_offsets_beyond_32_bits(stride):
 @pytest.mark.parametrize("scale", [0.0, -0.7, 3.0])
 def test_any_scale(scale):
     check(*make_inputs(1, 20, 20, 1, 1, 16, 16, torch.float32), 7, SMALL, scale)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["", "dk_and_dv_apart"])
+@pytest.mark.parametrize(
+    "B, Tq, Tk, Hq, Hkv, D, Dv, window_size",
+    [(1, 41, 41, 1, 1, 17, 17, None), (1, 16, 16, 1, 1, 33, 33, None), (2, 20, 41, 2, 1, 16, 24, 9)],
+    ids=["all_keys", "one_tile", "window_on_a_cache"],
+)  # fmt: skip
+def test_large_scores(B, Tq, Tk, Hq, Hkv, D, Dv, window_size, split):
+    """Of some hundreds, whose float32 lse has too few digits for the probabilities."""
+    torch.manual_seed(0)
+    q, k, *rest = make_inputs(B, Tq, Tk, Hq, Hkv, D, Dv, torch.float32)
+    config = dataclasses.replace(SMALL, split=split)
+    check(q, 20 * k, *rest, window_size, config, 3.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -201,6 +201,17 @@ def softmax_from_lse(scores, lse, scale):
 
 
 @triton.jit
+def softmax_from_shift(scores, shift, scale):
+    """Probabilities again, each row times a number of its own that is close to 1.
+
+    `shift` is the lse in the units of `scores`. Its rounding, with scores of some hundreds a thousand times
+    that of a float32 probability, is the same for a whole row: the row's sum takes it out. The bound
+    keeps the sum finite where the lse is coarser still.
+    """
+    return tl.exp2(tl.minimum((scores - shift) * (scale * LOG2_E), 64.0))
+
+
+@triton.jit
 def load_rows(
     pointers,  # [ROWS, BLOCK_COLS]
     rows,

@@ -13,6 +13,9 @@ loop) and interior (no mask, no bounds checks). Where the two accumulators do no
 The transposed products are computed directly, `S^T = K Q^T`: a transposed matrix product that feeds
 another one is miscompiled on Hopper.
 
+For float32 inputs P is divided by the sums of its rows, which the dq pass finds on its way and leaves
+for the other: the rounding of a large lse is a relative error of P, the same for a whole row.
+
 Products take the input dtype and accumulate in float32 (full float32 products for float32 input);
 P and dS are rounded to the input dtype for their second product. Everything is read in place, and
 nothing saved by the forward is written.
@@ -50,6 +53,7 @@ from lact_kernels.triton.primitives import (
     query_tile_bounds,
     query_tile_program,
     softmax_from_lse,
+    softmax_from_shift,
     store_rows,
     tile_slots,
     visible,
@@ -59,9 +63,10 @@ from lact_kernels.triton.primitives import (
 @triton.jit
 def _dq_segment(
     dq,  # [BLOCK_M, BLOCK_D]
+    row_sum,  # [BLOCK_M], of the probabilities: float32 only
     q,  # [BLOCK_M, BLOCK_D]
     do,  # [BLOCK_M, BLOCK_DV]
-    lse,  # [BLOCK_M]
+    lse,  # [BLOCK_M], in float32 the shift
     delta,  # [BLOCK_M]
     k_ptr,  # of this kv head
     v_ptr,
@@ -97,11 +102,15 @@ def _dq_segment(
         if MASKED:
             seen = visible(positions[:, None], keys[None, :], window_size)
             scores = tl.where(seen, scores, float("-inf"))
-        probs = softmax_from_lse(scores, lse[:, None], softmax_scale)
+        if q.dtype == tl.float32:
+            probs = softmax_from_shift(scores, lse[:, None], softmax_scale)
+            row_sum += tl.sum(probs, axis=1)
+        else:
+            probs = softmax_from_lse(scores, lse[:, None], softmax_scale)
         dprobs = tl.dot(do, tl.trans(v), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         dscores = probs * (dprobs - delta[:, None])
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")  # [BLOCK_M, BLOCK_D]
-    return dq
+    return dq, row_sum
 
 
 @triton.jit(do_not_specialize=["num_sequences", "window_size", "Tq", "Tk", "Hq", "Hkv"])
@@ -193,30 +202,37 @@ def _window_attn_bwd_dq_kernel(
     lse = tl.load(lse_ptr + row_offset + queries, mask=queries < Tq, other=0.0)
     # A row that saw nothing: any finite value makes its probabilities 0.
     lse = tl.where(lse == float("-inf"), 0.0, lse)
+    if q_ptr.dtype.element_ty == tl.float32:
+        lse = tl.div_rn(lse, softmax_scale)
     stats_pointers = stats_ptr + (row_offset + queries) * STATS_WIDTH
     tl.store(stats_pointers, lse, mask=queries < Tq)
     tl.store(stats_pointers + STATS_WIDTH // 2, delta, mask=queries < Tq)
     q = load_rows(q_pointers, queries, Tq, cols_qk, HEAD_DIM_QK, BLOCK_D, True)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
     first, interior, diagonal, end = key_tile_bounds(
         first_query, Tq, Tk, window_size, BLOCK_M, BLOCK_N
     )
     inside = diagonal - interior
-    dq = _dq_segment(
-        dq, q, do, lse, delta, k_ptr, v_ptr, k_offsets, v_offsets, positions,
+    dq, row_sum = _dq_segment(
+        dq, row_sum, q, do, lse, delta, k_ptr, v_ptr, k_offsets, v_offsets, positions,
         first, end - first - inside, interior, inside,
         stride_kt, stride_vt, Tk, window_size, softmax_scale,
         HEAD_DIM_QK, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, MASKED=True,
     )  # fmt: skip
-    dq = _dq_segment(
-        dq, q, do, lse, delta, k_ptr, v_ptr, k_offsets, v_offsets, positions,
+    dq, row_sum = _dq_segment(
+        dq, row_sum, q, do, lse, delta, k_ptr, v_ptr, k_offsets, v_offsets, positions,
         interior, inside, interior, 0,
         stride_kt, stride_vt, Tk, window_size, softmax_scale,
         HEAD_DIM_QK, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, MASKED=False,
     )  # fmt: skip
     # Rows are counted from the tile's first query here: nothing computed above stays in registers.
     rows = tl.arange(0, BLOCK_M)
+    if q_ptr.dtype.element_ty == tl.float32:
+        normaliser = tl.where(row_sum == 0.0, 0.0, tl.div_rn(1.0, row_sum))
+        dq *= normaliser[:, None]
+        tl.store(stats_pointers + STATS_WIDTH // 4, normaliser, mask=queries < Tq)
     dq_offsets = rows[:, None] * stride_dqt + cols_qk[None, :]
     dq_pointers = dq_ptr + tl.cast(first_query, tl.int64) * stride_dqt + dq_offsets
     store_rows(dq_pointers, dq * softmax_scale, rows, Tq - first_query, cols_qk, HEAD_DIM_QK)
@@ -280,13 +296,17 @@ def _dkv_segment(
             stats = tl.load(stats_pointers)
         if STATS_WIDTH == 8:
             stats, _ = tl.split(tl.reshape(stats, [BLOCK_M, 4, 2]))  # every second column
-        stats, _ = tl.split(tl.reshape(stats, [BLOCK_M, 2, 2]))  # the first and the middle one
-        lse, delta = tl.split(stats)  # [BLOCK_M]
+        stats, between = tl.split(tl.reshape(stats, [BLOCK_M, 2, 2]))
+        lse, delta = tl.split(stats)  # [BLOCK_M]: the first and the middle one
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
         if MASKED:
             seen = visible(queries[None, :], diagonal[:, None], window_size)
             scores = tl.where(seen & (queries < Tq)[None, :], scores, float("-inf"))
-        probs = softmax_from_lse(scores, lse[None, :], softmax_scale)
+        if q.dtype == tl.float32:
+            normaliser, _ = tl.split(between)
+            probs = softmax_from_shift(scores, lse[None, :], softmax_scale) * normaliser[None, :]
+        else:
+            probs = softmax_from_lse(scores, lse[None, :], softmax_scale)
         if OWNS_DV:
             dv = tl.dot(probs.to(do.dtype), do, dv, input_precision="ieee")  # [BLOCK_N, BLOCK_DV]
         if OWNS_DK:
@@ -509,6 +529,8 @@ def _owned(config: KernelConfig) -> list[dict[str, bool]]:
 
 def _stats_width(dkv_config: KernelConfig) -> int:
     """Floats per query in the buffer between the two passes: lse first, delta in the middle.
+
+    In float32 the shift is first, and the normaliser of the row stands before the middle.
 
     Two would do, but then the compiler has every thread of the dk/dv pass copy for itself each
     value it needs, tens of small copies. A tile with at least as many elements as the program has
