@@ -276,3 +276,43 @@ def write_in_inference_mode(x, place, value):
 
 # Ways to change a tensor. Its version tells of the last two only.
 WRITES = [write_with_numpy, write_to_data, write_in_inference_mode, Tensor.__setitem__]
+
+
+# Few tokens in a chunk: with Muon dG, about dw 490 / |G|, is beyond float16.
+FLOAT16_MUON = TTTCase("", B=1, T=18, chunk_size=4, Dk=16, Dv=12, Dh=24, muon=True)
+
+
+def check_float16_muon(
+    fn: Callable, case: TTTCase, loss_scale: float = 1.0, zeros: range = range(0)
+) -> None:
+    """All gradients of float16 tokens against float64, where the outputs' gradients have any scale.
+
+    `zeros` is a chunk of tokens that are zero, for which dG is dw 490 / 1e-7. Plain PyTorch gets through
+    without them, as they change nothing, and with gradients so small that its dG fits float16.
+    """
+    inputs, options = case.inputs(torch.float16), case.options()
+    kept = torch.tensor([t not in zeros for t in range(case.T)])
+    with torch.no_grad():
+        for x in ("q", "k", "v"):
+            inputs[x] *= kept[:, None, None]
+
+    def gradients(fn, inputs, do):
+        o = fn(**inputs, **options)
+        return torch.autograd.grad(o, list(inputs.values()), do.to(o.dtype))
+
+    do = torch.randn(case.B, case.T, case.H, case.Dv).half()
+    exact_inputs = {x: t.detach().double().requires_grad_() for x, t in inputs.items()}
+    without_zeros = {
+        x: (t if x.startswith("w") else t[:, kept]).detach().requires_grad_()
+        for x, t in inputs.items()
+    }
+    small = 2.0**-10
+    actual = gradients(fn, inputs, do * loss_scale)
+    same = gradients(reference.block_causal_ttt, without_zeros, do[:, kept] * small)
+    exact = gradients(reference.block_causal_ttt, exact_inputs, do)
+    for x, a, s, e in zip(inputs, actual, same, exact):
+        a, s = a / loss_scale, s / small
+        if not x.startswith("w"):
+            assert not a[:, ~kept].any(), x
+            a, e = a[:, kept], e[:, kept]
+        assert_close_to_float64(a, s, e, f"d{x}")

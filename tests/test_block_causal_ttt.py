@@ -16,7 +16,15 @@ from lact_kernels.eager import swiglu
 from lact_kernels.eager.newton_schulz import newton_schulz, newton_schulz_bwd
 from lact_kernels.ops import block_causal_ttt as ops
 from lact_kernels.ops.ttt_types import FastWeights, Options, Tokens
-from tests.cases import TTT_OPTIONS, TTT_SHAPES, TTTCase, check_block_causal_ttt, tensors_of
+from tests.cases import (
+    FLOAT16_MUON,
+    TTT_OPTIONS,
+    TTT_SHAPES,
+    TTTCase,
+    check_block_causal_ttt,
+    check_float16_muon,
+    tensors_of,
+)
 
 eager_block_causal_ttt = functools.partial(block_causal_ttt, backend="eager")
 
@@ -233,6 +241,29 @@ def test_rows_of_zeros_stay_finite():
     o = block_causal_ttt(**inputs, chunk_size=4, muon=True)
     grads = torch.autograd.grad(o.sum(), list(inputs.values()))
     assert all(x.isfinite().all() for x in (o, *grads))
+
+
+@pytest.mark.parametrize("loss_scale", [2.0**-8, 2.0**6])
+def test_muon_in_float16_with_few_tokens(loss_scale):
+    check_float16_muon(eager_block_causal_ttt, FLOAT16_MUON, loss_scale)
+
+
+def test_muon_in_float16_with_momentum_and_prenorm():
+    case = dataclasses.replace(FLOAT16_MUON, momentum=True, prenorm=True)
+    check_float16_muon(eager_block_causal_ttt, case, 2.0**6)
+
+
+def test_muon_in_float16_with_a_chunk_of_zeros():
+    check_float16_muon(eager_block_causal_ttt, FLOAT16_MUON, zeros=range(4, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradients_are_rounded_like_tokens_without_their_limits(dtype):
+    x = (torch.rand(1000) + 1) * 2.0 ** torch.randint(-10, 14, (1000,)) * torch.randn(1000).sign()
+    expected = x.to(dtype).float()
+    for scale in (1.0, 2.0**60, 2.0**-60):
+        assert torch.equal(swiglu._rounded_gradient(x * scale, dtype), expected * scale)
+    assert swiglu._rounded_gradient(torch.tensor(torch.nan), dtype).isnan()
 
 
 def test_strides_are_read_in_place():

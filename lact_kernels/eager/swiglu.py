@@ -2,7 +2,8 @@
 
 Tokens are `[B, T, H, D]`, weights `[B, H, Dh, Dk]` (w0, w2) and `[B, H, Dv, Dh]` (w1). The operands of
 matrix products are rounded to the tokens' dtype, the products accumulated and returned in
-float32 (float64 for float64 tokens), and all between two products is float32. Products run over
+float32 (float64 for float64 tokens), and all between two products is float32. What the backward of the
+update rounds keeps float32's range: with Muon these gradients are beyond float16's. Products run over
 pieces of the tokens, small enough that what lies between them stays in a CPU's cache.
 
 Names, for a key k and a value v: gate = w0 k, up = w2 k, hidden = silu(gate) * up, dhidden = w1^T v.
@@ -141,7 +142,7 @@ def gradients_bwd(
     dtype = k.dtype
     dk, dv, dlr0, dlr1, dlr2 = out
     weights = [_rounded(w, dtype)[None] for w in (w0, w1, w2)]
-    cotangents = [_rounded(g, dtype)[None] for g in (dg0, dg1, dg2)]
+    cotangents = [_rounded_gradient(g, dtype)[None] for g in (dg0, dg1, dg2)]
     dweights = [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in (w0, w1, w2)]
     dw0, dw1, dw2 = (dw.flatten(0, 1) for dw in dweights)
     for piece in _pieces(k, w0.shape[-2]):
@@ -164,10 +165,10 @@ def gradients_bwd(
         dgate_k, dup_k, hidden_v = dgate_k * rate0, dup_k * rate2, hidden_v * rate1
 
         # What hidden, dup and dgate, the left factors, pass on to dhidden, up and gate.
-        ddhidden = _rounded(dup_k * silu + dgate_k * up * slope, dtype)
+        ddhidden = _rounded_gradient(dup_k * silu + dgate_k * up * slope, dtype)
         dsilu = dup_k * dhidden + hidden_v * up
-        through_up = _rounded(dgate_k * dhidden * slope + hidden_v * silu, dtype)
-        through_gate = _rounded(dgate_k * dhidden * up * bend + dsilu * slope, dtype)
+        through_up = _rounded_gradient(dgate_k * dhidden * slope + hidden_v * silu, dtype)
+        through_gate = _rounded_gradient(dgate_k * dhidden * up * bend + dsilu * slope, dtype)
 
         dx = _rounded(rate0 * dgate, dtype) @ dg0
         dx.baddbmm_(_rounded(rate2 * dup, dtype), dg2)
@@ -204,3 +205,11 @@ def _pieces(x: Tensor, hidden_dim: int, borders: Sequence[int] | None = None) ->
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Values of `dtype`, in the float32 (or float64) that products are computed in."""
     return x if x.dtype == dtype and dtype.itemsize > 2 else x.to(dtype).to(torch.float32)
+
+
+def _rounded_gradient(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """As `_rounded`, but to the precision of float16 alone, not to its range: a gradient has any scale."""
+    if dtype != torch.float16:
+        return _rounded(x, dtype)
+    shifted = x * (1 + 2**13)  # Veltkamp's splitting rounds the last 13 of 23 bits away, to even
+    return shifted.sub_(shifted - x)
