@@ -376,7 +376,7 @@ def muon_error_in_float16(D, chunk_size):
 @needs_interpreter
 def test_muon_in_float16_is_accurate():
     """The error is 2.1e-3. Iterations rounded to bfloat16 would give 1.7e-2."""
-    assert muon_error_in_float16(64, 256) <= 3e-3
+    assert muon_error_in_float16(72, 256) <= 3e-3  # matrices too large for float32
 
 
 @pytest.mark.gpu

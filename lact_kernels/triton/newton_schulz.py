@@ -13,11 +13,11 @@ and its gradient, with S and B symmetric, and D = dX X^T + X dX^T, which is all 
 ```
 
 So there are two kinds of products: symmetric ones (S, B, D, R), of which only the tiles on and below the
-diagonal are computed, and those with X. For 16-bit tokens the matrices are float16, for float32 ones float32;
-products accumulate in float32. The division by the norm brings all values into the range of
-float16. Gradients, whose scale is arbitrary, are divided by theirs too, `dX sqrt(m) / |dX|_F`, and given
-their scale back at the end. The five steps amplify small singular values, and rounding noise with
-them, about 490 times, which is why bfloat16 would not do.
+diagonal are computed, and those with X. For 16-bit tokens the matrices are float16, for float32 ones float32,
+and so are small ones, which cost nothing; products accumulate in float32. The division by the norm brings
+all values into the range of float16. Gradients, whose scale is arbitrary, are divided by theirs too,
+`dX sqrt(m) / |dX|_F`, and given their scale back at the end. The five steps amplify small singular values,
+and rounding noise with them, about 490 times, which is why bfloat16 would not do.
 """
 
 import functools
@@ -55,6 +55,7 @@ from lact_kernels.triton.ttt_update import (
 from lact_kernels.triton.ttt_update_bwd import NEWTON_SCHULZ_EPS
 
 NORMALIZE_BLOCK = 64
+SMALL = 64  # up to this size products take less time than their launches, in float32, too
 
 
 @triton.jit
@@ -292,7 +293,8 @@ class NewtonSchulz:
 
     def __init__(self, heads: int, dims: Dims, tokens_dtype: torch.dtype, device: torch.device):
         self.heads, self.dims = heads, dims
-        self.dtype = torch.float32 if tokens_dtype == torch.float32 else torch.float16
+        small = max(dims) <= SMALL
+        self.dtype = torch.float32 if small or tokens_dtype == torch.float32 else torch.float16
         capability = capability_of(device)
         self.symmetric_config = ttt_config("newton_schulz_symmetric", self.dtype, capability)
         self.multiply_config = ttt_config("newton_schulz_multiply", self.dtype, capability)
