@@ -21,11 +21,13 @@ from lact_kernels.ops import ttt_types
 from lact_kernels.triton import configs, ttt_products
 from lact_kernels.triton.configs import TTTConfig
 from tests.cases import (
+    FLOAT16_MUON,
     PACKED,
     TTT_OPTIONS,
     TTT_SHAPES,
     TTTCase,
     check_block_causal_ttt,
+    check_float16_muon,
     filled_with_nan,
 )
 from tests.ttt_pieces import in_pieces
@@ -371,6 +373,15 @@ def muon_error_in_float16(D, chunk_size):
     exact = reference.block_causal_ttt(**{n: x.double() for n, x in inputs.items()}, **options)
     error = triton_block_causal_ttt(**inputs, **options).double() - exact
     return (error.norm() / exact.norm()).item()
+
+
+@needs_interpreter
+def test_muon_in_float16_with_few_tokens_and_a_chunk_of_zeros(blocks):
+    """In float16 and at a scale of the loss that leaves little room."""
+    blocks(32)
+    case = sized(FLOAT16_MUON, T=9, H=1)
+    with filled_with_nan():
+        check_float16_muon(triton_block_causal_ttt, case, 2.0**6, zeros=range(4, 8))
 
 
 @needs_interpreter

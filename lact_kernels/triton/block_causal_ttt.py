@@ -186,6 +186,18 @@ class _Call:
         """The values times their learning rates, rounded once."""
         return torch.mul(self.v, self.lr[1].mT[..., None], out=self.v.new_empty(self.v.shape))
 
+    @functools.cached_property
+    def reach(self) -> Tensor | None:
+        """`[N, H, 3]`, see `ttt_activations`. None where gradients need no units: float16 with Muon does."""
+        if not self.options.muon or self.k.dtype != torch.float16:
+            return None
+        length = functools.partial(torch.linalg.vector_norm, dim=-1, dtype=torch.float32)
+        k, v = length(self.k).mT, length(self.v).mT * self.dims.Dv**0.5  # [B, H, T]
+        w = self.norms.view(self.chunks.N, self.H, -1).amax(dim=(0, 2))[:, None]
+        reach = w * k * (k + v + w * k * v) * self.lr
+        reach = torch.linalg.vector_norm(reach, ord=torch.inf, dim=-1)  # [3, B, H]
+        return reach.movedim(0, -1).expand(self.chunks.N, -1, -1).contiguous()
+
     def forward(self) -> tuple[Tensor, FastWeights | None]:
         o = self.q.new_empty(*self.q.shape[:3], self.dims.Dv)
         end = _End(self) if self.options.return_end else None
@@ -344,6 +356,7 @@ class _Call:
             acts,
             dacts=self.activations(3, batch),
             dsteps=self.k.new_empty(number, self.H, dims.size),
+            units=None if self.reach is None else self.floats(number, self.H, 4),
             dlr=self.floats(num_rate_tiles(self.k, dims), *acts.shape[:3]),
             dbetas=None if self.betas is None else self.floats(number, self.H, dims.rows),
         )
@@ -359,10 +372,11 @@ class _Call:
             with phase("deferred"):
                 run, dsteps = chunks.keys(updating, batch), deferred.dsteps
                 second = (deferred.dacts, weights)
-                ttt_project(acts, dsteps, grads.dk, run, dims, to_values=False, second=second)
+                to_keys = {"to_values": False, "second": second, "units": deferred.units}
+                ttt_project(acts, dsteps, grads.dk, run, dims, **to_keys)
                 second = (deferred.dacts[1:2], weights)
-                to_values = {"to_values": True, "second": second, "lr": self.lr[1]}
-                ttt_project(acts[1:2], dsteps, grads.dv, run, dims, **to_values)
+                to_values = {"to_values": True, "second": second, "units": deferred.units}
+                ttt_project(acts[1:2], dsteps, grads.dv, run, dims, lr=self.lr[1], **to_values)
                 ttt_rates_bwd(deferred.dlr, deferred.dbetas, grads.dlr, grads.dmomentum, run, dims)
 
     def update_backward(
@@ -399,7 +413,8 @@ class _Call:
             grads.carry.flatten(0, 1), then.sums, self.norms[:heads], grads.dnorms, dims,
         )  # fmt: skip
         dsteps = deferred.dsteps[mine]
-        momentum = {"prenorm": self.options.prenorm, "dsteps": dsteps.flatten(0, 1)}
+        units = None if deferred.units is None else deferred.units[mine]
+        momentum = {"prenorm": self.options.prenorm, "dsteps": dsteps.flatten(0, 1), "units": units}
         if self.betas is not None:
             momentum |= {
                 "betas": self.betas_of(step, number),
@@ -413,14 +428,16 @@ class _Call:
             muon = {"next_steps": then.steps, "squares": squares}
             ttt_update_bwd(*places, prenorm=self.options.prenorm, **muon)
             dx = grads.carry.flatten(0, 1)[:heads]
-            muon["iteration"] = self.newton_schulz(number).backward(dx, then.steps, *squares)
+            muon["iteration"] = self.newton_schulz(number).backward(
+                dx, then.steps, *squares, momentum.get("dbuffers"), with_sizes=units is not None
+            )
         ttt_update_bwd(*places, **momentum, **muon)
 
         ttt_hidden_bwd(
             self.k, self.v, self.lr, now.weights, dsteps, deferred.acts, deferred.dacts,
-            deferred.dlr, run, dims,
+            deferred.dlr, run, dims, units, self.reach,
         )  # fmt: skip
-        ttt_outer(self.k, self.v, deferred.dacts, grads.dweights, run, dims)
+        ttt_outer(self.k, self.v, deferred.dacts, grads.dweights, run, dims, units)
 
     def activations(self, planes: int, steps: range) -> Tensor:
         """Room for `planes` numbers for each hidden unit, of the tokens of these steps."""
@@ -484,6 +501,7 @@ class _Deferred(NamedTuple):
     acts: Tensor  # [3, H, rows, Dh]
     dacts: Tensor  # [3, H, rows, Dh]
     dsteps: Tensor  # [chunks, H, SIZE]
+    units: Tensor | None  # [chunks, H, 4]: where dsteps and dacts have any
     dlr: Tensor  # [tiles, 3, H, rows]
     dbetas: Tensor | None  # [chunks, H, ROWS]
 

@@ -267,7 +267,10 @@ def _newton_schulz_multiply_kernel(
 def _inner_kernel(
     a_ptr,  # [heads, SIZE], float32
     b_ptr,
+    c_ptr,  # or None
     out_ptr,  # [heads, ROWS]: rows of <a, b>
+    a_squares_ptr,  # [heads, ROWS]: and of <a, a>, or None
+    c_squares_ptr,  # [heads, ROWS]: and of <c, c>
     DK: tl.constexpr,
     DV: tl.constexpr,
     DH: tl.constexpr,
@@ -285,7 +288,13 @@ def _inner_kernel(
     element, row = matrix_place(head, matrix, DV, DH, OFFSET1, OFFSET2, SIZE)
     a = tl.load(a_ptr + element + offsets, mask=inside, other=0.0)
     b = tl.load(b_ptr + element + offsets, mask=inside, other=0.0)
-    tl.store(out_ptr + row + rows, tl.sum(a * b, axis=1), mask=real)
+    rows += row
+    tl.store(out_ptr + rows, tl.sum(a * b, axis=1), mask=real)
+    if a_squares_ptr is not None:
+        tl.store(a_squares_ptr + rows, tl.sum(a * a, axis=1), mask=real)
+    if c_ptr is not None:
+        c = tl.load(c_ptr + element + offsets, mask=inside, other=0.0)
+        tl.store(c_squares_ptr + rows, tl.sum(c * c, axis=1), mask=real)
 
 
 class NewtonSchulz:
@@ -307,11 +316,18 @@ class NewtonSchulz:
         return self._multiply(b, x, a, in_place=True)
 
     def backward(
-        self, dx: Tensor, g: Tensor, dsquares: Tensor, squares: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        dx: Tensor,
+        g: Tensor,
+        dsquares: Tensor,
+        squares: Tensor,
+        dbuffers: Tensor | None = None,
+        with_sizes: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """The gradient of g / |g|_F in units of `|dx|_F / sqrt(m)`, float32, and the rows of <.., g>.
 
-        Iterates are computed again. `dsquares` and `squares` are those of the norms of rows of dx and g.
+        Iterates are computed again. `dsquares` and `squares` are those of the norms of rows of dx and g. With
+        sizes those of the result and of `dbuffers`, if there are any, are returned, too.
         """
         iterates = list(self._iterates(g, squares))
         dx = self._normalize(dx, dsquares, gradient=True)
@@ -319,10 +335,15 @@ class NewtonSchulz:
             d = self._symmetric(x, dx)
             r = self._symmetric(s, d, y=d, y_factor=beta, factor=gamma)
             dx = self._multiply(b, dx, alpha, (r, x), in_place=x is iterates[0][0])
+        dbuffers = dbuffers if with_sizes else None
+        size = torch.empty_like(squares) if with_sizes else None
+        dbuffers_size = None if dbuffers is None else torch.empty_like(squares)
         inner = torch.empty_like(squares)
         programs, constexprs = row_programs(self.dims)
-        _inner_kernel[(self.heads * programs,)](dx, g, inner, **constexprs, num_warps=NUM_WARPS)
-        return dx, inner
+        _inner_kernel[(self.heads * programs,)](
+            dx, g, dbuffers, inner, size, dbuffers_size, **constexprs, num_warps=NUM_WARPS
+        )
+        return dx, inner, size, dbuffers_size
 
     def _iterates(self, g: Tensor, squares: Tensor) -> Iterator[tuple]:
         """X, S and B of each step, with its coefficients."""
@@ -439,8 +460,9 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
         tokens=("square_ptr", "x_ptr", "square2_ptr", "x2_ptr", "out_ptr"),
     )  # fmt: skip
     yield from row_compile_cases(
-        "newton_schulz_inner", _inner_kernel, arch, ("a_ptr", "b_ptr", "out_ptr"), ()
-    )
+        "newton_schulz_inner", _inner_kernel, arch,
+        ("a_ptr", "b_ptr", "c_ptr", "out_ptr", "a_squares_ptr", "c_squares_ptr"), (),
+    )  # fmt: skip
     yield from ttt_compile_cases(
         "newton_schulz_normalize", _normalize_kernel, arch,
         lambda dims, _: normalize_constexprs(dims, gradient=True),

@@ -29,6 +29,13 @@ and with dgate_x, dup_x, hidden_y now times their learning rates, the chain rule
 
 One program computes one tile of tokens by hidden units. Products take the tokens' dtype and accumulate in
 float32, in which everything between two products is; results are rounded to the tokens' dtype.
+
+Where dG0, dG1 and dG2 come in units (see `ttt_update_bwd`), so do the last three results: in one that brings
+all of the chunk and head to at most 2^15. It comes from the bound |dG x| <= |dG|_F |x|, and what that
+can do to one of the three with |dG|_F = 1 is their *reach*: with w the longest row of w0, w1 and w2, so that
+|gate| and |up| <= w |x| and |dhidden| <= w sqrt(Dv) |y|,
+
+    max over tokens of     lr w |x| (|x| + sqrt(Dv) |y| + w |x| sqrt(Dv) |y|)
 """
 
 from collections.abc import Iterator
@@ -48,7 +55,13 @@ from lact_kernels.triton.ttt_layout import (
     launch_options,
     ttt_compile_cases,
 )
-from lact_kernels.triton.ttt_primitives import dot_columns, dot_rows, token_tile
+from lact_kernels.triton.ttt_primitives import (
+    GRADIENT_BITS,
+    dot_columns,
+    dot_rows,
+    power_of_two,
+    token_tile,
+)
 
 
 @triton.jit(do_not_specialize=TOKEN_ARGUMENTS)
@@ -141,6 +154,8 @@ def _ttt_hidden_bwd_kernel(
     lr_ptr,  # [3, B, H, T], contiguous
     weights_ptr,  # [chunks, H, SIZE]
     dsteps_ptr,  # [chunks, H, SIZE]: gradients of the weight gradients
+    units_ptr,  # [chunks, H, 4]: their units, and written: that of dacts; or None
+    reach_ptr,  # [chunks, H, 3], with units
     acts_ptr,  # [3, H, rows, DH]: as the forward stores them
     dacts_ptr,  # [3, H, rows, DH]: what reaches gate, dhidden and up
     dlr_ptr,  # [tiles of DH, 3, H, rows]: partial sums
@@ -176,6 +191,16 @@ def _ttt_hidden_bwd_kernel(
     chunk, h, first_unit, b, first, row, number = token_tile(
         table_ptr, first_chunk, first_row, B, T, shift, chunk_size, width, H, DH, BLOCK_T, BLOCK_H
     )
+    if units_ptr is not None:
+        units_ptr += (chunk * H + h) * 4
+        reach_ptr += (chunk * H + h) * 3
+        unit0, unit1, unit2 = tl.load(units_ptr), tl.load(units_ptr + 1), tl.load(units_ptr + 2)
+        reach = unit0 * tl.load(reach_ptr) + unit1 * tl.load(reach_ptr + 1)
+        reach += unit2 * tl.load(reach_ptr + 2)
+        # 1.2 for silu', which is up to 1.1, and what is rounded.
+        unit = power_of_two(reach * (1.2 * 2.0 ** (GRADIENT_BITS - 15)))
+        if tl.program_id(0) % (tl.cdiv(DH, BLOCK_H) * tl.cdiv(width, BLOCK_T)) == 0:
+            tl.store(units_ptr + 3, unit)
     if number <= 0:
         return
     tokens = tl.arange(0, BLOCK_T)
@@ -236,14 +261,23 @@ def _ttt_hidden_bwd_kernel(
     dup = dhidden * silu
     dgate = dhidden * up * slope
     # Units beyond DH are zero in every product.
-    tl.store(dlr_ptr + tokens, tl.sum(dgate_k * dgate, axis=1), mask=tokens < number)
-    tl.store(dlr_ptr + rows_total + tokens, tl.sum(hidden_v * hidden, axis=1), mask=tokens < number)
-    tl.store(dlr_ptr + 2 * rows_total + tokens, tl.sum(dup_k * dup, axis=1), mask=tokens < number)
+    dlr0 = tl.sum(dgate_k * dgate, axis=1)
+    dlr1 = tl.sum(hidden_v * hidden, axis=1)
+    dlr2 = tl.sum(dup_k * dup, axis=1)
+    if units_ptr is not None:
+        dlr0, dlr1, dlr2 = dlr0 * unit0, dlr1 * unit1, dlr2 * unit2
+    tl.store(dlr_ptr + tokens, dlr0, mask=tokens < number)
+    tl.store(dlr_ptr + rows_total + tokens, dlr1, mask=tokens < number)
+    tl.store(dlr_ptr + 2 * rows_total + tokens, dlr2, mask=tokens < number)
     dtype = acts_ptr.dtype.element_ty
     tl.store(acts_ptr + offsets, (lr0 * dgate).to(dtype), mask=inside)
     tl.store(acts_ptr + plane + offsets, hidden.to(dtype), mask=inside)
     tl.store(acts_ptr + 2 * plane + offsets, (lr2 * dup).to(dtype), mask=inside)
 
+    if units_ptr is not None:
+        lr0 *= tl.div_rn(unit0, unit)
+        lr1 *= tl.div_rn(unit1, unit)
+        lr2 *= tl.div_rn(unit2, unit)
     dgate_k *= lr0
     hidden_v *= lr1
     dup_k *= lr2
@@ -284,11 +318,14 @@ def ttt_hidden_bwd(
     dlr: Tensor,  # `[tiles, 3, H, rows]`: partial sums, float32
     run: Run,
     dims: Dims,
+    units: Tensor | None = None,  # `[chunks, H, 4]`: of dsteps, and written: that of dacts
+    reach: Tensor | None = None,  # `[chunks or more, H, 3]`, with units
 ) -> None:
     """Backward of `ttt_hidden` with keys and values, which it computes again."""
     config = ttt_config("ttt_hidden_bwd", k.dtype, capability_of(k.device))
     _ttt_hidden_bwd_kernel[(run.num_programs(config, dims.Dh, acts.shape[1]),)](
-        k, v, lr, weights, dsteps, acts, dacts, dlr, *run.arguments(acts, dims), *outer_strides(k, v),
+        k, v, lr, weights, dsteps, units, reach, acts, dacts, dlr,
+        *run.arguments(acts, dims), *outer_strides(k, v),
         **activation_constexprs(dims, config), **launch_options(config),
     )  # fmt: skip
 
@@ -322,5 +359,5 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
     yield from ttt_compile_cases(
         "ttt_hidden_bwd", _ttt_hidden_bwd_kernel, arch, activation_constexprs,
         tokens=("k_ptr", "v_ptr", *acts, "dsteps_ptr", "dacts_ptr"),
-        floats=("lr_ptr", "dlr_ptr"), absent=("table_ptr",),
+        floats=("lr_ptr", "units_ptr", "reach_ptr", "dlr_ptr"), absent=("table_ptr",),
     )  # fmt: skip

@@ -9,6 +9,11 @@ import triton.language as tl
 
 from lact_kernels.triton.primitives import load_rows
 
+# Where gradients are given a power of two as their unit: |dG|_F is at most 2^14 of its unit. Smaller units
+# than the first of these limits would be of no use, and quotients of two stay in float32's range.
+GRADIENT_BITS = tl.constexpr(14)
+SMALLEST_UNIT, LARGEST_UNIT = tl.constexpr(2.0**-40), tl.constexpr(2.0**60)
+
 
 @triton.jit
 def chunk_tokens(chunk, table_ptr, first_chunk, first_row, B, T, shift, chunk_size, width):
@@ -65,6 +70,14 @@ def matrix_total(rows_ptr, num_rows, BLOCK: tl.constexpr):
     """The sum of what is given for each row."""
     rows = tl.arange(0, BLOCK)
     return tl.sum(tl.load(rows_ptr + rows, mask=rows < num_rows, other=0.0))
+
+
+@triton.jit
+def power_of_two(x):
+    """The smallest that is not below the float32 x >= 0, within the limits of units."""
+    bits = x.to(tl.int32, bitcast=True) + 0x7FFFFF
+    power = (bits & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.minimum(tl.maximum(power, SMALLEST_UNIT), LARGEST_UNIT)
 
 
 @triton.jit

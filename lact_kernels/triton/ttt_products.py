@@ -18,7 +18,8 @@ Over the hidden units, the way back to tokens, from activations a and weights w,
     to keys     a[0] w0 + a[2] w2       (dq, dk)
 ```
 
-Products take the tokens' dtype and accumulate in float32.
+Products take the tokens' dtype and accumulate in float32. What comes in units (see `ttt_activations`), the
+gradients of the second or the weights of the first pair among them, gets its scale back in float32.
 """
 
 import functools
@@ -60,6 +61,7 @@ def _ttt_outer_kernel(
     x_ptr,
     y_ptr,
     acts_ptr,  # [3, H, rows, DH]
+    units_ptr,  # [chunks, H, 4]: the last is that of the activations; or None
     out_ptr,  # [splits, chunks, H, SIZE], float32
     table_ptr,
     first_chunk,
@@ -140,6 +142,8 @@ def _ttt_outer_kernel(
         left = load_tile(left_pointers, tokens, stop, rows, num_left, True, CHECK_M)
         right = load_tile(right_pointers, tokens, stop, columns, num_right, True, CHECK_N)
         acc = tl.dot(tl.trans(left), right, acc, input_precision="ieee")
+    if units_ptr is not None:
+        acc *= tl.load(units_ptr + (chunk * H + h) * 4 + 3)
     element, _ = matrix_place(
         (split * out_chunks + chunk) * H + h, matrix, DV, DH, OFFSET1, OFFSET2, SIZE
     )
@@ -151,7 +155,8 @@ def _ttt_outer_kernel(
 def _project(
     acc,  # [BLOCK_T, BLOCK_N]
     acts_ptr,  # of the tile's first token
-    weights_ptr,  # of the chunk and head
+    weights_ptr,  # of the chunk and head, like the units
+    units_ptr,  # of the three matrices, in which the result is too, to keys that of w2; or None
     tokens,
     number,
     columns,
@@ -188,6 +193,8 @@ def _project(
             BLOCK_N,
             BLOCK_K,
         )
+        if units_ptr is not None:
+            acc *= tl.div_rn(tl.load(units_ptr), tl.load(units_ptr + 2))
         acc, _ = dot_columns(
             acc, acc, rows + 2 * plane, tokens, number, weights_ptr + OFFSET2, None, columns, num_h,
             DH, DK, BLOCK_N, BLOCK_K,
@@ -201,6 +208,7 @@ def _ttt_project_kernel(
     weights_ptr,  # [chunks, H, SIZE]
     acts2_ptr,  # a second pair, or None
     weights2_ptr,
+    units_ptr,  # [chunks, H, 4]: of the first pair's three matrices and the second's activations, or None
     lr_ptr,  # [B, H, T], contiguous: factors of the first pair, or None
     out_ptr,
     table_ptr,
@@ -252,19 +260,26 @@ def _ttt_project_kernel(
     plane = tl.cast(num_rows, tl.int64) * H * DH
     first_element = (h * num_rows + row) * DH
     matrices = (chunk * H + h) * SIZE
+    if units_ptr is not None:
+        units_ptr += (chunk * H + h) * 4
     acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     acc = _project(
-        acc, acts_ptr + first_element, weights_ptr + matrices, tokens, number, columns, plane, num_h,
-        DK, DV, DH, OFFSET1, OFFSET2, BLOCK_N, BLOCK_K, TO_VALUES,
+        acc, acts_ptr + first_element, weights_ptr + matrices, units_ptr, tokens, number, columns,
+        plane, num_h, DK, DV, DH, OFFSET1, OFFSET2, BLOCK_N, BLOCK_K, TO_VALUES,
     )  # fmt: skip
     if lr_ptr is not None:
         lr_pointers = lr_ptr + (b * H + h) * T + first + tokens
         acc *= tl.load(lr_pointers, mask=tokens < number, other=0.0)[:, None]
+    if units_ptr is not None:
+        unit = tl.load(units_ptr + 3)
+        acc *= tl.div_rn(tl.load(units_ptr + (1 if TO_VALUES else 2)), unit)
     if acts2_ptr is not None:
         acc = _project(
-            acc, acts2_ptr + first_element, weights2_ptr + matrices, tokens, number, columns,
+            acc, acts2_ptr + first_element, weights2_ptr + matrices, None, tokens, number, columns,
             plane, num_h, DK, DV, DH, OFFSET1, OFFSET2, BLOCK_N, BLOCK_K, TO_VALUES,
         )  # fmt: skip
+    if units_ptr is not None:
+        acc *= unit
     out_ptr += b * stride_ob + first * stride_ot + h * stride_oh
     pointers = out_ptr + tokens[:, None] * stride_ot + columns[None, :]
     store_rows(pointers, acc, tokens, number, columns, WIDTH)
@@ -277,6 +292,7 @@ def ttt_outer(
     out: Tensor,  # `[splits, chunks or more, H, SIZE]`, float32: written
     run: Run,
     dims: Dims,
+    units: Tensor | None = None,  # `[chunks, H, 4]`: the last is that of acts
 ) -> None:
     """The three outer products of each chunk, in as many parts as `out` has splits."""
     config = ttt_config("ttt_outer", x.dtype, capability_of(x.device))
@@ -284,7 +300,7 @@ def ttt_outer(
     splits, out_chunks, H, _ = out.shape
     split_length = round_up(triton.cdiv(run.width, splits), config.block_k)
     _ttt_outer_kernel[(splits * run.num_chunks * H * num_tiles(constexprs),)](
-        x, y, acts, out, *run.arguments(acts, dims), run.num_chunks, out_chunks, split_length,
+        x, y, acts, units, out, *run.arguments(acts, dims), run.num_chunks, out_chunks, split_length,
         *outer_strides(x, y), **constexprs, **launch_options(config),
     )  # fmt: skip
 
@@ -306,12 +322,14 @@ def ttt_project(
     to_values: bool,
     second: tuple[Tensor, Tensor] | None = None,  # the same again, added
     lr: Tensor | None = None,  # `[B, H, T]`: factors of the first
+    units: Tensor | None = None,  # `[chunks, H, 4]`: of the weights, and of the second activations
 ) -> None:
     """Activations back to the tokens' channels: `a[0] w1^T` to values, `a[0] w0 + a[2] w2` to keys."""
     config = ttt_config("ttt_project", out.dtype, capability_of(out.device))
     columns = dims.Dv if to_values else dims.Dk
     _ttt_project_kernel[(run.num_programs(config, columns, acts.shape[1]),)](
-        acts, weights, *(second or (None, None)), lr, out, *run.arguments(acts, dims), *outer_strides(out),
+        acts, weights, *(second or (None, None)), units, lr, out,
+        *run.arguments(acts, dims), *outer_strides(out),
         **project_constexprs(dims, config, to_values), **launch_options(config),
     )  # fmt: skip
 
@@ -342,13 +360,13 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
     """Every shipped specialisation, for benchmarks/compile_report."""
     yield from ttt_compile_cases(
         "ttt_outer", _ttt_outer_kernel, arch, outer_constexprs,
-        tokens=("x_ptr", "y_ptr", "acts_ptr"), floats=("out_ptr",), absent=("table_ptr",),
+        tokens=("x_ptr", "y_ptr", "acts_ptr"), floats=("units_ptr", "out_ptr"), absent=("table_ptr",),
     )  # fmt: skip
     for to_values in (False, True):
         yield from ttt_compile_cases(
             "ttt_project", _ttt_project_kernel, arch,
             functools.partial(project_constexprs, to_values=to_values),
             tokens=("acts_ptr", "weights_ptr", "acts2_ptr", "weights2_ptr", "out_ptr"),
-            floats=("lr_ptr",) if to_values else (),
+            floats=("units_ptr", "lr_ptr") if to_values else ("units_ptr",),
             absent=("table_ptr",) if to_values else ("table_ptr", "lr_ptr"),
         )  # fmt: skip

@@ -13,6 +13,9 @@ From dw', the gradient of the new weights, with n the length of a row of x' and 
 dx' is carried on to the update before: to its weights (post-norm) or its masters (pre-norm). Without Muon one
 launch does all of this; with Muon one ends at dx', and another begins with the iteration's gradient. A
 row whose n is 0 has no direction, and only its length's part is lost.
+
+With Muon dG is about dw' 490 / |G|, which is beyond float16: there each matrix of each head has a unit, the
+power of two that brings it to at most 2^14. It is known before dG is, from the norms of the terms of dG.
 """
 
 from collections.abc import Iterator
@@ -26,10 +29,12 @@ from lact_kernels.ops import ttt_types
 from lact_kernels.triton.configs import CompileCase, TTTConfig
 from lact_kernels.triton.ttt_layout import TOKEN_ARGUMENTS, Dims, Run, ttt_compile_cases
 from lact_kernels.triton.ttt_primitives import (
+    GRADIENT_BITS,
     chunk_tokens,
     matrix_place,
     matrix_shape,
     matrix_total,
+    power_of_two,
 )
 from lact_kernels.triton.ttt_update import (
     LARGEST,
@@ -63,6 +68,9 @@ def _ttt_update_bwd_kernel(
     squares_ptr,  # [heads, ROWS]: of M'
     dx_ptr,  # [heads, SIZE]: the iteration's gradient: the second launch with Muon, else None
     inner_ptr,  # [heads, ROWS]: rows of <dx, M'>
+    dx_squares_ptr,  # [heads, ROWS]: of dx, like the next and the units None where dG has none
+    dbuffers_squares_ptr,  # [heads, ROWS]: of dM, or None without momentum
+    units_ptr,  # [heads, 4]: the first three are written, those of dG0, dG1 and dG2
     dbuffers_ptr,  # [heads, SIZE]: dM, read and written
     dbetas_ptr,  # [heads, ROWS]
     dsteps_ptr,  # [heads, SIZE]: dG, in the dtype of the products; None: the first launch with Muon
@@ -129,6 +137,17 @@ def _ttt_update_bwd_kernel(
             before = tl.load(steps_ptr + offsets, mask=inside, other=0.0)
             tl.store(dbuffers_ptr + offsets, beta * dstep, mask=inside)
             tl.store(dbetas_ptr + rows, tl.sum(dstep * before, axis=1), mask=real)
+        if units_ptr is not None:
+            size = scale * tl.sqrt_rn(matrix_total(dx_squares_ptr + row, num_rows, BLOCK_TOTAL))
+            size = tl.div_rn(size, length + NEWTON_SCHULZ_EPS)
+            if dbuffers_squares_ptr is not None:
+                squares = matrix_total(dbuffers_squares_ptr + row, num_rows, BLOCK_TOTAL)
+                size += tl.sqrt_rn(squares)
+            unit = power_of_two(size * 2.0**-GRADIENT_BITS)
+            first = rows == row
+            place = units_ptr + head * 4 + matrix + tl.zeros_like(rows)
+            tl.store(place, tl.where(first, unit, 0.0), mask=first)
+            dstep *= tl.div_rn(1.0, unit)
         tl.store(dsteps_ptr + offsets, dstep.to(dsteps_ptr.dtype.element_ty), mask=inside)
 
 
@@ -195,17 +214,19 @@ def ttt_update_bwd(
     next_steps: Tensor | None = None,  # `[heads, SIZE]`: M', with Muon, like the next two
     squares: tuple[Tensor, Tensor]
     | None = None,  # `[heads, ROWS]`: of the rows' norms of dx' and of M'
-    iteration: tuple[Tensor, Tensor] | None = None,  # its gradient and <.., M'>: the second launch
+    iteration: tuple[Tensor | None, ...] | None = None,  # NewtonSchulz.backward: the second launch
+    units: Tensor | None = None,  # `[heads, 4]`: the first three are written
     dsteps: Tensor | None = None,  # `[heads, SIZE]`: written; None: the first launch with Muon
 ) -> None:
     """Backward of one update of all heads, or with Muon the first or the second part of it."""
     programs, constexprs = row_programs(dims)
     dsquares, squares = squares or (None, None)
-    dx, inner = iteration or (None, None)
+    dx, inner, dx_squares, dbuffers_squares = iteration or (None,) * 4
     _ttt_update_bwd_kernel[(sums.shape[0] * programs,)](
         parts_ptr=dweights, apply_ptr=dapply, carry_ptr=carry, sums_ptr=sums, norms_ptr=norms,
         dnorms_ptr=dnorms, betas_ptr=betas, steps_ptr=steps, next_steps_ptr=next_steps,
         dsquares_ptr=dsquares, squares_ptr=squares, dx_ptr=dx, inner_ptr=inner,
+        dx_squares_ptr=dx_squares, dbuffers_squares_ptr=dbuffers_squares, units_ptr=units,
         dbuffers_ptr=dbuffers, dbetas_ptr=dbetas, dsteps_ptr=dsteps,
         num_parts=dweights.shape[0], stride_part=dweights.stride(0),
         num_apply_parts=0 if dapply is None else dapply.shape[0],
@@ -243,7 +264,9 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
         "dbuffers_ptr", "dbetas_ptr",
     )  # fmt: skip
     apply, muon = ("apply_ptr",), ("next_steps_ptr", "dsquares_ptr", "squares_ptr")
-    iteration = ("dx_ptr", "inner_ptr")
+    iteration = (
+        "dx_ptr", "inner_ptr", "dx_squares_ptr", "dbuffers_squares_ptr", "units_ptr",
+    )  # fmt: skip
     for variant, floats, absent in (
         ("", apply, muon + iteration),
         ("to Muon", apply + muon, (*iteration, "dsteps_ptr")),
