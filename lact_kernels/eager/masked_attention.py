@@ -133,9 +133,11 @@ def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
 
 
 def _parts(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """All of N and H: on a CPU in parts of about PART_SCORES scores, at least one head's."""
+    """All of N and H: on a CPU in parts of about PART_SCORES scores, or one head, for each thread."""
     N, H, rows, _ = q.shape
-    heads = max(1, PART_SCORES // (rows * k.shape[2])) if q.is_cpu else N * H
+    heads = N * H
+    if q.is_cpu:
+        heads = torch.get_num_threads() * max(1, PART_SCORES // (rows * k.shape[2]))
     step_n, step_h = max(1, heads // H), min(heads, H)
     for n in range(0, N, step_n):
         for h in range(0, H, step_h):
