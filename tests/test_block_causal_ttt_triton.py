@@ -384,6 +384,13 @@ def test_muon_in_float16_with_few_tokens_and_a_chunk_of_zeros(blocks):
         check_float16_muon(triton_block_causal_ttt, case, 2.0**6, zeros=range(4, 8))
 
 
+@pytest.mark.parametrize("shape", [{"B": 2, "T": 0}, {"B": 0, "T": 9}], ids=["tokens", "rows"])
+def test_muon_in_float16_without(shape):
+    inputs = sized(FLOAT16_MUON, **shape, batched_weights=True).inputs(torch.float16, DEVICE)
+    o, *grads = run(inputs, chunk_size=4, muon=True)
+    assert o.shape[:2] == (shape["B"], shape["T"]) and not any(x.any() for x in grads)
+
+
 @needs_interpreter
 def test_muon_in_float16_is_accurate():
     """The error is 2.1e-3. Iterations rounded to bfloat16 would give 1.7e-2."""

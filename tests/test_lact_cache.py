@@ -128,6 +128,20 @@ def test_full_attention_keeps_all_tokens_in_slots_that_grow(monkeypatch):
         assert cache.layers[0].kv.k.shape[1] == n
 
 
+def test_a_long_window_takes_the_memory_of_its_tokens(monkeypatch):
+    monkeypatch.setattr(lact_kernels.layers.cache, "INITIAL_CAPACITY", 4)
+    monkeypatch.setattr(lact_kernels.layers.cache, "LONG_WINDOW", 8)
+    x = torch.randn(2, T, 32, dtype=torch.float64)
+    for window_size, slots in ((2**62, (4, 8, 32)), (9, (4, 8, 9))):
+        layer, cache, start = make_layer("paper", window_size=window_size), LaCTCache(), 0
+        for n, pieces in zip(slots, ([3, 1], [1], [3, 1, 1, 7, 1])):
+            stop = start + sum(pieces)
+            actual = read(layer, x[:, start:stop], pieces, cache)
+            torch.testing.assert_close(actual, layer(x)[:, start:stop])
+            assert cache.layers[0].kv.k.shape[1] == n
+            start = stop
+
+
 def test_packed_tokens_of_all_rows_are_a_batch(monkeypatch):
     """They read the ring in place."""
     layer, x, cache = make_layer("paper"), torch.randn(2, T, 32, dtype=torch.float64), LaCTCache()

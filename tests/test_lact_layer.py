@@ -315,8 +315,10 @@ MASK = torch.ones(2, 6, dtype=torch.long)
         ((X, None, None, torch.tensor([0, 6], dtype=torch.int32)), ValueError, "B = 1"),
         ((X[:1], None, None, torch.tensor([0, 5], dtype=torch.int32)), ValueError, "end at T = 6"),
         ((X, None, {}), TypeError, "cache must be a LaCTCache, got dict"),
+        ((X.double(),), TypeError, "hidden_states must have the dtype torch.float32 of this layer"),
+        ((X.to("meta"),), ValueError, "hidden_states must be on cpu like this layer, got meta"),
     ],
-    ids=range(13),
+    ids=range(15),
 )
 def test_bad_input(arguments, error, message):
     with pytest.raises(error, match=message):

@@ -484,6 +484,12 @@ RING_BAD = [
     (lambda ring, k, v: ring.append(k, v, torch.tensor([1, 4]).int()), ValueError, "0 and t = 3"),
     (lambda ring, k, v: ring.append(k, v, torch.tensor([-1, 1]).int()), ValueError, "got -1"),
     (lambda ring, k, v: ring.window_attn(torch.ones(2, 2, 4, 16)), ValueError, "max_queries = 1"),
+    (lambda ring, k, v: ring.window_attn(torch.ones(3, 1, 4, 16)), ValueError, "^q must have the"),
+    (
+        lambda ring, k, v: ring.window_attn(torch.ones(2, 1, 4, 16).half()),
+        TypeError,
+        "^q must have",
+    ),
     (lambda ring, k, v: RingKVCache(2, 0, 2, 16), ValueError, "window_size must be at least 1"),
     (lambda ring, k, v: RingKVCache(2, None, 2, 16), TypeError, "window_size must be an int"),
     (lambda ring, k, v: RingKVCache(2, 4, 2, 16, max_queries=0), ValueError, "max_queries"),

@@ -19,6 +19,7 @@ from lact_kernels.ops.ring_kv_cache import RingKVCache
 from lact_kernels.ops.window_attn import run_window_attn, window_attn
 
 INITIAL_CAPACITY = 256  # tokens of a layer without a window, doubled as needed
+LONG_WINDOW = 2**16  # a ring of more slots begins like this, too
 
 
 class LayerOptions(NamedTuple):
@@ -287,13 +288,14 @@ class LayerCache:
         self.kv.append(k, v, counts)
 
     def _make_room(self, k, v) -> None:
-        """A ring of the size of the window, or slots for all tokens where there is none."""
-        size = self.options.window_size
-        if size is None:
+        """A ring of the size of the window; slots for all tokens where there is none, or up to a long one."""
+        window_size = size = self.options.window_size
+        if window_size is None or window_size > LONG_WINDOW:
             needed = k.shape[1] + (self.kv.max_seqlen if self.kv else 0)
             size = INITIAL_CAPACITY
             while size < needed:
                 size *= 2
+            size = size if window_size is None else min(size, window_size)
         if self.kv is not None and self.kv.window_size >= size:
             return
         B, _, H, D = k.shape

@@ -280,6 +280,7 @@ class LaCTLayer(nn.Module):
                 f"hidden_states must have the shape {shape} with C = {C}, got"
                 f" {tuple(hidden_states.shape)}"
             )
+        self._check_fits(hidden_states)
         if cache is not None and not isinstance(cache, LaCTCache):
             raise TypeError(f"cache must be a LaCTCache, got {type(cache).__name__}")
         if pieces is not None:
@@ -297,6 +298,20 @@ class LaCTLayer(nn.Module):
             return self._read(hidden_states, None, cache)
         T, tokens = hidden_states.shape[1], padding.remove(hidden_states)
         return padding.restore(self._read(tokens, padding.cu_seqlens, cache, T))
+
+    def _check_fits(self, hidden_states: Tensor) -> None:
+        """What the projection could not multiply. One that is wrapped, or kept elsewhere, may move or cast."""
+        if type(self.qkv) is not nn.Linear:
+            return
+        weight, device = self.qkv.weight, hidden_states.device
+        if weight.device != device and not weight.is_meta:
+            raise ValueError(
+                f"hidden_states must be on {weight.device} like this layer, got {device}"
+            )
+        if weight.dtype != hidden_states.dtype and not torch.is_autocast_enabled(device.type):
+            raise TypeError(
+                f"hidden_states must have the dtype {weight.dtype} of this layer, got {hidden_states.dtype}"
+            )
 
     def _read(
         self,

@@ -5,6 +5,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from lact_kernels.autograd.autocast import autocast_dtype
 from lact_kernels.ops import checks
 from lact_kernels.ops.checks import Backend
 from lact_kernels.ops.window_attn_with_kvcache import window_attn_with_kvcache
@@ -183,7 +184,12 @@ class RingKVCache:
         backend: Backend = "auto",
     ) -> Tensor | tuple[Tensor, Tensor]:
         """`window_attn_with_kvcache` of the last `Tq <= max_queries` tokens, q `[B, Tq, Hq, D]`."""
-        checks.check_floating("q", q, "[B, Tq, Hq, D]")
+        layout = "[B, Tq, Hq, D]"
+        checks.check_floating("q", q, layout)
+        B, _, _, D = self.k.shape
+        dtype = q.dtype if autocast_dtype(q) == autocast_dtype(self.k) else self.k.dtype
+        shape = (B, q.shape[1], q.shape[2], D)
+        checks.check_tensor("q", q, shape, layout, dtype, self.k.device, "this cache")
         if q.shape[1] > self.max_queries:
             raise ValueError(
                 f"q has {q.shape[1]} tokens, more than max_queries = {self.max_queries}, for which this"

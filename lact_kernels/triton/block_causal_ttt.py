@@ -191,6 +191,8 @@ class _Call:
         """`[N, H, 3]`, see `ttt_activations`. None where gradients need no units: float16 with Muon does."""
         if not self.options.muon or self.k.dtype != torch.float16:
             return None
+        if not self.k.numel():
+            return self.lr.new_zeros(self.chunks.N, self.H, 3)
         length = functools.partial(torch.linalg.vector_norm, dim=-1, dtype=torch.float32)
         k, v = length(self.k).mT, length(self.v).mT * self.dims.Dv**0.5  # [B, H, T]
         w = self.norms.view(self.chunks.N, self.H, -1).amax(dim=(0, 2))[:, None]

@@ -153,6 +153,10 @@ RIGHT = {
     *(("flash_attn_qkvpacked_func", "qkv", x) for x in ("another first axis", "on meta")),
     ("flash_attn_varlen_func", "v", "a wider last axis"),
     ("flash_attn_with_kvcache", "softmax_scale", "None"),
+    *(
+        (x, "cache_seqlens", "no axis")
+        for x in ("window_attn_with_kvcache", "flash_attn_with_kvcache")
+    ),
     *(("block_causal_lact_swiglu", x, "half") for x in ("w0", "w1", "w2", "q", "k", "v")),
     *(
         ("block_causal_lact_swiglu", x, dtype)
