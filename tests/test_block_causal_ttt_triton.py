@@ -384,6 +384,28 @@ def test_muon_in_float16_with_few_tokens_and_a_chunk_of_zeros(blocks):
         check_float16_muon(triton_block_causal_ttt, case, 2.0**6, zeros=range(4, 8))
 
 
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_muon_of_steps_whose_squares_underflow(blocks, backend):
+    """The direction of such a step is next to nothing in its gradient, and not to be made up."""
+    blocks(16)
+    case = TTTCase("", B=1, T=8, H=1, Dk=6, Dv=6, Dh=8, muon=True)
+    inputs = case.inputs(torch.float32, DEVICE)
+    leaves = {
+        name: (3e-23 * x if name.startswith("lr") else x).detach().requires_grad_()
+        for name, x in inputs.items()
+    }
+    exact = {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
+    options = {"chunk_size": 4, "muon": True}
+    o = block_causal_ttt(**leaves, **options, backend=backend)
+    expected = reference.block_causal_ttt(**exact, **options)
+    do = torch.linspace(-1, 1, o.numel(), device=DEVICE).view(o.shape)
+    actual = torch.autograd.grad(o, list(leaves.values()), do)
+    for name, a, e in zip(
+        leaves, actual, torch.autograd.grad(expected, list(exact.values()), do.double())
+    ):
+        assert (a - e).norm() <= 1e-5 * e.norm(), name
+
+
 @pytest.mark.parametrize("shape", [{"B": 2, "T": 0}, {"B": 0, "T": 9}], ids=["tokens", "rows"])
 def test_muon_in_float16_without(shape):
     inputs = sized(FLOAT16_MUON, **shape, batched_weights=True).inputs(torch.float16, DEVICE)

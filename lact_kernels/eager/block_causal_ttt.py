@@ -324,7 +324,7 @@ def _renorm_bwd(dout: Tensor, x: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and norm; a row of zeros has no direction, and only its length's part is lost."""
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     along = (dout * x).sum(dim=-1, keepdim=True) / (length + RENORM_EPS)
-    radial = x * (along / length.clamp_min(torch.finfo(x.dtype).tiny))
+    radial = x * torch.where(length > 0, along / length, 0)
     return (dout - radial) * (norm[..., None] / (length + RENORM_EPS)), along[..., 0]
 
 

@@ -39,7 +39,8 @@ def newton_schulz_bwd(dx: Tensor, g: Tensor) -> Tensor:
         ds, dx = b * ds + c * (ds @ s + s @ ds), a * dx + (b * s + c * s @ s) @ dx
         dx = dx + (ds + ds.mT) @ x
     dx = _wide(dx, like=g)
-    along = (dx * g).sum(dim=(-2, -1), keepdim=True) / norm.clamp_min(torch.finfo(g.dtype).tiny)
+    along = (dx * g).sum(dim=(-2, -1), keepdim=True)
+    along = torch.where(norm > 0, along / norm, 0)  # next to nothing where the squares underflow
     return (dx - g * (along / (norm + NEWTON_SCHULZ_EPS))) / (norm + NEWTON_SCHULZ_EPS)
 
 

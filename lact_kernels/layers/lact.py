@@ -300,7 +300,7 @@ class LaCTLayer(nn.Module):
         return padding.restore(self._read(tokens, padding.cu_seqlens, cache, T))
 
     def _check_fits(self, hidden_states: Tensor) -> None:
-        """What the projection could not multiply. One that is wrapped, or kept elsewhere, may move or cast."""
+        """What the projection cannot multiply. One that is wrapped or kept elsewhere may move or cast."""
         if type(self.qkv) is not nn.Linear:
             return
         weight, device = self.qkv.weight, hidden_states.device

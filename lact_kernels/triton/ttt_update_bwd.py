@@ -12,7 +12,7 @@ From dw', the gradient of the new weights, with n the length of a row of x' and 
 
 dx' is carried on to the update before: to its weights (post-norm) or its masters (pre-norm). Without Muon one
 launch does all of this; with Muon one ends at dx', and another begins with the iteration's gradient. A
-row whose n is 0 has no direction, and only its length's part is lost.
+row whose n is 0, or whose squares underflow, has no direction, and only its length's part is lost.
 
 With Muon dG is about dw' 490 / |G|, which is beyond float16: there each matrix of each head has a unit, the
 power of two that brings it to at most 2^14. It is known before dG is, from the norms of the terms of dG.
@@ -48,7 +48,7 @@ from lact_kernels.triton.ttt_update import (
     sum_parts,
 )
 
-TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
+INFINITY = tl.constexpr(float("inf"))
 NEWTON_SCHULZ_EPS = tl.constexpr(ttt_types.NEWTON_SCHULZ_EPS)
 TOKEN_BLOCK = 256
 
@@ -110,7 +110,7 @@ def _ttt_update_bwd_kernel(
         along = tl.div_rn(tl.sum(dweights * x, axis=1), length + RENORM_EPS)
         dnorm = tl.load(dnorms_ptr + rows, mask=real, other=0.0)
         tl.store(dnorms_ptr + rows, dnorm + along, mask=real)
-        radial = x * tl.div_rn(along, tl.maximum(length, TINY))[:, None]
+        radial = x * tl.div_rn(along, tl.where(length > 0.0, length, INFINITY))[:, None]
         dstep = (dweights - radial) * tl.div_rn(norm, length + RENORM_EPS)[:, None]
         if PRENORM:  # read late: across the divisions and roots it would not stay in registers
             dstep += tl.load(carry_ptr + offsets, mask=inside, other=0.0)
@@ -122,7 +122,8 @@ def _ttt_update_bwd_kernel(
         scale = tl.div_rn(dlength, tl.sqrt_rn(shorter))
         length = tl.sqrt_rn(matrix_total(squares_ptr + row, num_rows, BLOCK_TOTAL))
         along = scale * matrix_total(inner_ptr + row, num_rows, BLOCK_TOTAL)
-        along = tl.div_rn(along, tl.maximum(length, TINY) * (length + NEWTON_SCHULZ_EPS))
+        divisor = length * (length + NEWTON_SCHULZ_EPS)
+        along = tl.div_rn(along, tl.where(length > 0.0, divisor, INFINITY))
         dx = scale * tl.load(dx_ptr + offsets, mask=inside, other=0.0)
         step = tl.load(next_steps_ptr + offsets, mask=inside, other=0.0)
         dstep = (dx - step * along) * tl.div_rn(1.0, length + NEWTON_SCHULZ_EPS)
