@@ -385,6 +385,24 @@ def test_muon_in_float16_with_few_tokens_and_a_chunk_of_zeros(blocks):
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_muon_in_float16_with_small_rates(blocks, backend):
+    """A step is divided by its norm, so its gradients may be as small as they like: below float16's range."""
+    blocks(16)
+    errors = []
+    for factor in (1.0, 2.0**-14):
+        case = TTTCase("", B=1, T=20, chunk_size=8, Dk=12, Dv=12, Dh=16, muon=True)
+        torch.manual_seed(0)
+        inputs = {name: x.detach() for name, x in case.inputs(torch.float16, DEVICE).items()}
+        for name in ("lr0", "lr1", "lr2"):
+            inputs[name] *= factor
+        o = block_causal_ttt(**inputs, **case.options(), backend=backend)
+        exact = {name: x.double() for name, x in inputs.items()}
+        expected = reference.block_causal_ttt(**exact, **case.options())
+        errors.append(((o - expected).norm() / expected.norm()).item())
+    assert errors[1] <= 2 * errors[0]
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_muon_of_steps_whose_squares_underflow(blocks, backend):
     """The direction of such a step is next to nothing in its gradient, and not to be made up."""
     blocks(16)

@@ -2,8 +2,9 @@
 
 Tokens are `[B, T, H, D]`, weights `[B, H, Dh, Dk]` (w0, w2) and `[B, H, Dv, Dh]` (w1). The operands of
 matrix products are rounded to the tokens' dtype, the products accumulated and returned in
-float32 (float64 for float64 tokens), and all between two products is float32. What the backward of the
-update rounds keeps float32's range: with Muon these gradients are beyond float16's. Products run over
+float32 (float64 for float64 tokens), and all between two products is float32. What an update and its
+backward round keeps float32's range: Muon divides a step by its norm, however small, and the gradient of
+that is beyond float16. Products run over
 pieces of the tokens, small enough that what lies between them stays in a CPU's cache.
 
 Names, for a key k and a value v: gate = w0 k, up = w2 k, hidden = silu(gate) * up, dhidden = w1^T v.
@@ -110,9 +111,10 @@ def gradients(
         silu = F.silu(gate)
         dup = (silu * dhidden).mul_(piece.scalars(lr2))
         dgate = silu_backward(dhidden.mul_(up), gate).mul_(piece.scalars(lr0))
-        g0.baddbmm_(_rounded(dgate, dtype).mT, x)
-        g1.baddbmm_(_rounded(y * piece.scalars(lr1), dtype).mT, _rounded(silu.mul_(up), dtype))
-        g2.baddbmm_(_rounded(dup, dtype).mT, x)
+        lr1_v, hidden = y * piece.scalars(lr1), silu.mul_(up)
+        g0.baddbmm_(_rounded_gradient(dgate, dtype).mT, x)
+        g1.baddbmm_(_rounded_gradient(lr1_v, dtype).mT, _rounded_gradient(hidden, dtype))
+        g2.baddbmm_(_rounded_gradient(dup, dtype).mT, x)
     return tuple(sums)
 
 
@@ -170,11 +172,13 @@ def gradients_bwd(
         through_up = _rounded_gradient(dgate_k * dhidden * slope + hidden_v * silu, dtype)
         through_gate = _rounded_gradient(dgate_k * dhidden * up * bend + dsilu * slope, dtype)
 
-        dx = _rounded(rate0 * dgate, dtype) @ dg0
-        dx.baddbmm_(_rounded(rate2 * dup, dtype), dg2)
+        dx = _rounded_gradient(rate0 * dgate, dtype) @ dg0
+        dx.baddbmm_(_rounded_gradient(rate2 * dup, dtype), dg2)
         dx.baddbmm_(through_gate, w0).baddbmm_(through_up, w2)
         piece.write(dk, dx)
-        piece.write(dv, (rate1 * (_rounded(hidden, dtype) @ dg1.mT)).baddbmm_(ddhidden, w1.mT))
+        piece.write(
+            dv, (rate1 * (_rounded_gradient(hidden, dtype) @ dg1.mT)).baddbmm_(ddhidden, w1.mT)
+        )
         dw0.baddbmm_(through_gate.mT, x)
         dw1.baddbmm_(y.mT, ddhidden)
         dw2.baddbmm_(through_up.mT, x)

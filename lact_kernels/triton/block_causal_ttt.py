@@ -184,18 +184,43 @@ class _Call:
     @functools.cached_property
     def lr1_v(self) -> Tensor:
         """The values times their learning rates, rounded once."""
-        return torch.mul(self.v, self.lr[1].mT[..., None], out=self.v.new_empty(self.v.shape))
+        lr, _ = self.update_rates
+        return torch.mul(self.v, lr[1].mT[..., None], out=self.v.new_empty(self.v.shape))
+
+    @property
+    def has_units(self) -> bool:
+        """Whether what is rounded needs units: in float16 with Muon, which divides a step by its norm."""
+        return self.options.muon and self.k.dtype == torch.float16
+
+    @functools.cached_property
+    def lengths(self) -> tuple[Tensor, Tensor, Tensor]:
+        """w `[H, 1]`, k and v `[B, H, T]`, so that `w k` and `w v` bound the products with the weights."""
+        length = functools.partial(torch.linalg.vector_norm, dim=-1, dtype=torch.float32)
+        w = self.norms.view(self.chunks.N, self.H, -1).amax(dim=(0, 2))[:, None]
+        return w, length(self.k).mT, length(self.v).mT * self.dims.Dv**0.5
+
+    @functools.cached_property
+    def update_rates(self) -> tuple[Tensor, Tensor | None]:
+        """The rates of an update, and the units of its products, `[N, H, 4]`, of which the last counts.
+
+        A head's is the power of two that brings what the rates multiply to at most 2^14. None without units.
+        """
+        if not self.has_units or not self.k.numel():
+            return self.lr, None
+        w, k, v = self.lengths
+        bound = (self.lr * v * (1.2 * w * w * k).clamp(min=1.0)).amax(dim=(0, 1, 3))  # [H]
+        _, exponent = torch.frexp(bound)
+        unit = torch.ldexp(torch.ones_like(bound), exponent.clamp(-80, 80) - 14)
+        return self.lr / unit[:, None], unit[:, None].expand(self.chunks.N, -1, 4).contiguous()
 
     @functools.cached_property
     def reach(self) -> Tensor | None:
-        """`[N, H, 3]`, see `ttt_activations`. None where gradients need no units: float16 with Muon does."""
-        if not self.options.muon or self.k.dtype != torch.float16:
+        """`[N, H, 3]`, see `ttt_activations`. None where gradients need no units."""
+        if not self.has_units:
             return None
         if not self.k.numel():
             return self.lr.new_zeros(self.chunks.N, self.H, 3)
-        length = functools.partial(torch.linalg.vector_norm, dim=-1, dtype=torch.float32)
-        k, v = length(self.k).mT, length(self.v).mT * self.dims.Dv**0.5  # [B, H, T]
-        w = self.norms.view(self.chunks.N, self.H, -1).amax(dim=(0, 2))[:, None]
+        w, k, v = self.lengths
         reach = w * k * (k + v + w * k * v) * self.lr
         reach = torch.linalg.vector_norm(reach, ord=torch.inf, dim=-1)  # [3, B, H]
         return reach.movedim(0, -1).expand(self.chunks.N, -1, -1).contiguous()
@@ -300,10 +325,11 @@ class _Call:
         run = chunks.keys(steps, steps, number)
         now, then = segment.at(step, number), segment.at(step + 1, number)
         acts = self.activations(3, steps)
-        ttt_hidden(self.k, self.v, self.lr, now.weights, acts, run, dims)
+        lr, units = self.update_rates
+        ttt_hidden(self.k, self.v, lr, now.weights, acts, run, dims)
         splits = num_outer_splits(self.k, number, run.width, dims)
         parts = self.floats(splits, number, self.H, dims.size)
-        ttt_outer(self.k, self.lr1_v, acts, parts, run, dims)
+        ttt_outer(self.k, self.lr1_v, acts, parts, run, dims, units)
         if self.ranks.share_chunks:
             parts = parts.sum(dim=0, keepdim=True)
             self.ranks.sum_(parts)

@@ -154,8 +154,9 @@ RIGHT = {
     ("flash_attn_varlen_func", "v", "a wider last axis"),
     ("flash_attn_with_kvcache", "softmax_scale", "None"),
     *(
-        (x, "cache_seqlens", "no axis")
+        (x, "cache_seqlens", axes)
         for x in ("window_attn_with_kvcache", "flash_attn_with_kvcache")
+        for axes in ("no axis", "one axis less")
     ),
     *(("block_causal_lact_swiglu", x, "half") for x in ("w0", "w1", "w2", "q", "k", "v")),
     *(
