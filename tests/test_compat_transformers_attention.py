@@ -10,6 +10,7 @@ import inspect
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ transformers = pytest.importorskip("transformers", minversion="4.57")
 import lact_kernels  # noqa: E402
 from lact_kernels.compat.transformers import attention as compat  # noqa: E402
 from lact_kernels.ops import checks  # noqa: E402
-from tests.cases import WRITES  # noqa: E402
+from tests.cases import WRITES, write_with_numpy  # noqa: E402
 
 WINDOW = 8
 VOCAB = 97
@@ -367,6 +368,37 @@ def test_values_are_read_once_per_forward_pass(argument, write, reads):
     assert torch.equal(after, run(buffer.clone()))
     assert not torch.equal(after, before)
     after.sum().backward()
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_mask_in_a_buffer_that_is_used_again_before_the_backward(write):
+    """In which a checkpoint computes the layers again."""
+    _, ours = make("mistral")
+    ours.train().gradient_checkpointing_enable()
+    ids, mask, gradients = tokens(2, 12), torch.ones(2, 12, dtype=torch.bool), []
+    mask[0, :4] = False
+    for changes in (False, True):
+        loss = ours(ids, attention_mask=mask, use_cache=False).logits[:, 4:].sin().sum()
+        if changes:
+            write(mask, (1, slice(4)), False)
+        gradients.append(torch.autograd.grad(loss, ours.model.embed_tokens.weight)[0])
+    assert torch.equal(*gradients)
+
+
+def test_layers_by_hand_read_every_time():
+    """Of another configuration than that of the model which has made masks last."""
+    _, ours = make("mistral")
+    ours(tokens(1, 12), position_ids=torch.arange(12)[None], use_cache=False)
+    buffer, outputs = torch.tensor([[0, 1, 2, 0, 1]]), []
+    q, k, v = (x[:1] for x in direct_inputs())
+    for layer in [copy.deepcopy(attention_of(ours)) for _ in range(2)]:
+        outputs.append(
+            compat.lact_window_attn_forward(
+                layer, q, k, v, None, sliding_window=3, position_ids=buffer
+            )[0]
+        )
+        write_with_numpy(buffer, ..., np.arange(5))
+    assert not torch.equal(*outputs)
 
 
 @pytest.mark.parametrize("write", WRITES)

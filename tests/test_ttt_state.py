@@ -347,6 +347,13 @@ def test_entries_and_stack():
     assert torch.equal(swapped.pending[0].v[0], state.pending[0].v[1])
     with pytest.raises(ValueError, match="cannot stack"):
         TTTState.stack([state, state._replace(chunk_size=8)])
+    with pytest.raises(ValueError, match="of torch.float32 and torch.bfloat16 tokens"):
+        TTTState.stack([state, state._replace(dtype=torch.bfloat16)])
+    with pytest.raises(ValueError, match="at least one"):
+        TTTState.stack([])
+    for n in (-1, 2):
+        with pytest.raises(IndexError, match=f"n must be from 0 to 1, got {n}"):
+            state.entry(n)
 
 
 def test_map_detaches_every_tensor():

@@ -258,8 +258,9 @@ def swap_lact_layers(model: nn.Module, *, backend: Backend = "auto") -> dict[str
 
     A layer is known by the names of its parts, wherever it stands; the authors' package is not needed.
     The new layers are called as the old ones were, have the very same parameters (nothing is copied,
-    optimizers and tied weights go on) and the same state dict; hooks stay with the old ones. All layers
-    are examined before the first is replaced. A second call finds nothing to do.
+    optimizers and tied weights go on) and the same state dict; hooks of layers and of their parts, and
+    forwards that were set on an instance, stay with the old ones. All layers are examined before the first
+    is replaced. A second call finds nothing to do.
 
         swap_lact_layers(model)
 

@@ -122,7 +122,9 @@ class TTTState(NamedTuple):
         return TTTState(*self[:4], (*pieces, tokens), *self[5:])
 
     def entry(self, n: int) -> "TTTState":
-        """The state of sequence n alone (N = 1)."""
+        """The state of sequence n alone (N = 1), 0 <= n < N."""
+        if not 0 <= n < self.num_sequences:
+            raise IndexError(f"n must be from 0 to {self.num_sequences - 1}, got {n}")
         fields = [tuple(x[n : n + 1] for x in triple) for triple in self[:4]]
         pending = (_entry_tokens(piece, n) for piece in self.pending if piece.lengths[n])
         return TTTState(*fields, tuple(pending), *self[5:])
@@ -142,11 +144,15 @@ class TTTState(NamedTuple):
 
     @staticmethod
     def stack(states: list["TTTState"]) -> "TTTState":
-        """The states of several sequences as one, in order. Their options must be the same."""
+        """The states of several sequences as one, in order. Their options and dtype must be the same."""
+        if not states:
+            raise ValueError("states must have at least one TTTState, got none")
         first = states[0]
         for other in states[1:]:
             if other.options != first.options:
                 raise ValueError(f"cannot stack states of ({first.options}) and ({other.options})")
+            if other.dtype != first.dtype:
+                raise ValueError(f"cannot stack states of {first.dtype} and {other.dtype} tokens")
         fields = [tuple(map(torch.cat, zip(*triples))) for triples in zip(*(s[:4] for s in states))]
         pending = _stack_tokens([s.entry(n) for s in states for n in range(s.num_sequences)])
         return TTTState(*fields, pending, *first[5:])

@@ -188,18 +188,20 @@ class _Pass:
 
     A pass begins when a model makes its masks, or when a layer asks for the second time. Between two passes
     NumPy, `.data` and the kernels of others may change a tensor without a trace, so nothing outlives its
-    pass, and callers that begin none read every time.
+    pass, and layers of another configuration than the masks were made for read every time.
     """
 
     def __init__(self):
-        self._results: WeakTensorKeyDictionary | None = None
-
-    def begin(self) -> None:
+        self._config = None
         self._results = WeakTensorKeyDictionary()
+
+    def begin(self, config) -> None:
+        self._config, self._results = config, WeakTensorKeyDictionary()
 
     def remember(self, module, x: Tensor, call: Hashable, read: Callable[[], Any]) -> Any:
         """`read()` for this `x` and `call`, or what another layer was given in this pass."""
-        if self._results is None or torch.compiler.is_compiling():
+        is_known = self._config is not None and getattr(module, "config", None) is self._config
+        if not is_known or torch.compiler.is_compiling():
             return read()
         version = None if x.is_inference() else x._version
         call = call, version, torch.is_inference_mode_enabled()
@@ -307,7 +309,7 @@ def _mask(
             or of packed sequences.
         ValueError: an attention mask of fewer tokens than there are keys.
     """
-    _PASS.begin()
+    _PASS.begin(kwargs.get("config"))
     packed = _packed_sequences(mask_function)
     if packed is not None:  # there is no padding, and no cache
         return (packed + 1).expand(batch_size, -1)
@@ -325,7 +327,8 @@ def _mask(
             f"attention_mask must cover the {position} tokens so far, cached ones included, got"
             f" {tuple(attention_mask.shape)}"
         )
-    return None if S == kv_length and bool(mask.all()) else mask
+    # A copy: a checkpoint computes layers again when the caller's buffer may hold the next batch.
+    return None if S == kv_length and bool(mask.all()) else mask.clone()
 
 
 def _packed_sequences(mask_function: Callable) -> Tensor | None:
