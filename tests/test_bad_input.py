@@ -57,6 +57,7 @@ WINDOW = [
     ({"window_size": 2.0}, TypeError, "window_size must be an int, got 2.0"),
     ({"window_size": True}, TypeError, "window_size must be an int, got True"),
     ({"softmax_scale": float("nan")}, ValueError, "softmax_scale must be finite, got nan"),
+    ({"softmax_scale": 1e300}, ValueError, "softmax_scale must be finite in float32, got 1e\\+300"),
     ({"softmax_scale": "1"}, TypeError, "softmax_scale must be a number, got '1'"),
     ({"return_lse": 1}, TypeError, "return_lse must be True or False, got 1"),
     ({"backend": "cuda"}, ValueError, "backend must be .* got 'cuda'"),

@@ -91,7 +91,7 @@ def layer_refuses(size):
         layer(x, cu_seqlens=borders, pieces=pieces)
     with pytest.raises(ValueError, match="must have the 10 tokens of this rank's piece"):
         layer(x[:, 1:], pieces=pieces)
-    with pytest.raises(TypeError, match="mesh must be a 1-D DeviceMesh, got int"):
+    with pytest.raises(TypeError, match="pieces must be SequencePieces or a DeviceMesh, got int"):
         layer(x, pieces=3)
     with pytest.raises(ValueError, match="mesh must have one dimension"):
         layer(x, pieces=init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")))

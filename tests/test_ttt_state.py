@@ -351,6 +351,11 @@ def test_entries_and_stack():
         TTTState.stack([state, state._replace(dtype=torch.bfloat16)])
     with pytest.raises(ValueError, match="at least one"):
         TTTState.stack([])
+    with pytest.raises(TypeError, match="rows must be an int64 tensor"):
+        state.select([0])
+    for rows in ([2], [-1], [[0]]):
+        with pytest.raises(ValueError, match="rows must name sequences of 0 .. 1"):
+            state.select(torch.tensor(rows))
     for n in (-1, 2):
         with pytest.raises(IndexError, match=f"n must be from 0 to 1, got {n}"):
             state.entry(n)

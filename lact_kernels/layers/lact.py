@@ -340,6 +340,8 @@ class LaCTLayer(nn.Module):
 
     def _mix_piece(self, x, attention_mask, cache, cu_seqlens, pieces) -> Tensor:
         """The layer, on this rank's piece of the sequences."""
+        from torch.distributed.device_mesh import DeviceMesh
+
         from lact_kernels.distributed import SequencePieces
 
         for name, value in (("attention_mask", attention_mask), ("cache", cache)):
@@ -348,6 +350,10 @@ class LaCTLayer(nn.Module):
                     f"{name} and pieces exclude each other, got both: pack what has padding"
                 )
         if not isinstance(pieces, SequencePieces):
+            if not isinstance(pieces, DeviceMesh):
+                raise TypeError(
+                    f"pieces must be SequencePieces or a DeviceMesh, got {type(pieces).__name__}"
+                )
             pieces = SequencePieces.of(pieces, x.shape[1], cu_seqlens)
         elif cu_seqlens is not None:
             raise ValueError("cu_seqlens and pieces exclude each other: pieces have borders")

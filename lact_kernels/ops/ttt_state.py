@@ -130,8 +130,17 @@ class TTTState(NamedTuple):
         return TTTState(*fields, tuple(pending), *self[5:])
 
     def select(self, rows: Tensor) -> "TTTState":
-        """The sequences of these numbers, int64 `[N']`, in this order, as copies: for beam search."""
-        numbers = rows.tolist()
+        """The sequences of these numbers, int64 `[N']`, in this order, as copies: for beam search.
+
+        Raises:
+            TypeError: `rows` is no tensor of this dtype.
+            ValueError: it has another shape, or names a sequence that does not exist.
+        """
+        if not isinstance(rows, Tensor) or rows.dtype != torch.int64:
+            raise TypeError(f"rows must be an int64 tensor [N'], got {rows!r}")
+        numbers, N = rows.tolist(), self.num_sequences
+        if rows.ndim != 1 or not all(0 <= n < N for n in numbers):
+            raise ValueError(f"rows must name sequences of 0 .. {N - 1} in one axis, got {numbers}")
         fields = [tuple(x.index_select(0, rows) for x in triple) for triple in self[:4]]
         pending = (
             TTTTokens(

@@ -2,6 +2,7 @@
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from lact_kernels.autograd.autocast import autocast_dtype
@@ -11,6 +12,7 @@ from lact_kernels.ops.checks import Backend
 from lact_kernels.ops.offsets import kept
 
 MAX_TRITON_HEAD_DIM = 256
+FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 @overload
@@ -141,7 +143,9 @@ def check_attention(q, k, v, window_size, softmax_scale, names=("k", "v")) -> in
             f"the {Hq} heads of q must be a multiple of the {Hkv} heads of {' and '.join(names)}"
         )
     if softmax_scale is not None:
-        checks.check_finite_number("softmax_scale", softmax_scale)
+        scale = checks.check_finite_number("softmax_scale", softmax_scale)
+        if abs(scale) > FLOAT32_MAX and q.dtype != torch.float64:
+            raise ValueError(f"softmax_scale must be finite in float32, got {scale}")
     return checks.check_window("window_size", window_size)
 
 
