@@ -470,9 +470,10 @@ def _positions(
     if cu_seqlens is None:
         positions = torch.arange(T, device=x.device)
         return positions[None] if before is None else positions + before[:, None]
-    positions = position_in_sequence(cu_seqlens, T, x.device)
+    cu_seqlens = cu_seqlens.to(x.device, non_blocking=True)
+    positions = position_in_sequence(cu_seqlens, T)
     if before is not None:
-        positions = positions + before[sequence_of_token(cu_seqlens, T, x.device)]
+        positions = positions + before[sequence_of_token(cu_seqlens, T)]
     return positions[None]
 
 

@@ -52,18 +52,16 @@ def borders(lengths: Tensor) -> Tensor:
     return F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
-def sequence_of_token(cu_seqlens: Tensor, T: int, device: torch.device) -> Tensor:
-    """The number of the sequence that each of T packed tokens is in, int64 `[T]`, on `device`."""
-    cu_seqlens = cu_seqlens.to(device, non_blocking=True)
-    tokens = torch.arange(T, dtype=cu_seqlens.dtype, device=device)
+def sequence_of_token(cu_seqlens: Tensor, T: int) -> Tensor:
+    """The number of the sequence that each of T packed tokens is in, int64 `[T]`."""
+    tokens = torch.arange(T, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
     return torch.bucketize(tokens, cu_seqlens[1:], right=True)
 
 
-def position_in_sequence(cu_seqlens: Tensor, T: int, device: torch.device) -> Tensor:
-    """The position of each of T packed tokens in its sequence, int64 `[T]`, on `device`."""
-    cu_seqlens = cu_seqlens.to(device, non_blocking=True)
-    starts = cu_seqlens[sequence_of_token(cu_seqlens, T, device)]
-    return torch.arange(T, device=device) - starts
+def position_in_sequence(cu_seqlens: Tensor, T: int) -> Tensor:
+    """The position of each of T packed tokens in its sequence, int64 `[T]`."""
+    starts = cu_seqlens[sequence_of_token(cu_seqlens, T)]
+    return torch.arange(T, device=cu_seqlens.device) - starts
 
 
 def checked_mask(mask: Tensor, x: Tensor) -> Tensor:

@@ -64,5 +64,5 @@ class TemporalReduction(nn.Conv1d):
     def _slots(self, cu_seqlens: Tensor, T: int, device: torch.device) -> Tensor:
         """Where each frame is among groups that are filled up, int64 `[T]`."""
         cu_seqlens = cu_seqlens.to(device, non_blocking=True)
-        first = self._borders(cu_seqlens)[sequence_of_token(cu_seqlens, T, device)] * self.factor
-        return first + position_in_sequence(cu_seqlens, T, device)
+        first = self._borders(cu_seqlens)[sequence_of_token(cu_seqlens, T)] * self.factor
+        return first + position_in_sequence(cu_seqlens, T)
