@@ -11,11 +11,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import reference
 from lact_kernels import block_causal_ttt
+from lact_kernels.core.ttt_types import FastWeights, Options, Tokens
 from lact_kernels.eager import block_causal_ttt as eager
 from lact_kernels.eager import swiglu
 from lact_kernels.eager.newton_schulz import newton_schulz, newton_schulz_bwd
 from lact_kernels.ops import block_causal_ttt as ops
-from lact_kernels.ops.ttt_types import FastWeights, Options, Tokens
 from tests.cases import (
     FLOAT16_MUON,
     TTT_OPTIONS,

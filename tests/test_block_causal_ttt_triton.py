@@ -13,13 +13,14 @@ import functools
 import pytest
 import torch
 
-import lact_kernels.triton.block_causal_ttt as ttt
+import lact_kernels.triton.fast_weights.block_causal_ttt as ttt
 import reference
 from benchmarks.launches import count_launches
 from lact_kernels import block_causal_ttt
-from lact_kernels.ops import ttt_types
-from lact_kernels.triton import configs, ttt_products
+from lact_kernels.core import ttt_types
+from lact_kernels.triton import configs
 from lact_kernels.triton.configs import TTTConfig
+from lact_kernels.triton.fast_weights import products as ttt_products
 from tests.cases import (
     FLOAT16_MUON,
     PACKED,
@@ -465,9 +466,9 @@ def test_gradients_of_zeros_stay_zeros(blocks):
 
 def test_same_kernel_for_every_length():
     """Lengths, batch sizes, head counts and strides are runtime values, never compile-time ones."""
-    from lact_kernels.triton import newton_schulz, ttt_activations, ttt_update, ttt_update_bwd
+    from lact_kernels.triton.fast_weights import activations, newton_schulz, update, update_bwd
 
-    modules = (newton_schulz, ttt_activations, ttt_products, ttt_update, ttt_update_bwd)
+    modules = (activations, newton_schulz, ttt_products, update, update_bwd)
     for module in modules:
         for case in module.compile_cases(90):
             assert not {"B", "T", "H", "chunk_size", "num_chunks", "num_rows"} & set(

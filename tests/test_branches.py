@@ -17,8 +17,8 @@ from benchmarks.launches import count_launches
 from lact_kernels.autograd import branches as ops
 from lact_kernels.eager import branches as eager
 from lact_kernels.ops.branches import branch_qkv, branch_sum
-from lact_kernels.triton import branch_qkv as triton_branch_qkv
 from lact_kernels.triton import configs
+from lact_kernels.triton.layer import branch_qkv as triton_branch_qkv
 from reference import branches as reference
 from tests.cases import BACKWARD_OPCHECKS, filled_with_nan
 from tests.tolerance import assert_close_to_float64

@@ -12,9 +12,9 @@ import torch
 import reference
 from lact_kernels import RingKVCache, block_causal_ttt, window_attn, window_attn_with_kvcache
 from lact_kernels.autograd.window_attn import window_attn_bwd, window_attn_fwd
-from lact_kernels.triton import window_attn_bwd as bwd_kernels
-from lact_kernels.triton import window_attn_fwd as fwd_kernels
-from lact_kernels.triton import window_attn_with_kvcache as kvcache_kernels
+from lact_kernels.triton.window_attn import bwd as bwd_kernels
+from lact_kernels.triton.window_attn import fwd as fwd_kernels
+from lact_kernels.triton.window_attn import with_kvcache as kvcache_kernels
 from tests.cases import TTT_SHAPES, TTTCase, check_block_causal_ttt, check_window_attn
 from tests.test_block_causal_ttt import LARGER
 from tests.test_window_attn import CASES

@@ -167,7 +167,7 @@ def launches(request):
 
 @needs_interpreter
 def test_every_kernel_is_launched(launches):
-    names = {f"{package.__name__}.{x.name}" for x in pkgutil.iter_modules(package.__path__)}
+    names = {x.name for x in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")}
     assert set(KERNEL_MODULES) <= names
     kernels = {
         name

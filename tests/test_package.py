@@ -47,7 +47,7 @@ def test_wheel_contains_the_package_alone(site):
     names = zipfile.ZipFile(next(site.parent.glob("*.whl"))).namelist()
     assert {name.split("/")[0].split("-")[0] for name in names} == {"lact_kernels"}
     assert "lact_kernels/py.typed" in names
-    assert "lact_kernels/triton/window_attn_fwd.py" in names
+    assert "lact_kernels/triton/window_attn/fwd.py" in names
     installed = {
         str(path.relative_to(ROOT)) for path in (ROOT / "lact_kernels").rglob("*.py")
     }  # nothing was left out

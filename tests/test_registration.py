@@ -8,13 +8,13 @@ import types
 import pytest
 import torch
 
-import lact_kernels.triton
 from lact_kernels import TTTState, block_causal_ttt, window_attn
 from lact_kernels.autograd import block_causal_ttt as ttt_ops
 from lact_kernels.autograd import window_attn as attn_ops
+from lact_kernels.core.ttt_types import Tokens
 from lact_kernels.eager import block_causal_ttt as eager
 from lact_kernels.ops.block_causal_ttt import new_state
-from lact_kernels.ops.ttt_types import Tokens
+from lact_kernels.triton import fast_weights
 from tests.cases import BACKWARD_OPCHECKS, OPCHECKS, TTTCase, WindowCase, check_window_attn
 
 WINDOW = [
@@ -128,7 +128,7 @@ def test_every_part_of_block_causal_ttt_goes_to_the_chosen_backend(monkeypatch):
 
     names = [f"block_causal_ttt_{part}" for part in ("fwd", "bwd", "history")]
     stand_in = types.SimpleNamespace(**{name: recording(name) for name in names})
-    monkeypatch.setattr(lact_kernels.triton, "block_causal_ttt", stand_in, raising=False)
+    monkeypatch.setattr(fast_weights, "block_causal_ttt", stand_in, raising=False)
     inputs = TTTCase("").inputs(torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
     leaves = list(inputs.values())
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from lact_kernels.triton.configs import KernelConfig
-from lact_kernels.triton.window_attn_bwd import window_attn_bwd
-from lact_kernels.triton.window_attn_fwd import window_attn_fwd
+from lact_kernels.triton.window_attn.bwd import window_attn_bwd
+from lact_kernels.triton.window_attn.fwd import window_attn_fwd
 from reference.window_attn import window_attn
 from tests.cases import assert_cancelled, filled_with_nan
 from tests.tolerance import assert_close_to_float64
@@ -273,8 +273,8 @@ def test_nothing_saved_is_written_and_backward_repeats():
 
 def test_same_kernel_for_every_length():
     """Lengths, windows, batch sizes and head counts are runtime values, never compile-time ones."""
-    from lact_kernels.triton import window_attn_bwd as bwd
-    from lact_kernels.triton import window_attn_fwd as fwd
+    from lact_kernels.triton.window_attn import bwd as bwd
+    from lact_kernels.triton.window_attn import fwd as fwd
 
     for module in (fwd, bwd):
         for case in module.compile_cases(90):

@@ -18,8 +18,8 @@ import reference
 from lact_kernels import RingKVCache, window_attn, window_attn_with_kvcache
 from lact_kernels.eager import window_attn_with_kvcache as eager
 from lact_kernels.triton.configs import KernelConfig
-from lact_kernels.triton.window_attn_with_kvcache import choose_splits
-from lact_kernels.triton.window_attn_with_kvcache import window_attn_with_kvcache as launch
+from lact_kernels.triton.window_attn.with_kvcache import choose_splits
+from lact_kernels.triton.window_attn.with_kvcache import window_attn_with_kvcache as launch
 from tests.cases import filled_with_nan
 from tests.tolerance import assert_close_to_float64
 
@@ -311,7 +311,7 @@ def test_nothing_outside_the_window_matters(backend):
 def test_few_queries_of_window_attn_take_this_kernel():
     """And have their gradients from the usual ones."""
     q, k, v = (torch.randn(2, n, 2, 16, device=DEVICE, requires_grad=True) for n in (3, 30, 30))
-    name = "lact_kernels.triton.window_attn_fwd.window_attn_with_kvcache"
+    name = "lact_kernels.triton.window_attn.fwd.window_attn_with_kvcache"
     with mock.patch(name, side_effect=launch) as launched:
         o = window_attn(q, k, v, 9, backend="triton")
     assert launched.call_count == 1

@@ -7,16 +7,16 @@ from lact_kernels.triton.configs import CompileCase
 
 # Modules with a function `compile_cases(arch)`. A new kernel is added here and nowhere else.
 KERNEL_MODULES = (
-    "lact_kernels.triton.window_attn_fwd",
-    "lact_kernels.triton.window_attn_bwd",
-    "lact_kernels.triton.window_attn_with_kvcache",
-    "lact_kernels.triton.ttt_activations",
-    "lact_kernels.triton.ttt_products",
-    "lact_kernels.triton.ttt_update",
-    "lact_kernels.triton.ttt_update_bwd",
-    "lact_kernels.triton.newton_schulz",
-    "lact_kernels.triton.branch_qkv",
-    "lact_kernels.triton.branch_sum",
+    "lact_kernels.triton.window_attn.fwd",
+    "lact_kernels.triton.window_attn.bwd",
+    "lact_kernels.triton.window_attn.with_kvcache",
+    "lact_kernels.triton.fast_weights.activations",
+    "lact_kernels.triton.fast_weights.products",
+    "lact_kernels.triton.fast_weights.update",
+    "lact_kernels.triton.fast_weights.update_bwd",
+    "lact_kernels.triton.fast_weights.newton_schulz",
+    "lact_kernels.triton.layer.branch_qkv",
+    "lact_kernels.triton.layer.branch_sum",
 )
 
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from lact_kernels.autograd.autocast import register_autocast
 from lact_kernels.autograd.derivatives import register_derivatives
 from lact_kernels.autograd.vmap import register_vmap
-from lact_kernels.ops.offsets import ChunkOffsets, read_offsets
-from lact_kernels.ops.ttt_types import FastWeights, Options, Tokens
+from lact_kernels.core.offsets import ChunkOffsets, read_offsets
+from lact_kernels.core.ttt_types import FastWeights, Options, Tokens
 
 NO_HISTORY = (
     "lact_kernels::block_causal_ttt_fwd kept nothing for a backward: where it was called, or exported,"
@@ -144,7 +144,7 @@ def backend_of(options: tuple) -> tuple[ModuleType, Options]:
     """The chosen backend, imported only now, and what it is to do."""
     *options, backend = options
     if backend == "triton":
-        from lact_kernels.triton import block_causal_ttt
+        from lact_kernels.triton.fast_weights import block_causal_ttt
     else:
         from lact_kernels.eager import block_causal_ttt
     return block_causal_ttt, Options(*options)

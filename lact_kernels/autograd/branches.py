@@ -119,7 +119,7 @@ def _backward_sum(ctx, dout):
 def _qkv(backend: str) -> ModuleType:
     """The module with the chosen backend's functions, imported only now; likewise the next."""
     if backend == "triton":
-        from lact_kernels.triton import branch_qkv
+        from lact_kernels.triton.layer import branch_qkv
 
         return branch_qkv
     return eager
@@ -127,7 +127,7 @@ def _qkv(backend: str) -> ModuleType:
 
 def _sum(backend: str) -> ModuleType:
     if backend == "triton":
-        from lact_kernels.triton import branch_sum
+        from lact_kernels.triton.layer import branch_sum
 
         return branch_sum
     return eager

@@ -13,8 +13,8 @@ from torch import Tensor
 from lact_kernels.autograd.autocast import register_autocast
 from lact_kernels.autograd.derivatives import register_derivatives
 from lact_kernels.autograd.vmap import register_vmap
+from lact_kernels.core.offsets import read_offsets
 from lact_kernels.eager import window_attn as eager
-from lact_kernels.ops.offsets import read_offsets
 
 OPTIONS = "SymInt? window_size, float softmax_scale, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, str backend"
 
@@ -27,7 +27,7 @@ OPTIONS = "SymInt? window_size, float softmax_scale, Tensor? cu_seqlens_q, Tenso
 def window_attn_fwd(q, k, v, window_size, softmax_scale, cu_seqlens_q, cu_seqlens_k, backend):
     window_size = _clamp_window(window_size, k)
     if backend == "triton":
-        from lact_kernels.triton.window_attn_fwd import window_attn_fwd as launch
+        from lact_kernels.triton.window_attn.fwd import window_attn_fwd as launch
 
         if not _capturing(q):
             read_offsets(q, k, cu_seqlens_q, cu_seqlens_k)  # for its checks
@@ -57,7 +57,7 @@ def window_attn_bwd(
     window_size = _clamp_window(window_size, k)
     saved = (do, dlse, q, k, v, o, lse, window_size, softmax_scale)
     if backend == "triton":
-        from lact_kernels.triton.window_attn_bwd import window_attn_bwd as launch
+        from lact_kernels.triton.window_attn.bwd import window_attn_bwd as launch
 
         return launch(*saved, cu_seqlens_q, cu_seqlens_k)
     return eager.window_attn_bwd(*saved, read_offsets(q, k, cu_seqlens_q, cu_seqlens_k))

@@ -22,7 +22,7 @@ def window_attn_with_kvcache(
     window_size = UNLIMITED if window_size is None else min(window_size, UNLIMITED)
     inputs = (q, k_cache, v_cache, cache_seqlens, window_size, softmax_scale)
     if backend == "triton":
-        from lact_kernels.triton.window_attn_with_kvcache import window_attn_with_kvcache as launch
+        from lact_kernels.triton.window_attn.with_kvcache import window_attn_with_kvcache as launch
 
         return launch(*inputs)
     return eager.window_attn_with_kvcache(*inputs)

@@ -9,13 +9,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lact_kernels.autograd.derivatives import FirstOrderFunction
+from lact_kernels.core.offsets import ChunkOffsets, Offsets
+from lact_kernels.core.ttt_state import TTTState, joined_tokens
+from lact_kernels.core.ttt_types import FastWeights, Ranks, Tokens
 from lact_kernels.distributed.exchange import TokenExchange, exchanged
 from lact_kernels.distributed.pending import behind_pending, pending_lengths
 from lact_kernels.distributed.pieces import SequencePieces
 from lact_kernels.distributed.scan import Scan, needs_gradient
-from lact_kernels.ops.offsets import ChunkOffsets, Offsets
-from lact_kernels.ops.ttt_state import TTTState, joined_tokens
-from lact_kernels.ops.ttt_types import FastWeights, Ranks, Tokens
 
 
 class Chain(Ranks):

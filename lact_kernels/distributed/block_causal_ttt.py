@@ -15,6 +15,8 @@ from typing import Literal, get_args, overload
 import torch
 from torch import Tensor
 
+from lact_kernels.core.ttt_state import TTTState, TTTTokens, joined_tokens, split_sequences
+from lact_kernels.core.ttt_types import FastWeights, Tokens
 from lact_kernels.distributed.across_chunks import scan_across_chunks
 from lact_kernels.distributed.exchange import TokenExchange, exchanged
 from lact_kernels.distributed.pending import pending_lengths
@@ -23,8 +25,6 @@ from lact_kernels.distributed.within_chunks import scan_within_chunks
 from lact_kernels.ops import block_causal_ttt as ops
 from lact_kernels.ops import checks
 from lact_kernels.ops.checks import Backend
-from lact_kernels.ops.ttt_state import TTTState, TTTTokens, joined_tokens, split_sequences
-from lact_kernels.ops.ttt_types import FastWeights, Tokens
 
 Scheme = Literal["auto", "across_chunks", "within_chunks"]
 SCHEMES = get_args(Scheme)

@@ -2,13 +2,13 @@
 
 import itertools
 
-from lact_kernels.ops.ttt_state import (
+from lact_kernels.core.ttt_state import (
     TTTState,
     joined_tokens,
     packed_tokens,
     split_sequences,
 )
-from lact_kernels.ops.ttt_types import Tokens
+from lact_kernels.core.ttt_types import Tokens
 
 
 def pending_lengths(state: TTTState, pieces) -> tuple[int, ...]:

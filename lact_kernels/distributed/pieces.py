@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributed._functional_collectives import all_gather_tensor_autograd
 from torch.distributed.device_mesh import DeviceMesh
 
+from lact_kernels.core.offsets import packed_offsets
 from lact_kernels.ops import checks
-from lact_kernels.ops.offsets import packed_offsets
 
 Range = tuple[int, int]  # from, up to
 Function = TypeVar("Function", bound=Callable[..., Any])

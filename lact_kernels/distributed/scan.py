@@ -7,9 +7,9 @@ from torch import Tensor
 
 from lact_kernels.autograd.block_causal_ttt import backend_of
 from lact_kernels.autograd.derivatives import FirstOrderFunction
+from lact_kernels.core.offsets import ChunkOffsets
+from lact_kernels.core.ttt_types import FastWeights, Ranks, Tokens
 from lact_kernels.ops import checks
-from lact_kernels.ops.offsets import ChunkOffsets
-from lact_kernels.ops.ttt_types import FastWeights, Ranks, Tokens
 
 
 class Scan(NamedTuple):

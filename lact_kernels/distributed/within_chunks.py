@@ -6,12 +6,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lact_kernels.core.offsets import ChunkOffsets
+from lact_kernels.core.ttt_state import TTTState
+from lact_kernels.core.ttt_types import FastWeights, Ranks, Tokens, num_updates
 from lact_kernels.distributed.pending import behind_pending, pending_lengths
 from lact_kernels.distributed.pieces import SequencePieces
 from lact_kernels.distributed.scan import Scan, needs_gradient
-from lact_kernels.ops.offsets import ChunkOffsets
-from lact_kernels.ops.ttt_state import TTTState
-from lact_kernels.ops.ttt_types import FastWeights, Ranks, Tokens, num_updates
 
 
 class SharedChunks(Ranks):

@@ -21,10 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lact_kernels.eager import swiglu
-from lact_kernels.eager.newton_schulz import newton_schulz, newton_schulz_bwd
-from lact_kernels.ops.offsets import ChunkOffsets, Offsets
-from lact_kernels.ops.ttt_types import (
+from lact_kernels.core.offsets import ChunkOffsets, Offsets
+from lact_kernels.core.ttt_types import (
     ALONE,
     RENORM_EPS,
     FastWeights,
@@ -35,6 +33,8 @@ from lact_kernels.ops.ttt_types import (
     num_updates,
     phase,
 )
+from lact_kernels.eager import swiglu
+from lact_kernels.eager.newton_schulz import newton_schulz, newton_schulz_bwd
 
 
 class Update(NamedTuple):

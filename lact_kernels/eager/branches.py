@@ -2,7 +2,7 @@
 
 All is computed in float32 (float64 for float64 inputs), in blocks of tokens so small that what lies
 between reading and writing stays in a CPU's cache: beside the results little memory is needed.
-Names follow `lact_kernels/triton/branch_qkv.py` and `branch_sum.py`, where the formulas are.
+Names follow `lact_kernels/triton/layer/branch_qkv.py` and `branch_sum.py`, where the formulas are.
 """
 
 from collections.abc import Iterator

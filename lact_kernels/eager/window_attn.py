@@ -24,8 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lact_kernels.core.offsets import Offsets
 from lact_kernels.eager import masked_attention
-from lact_kernels.ops.offsets import Offsets
 
 MIN_ROWS, MAX_ROWS = 64, 256
 MAX_BLOCKS = 64  # in one batch, which bounds the memory of the backward's per-block dk and dv

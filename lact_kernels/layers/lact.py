@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lact_kernels.core.offsets import on_host, packed_offsets
 from lact_kernels.layers.branch_norm import BranchNorm
 from lact_kernels.layers.cache import LaCTCache, LayerCache, LayerOptions
 from lact_kernels.layers.fast_weight import LowRankFastWeight
@@ -23,7 +24,6 @@ from lact_kernels.ops import checks
 from lact_kernels.ops.block_causal_ttt import block_causal_ttt
 from lact_kernels.ops.branches import branch_qkv
 from lact_kernels.ops.checks import Backend
-from lact_kernels.ops.offsets import on_host, packed_offsets
 from lact_kernels.ops.window_attn import window_attn
 
 if TYPE_CHECKING:

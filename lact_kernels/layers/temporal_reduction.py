@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lact_kernels.core.offsets import packed_offsets
 from lact_kernels.layers.padding import borders, position_in_sequence, sequence_of_token
-from lact_kernels.ops.offsets import packed_offsets
 
 
 class TemporalReduction(nn.Conv1d):

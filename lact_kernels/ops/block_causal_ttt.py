@@ -9,10 +9,8 @@ from torch.utils._pytree import tree_map_only
 
 from lact_kernels.autograd.autocast import autocast_dtype, autocasts
 from lact_kernels.autograd.block_causal_ttt import block_causal_ttt_fwd
-from lact_kernels.ops import checks
-from lact_kernels.ops.checks import Backend
-from lact_kernels.ops.offsets import cu_seqlens_of, on_host, packed_offsets
-from lact_kernels.ops.ttt_state import (
+from lact_kernels.core.offsets import cu_seqlens_of, on_host, packed_offsets
+from lact_kernels.core.ttt_state import (
     StateOptions,
     TTTState,
     TTTTokens,
@@ -20,7 +18,9 @@ from lact_kernels.ops.ttt_state import (
     packed_tokens,
     split_sequences,
 )
-from lact_kernels.ops.ttt_types import FastWeights, Tokens, num_updates
+from lact_kernels.core.ttt_types import FastWeights, Tokens, num_updates
+from lact_kernels.ops import checks
+from lact_kernels.ops.checks import Backend
 
 __all__ = ["TTTState", "TTTTokens", "block_causal_ttt"]
 

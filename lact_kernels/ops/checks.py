@@ -14,6 +14,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lact_kernels.core.offsets import is_transformed
+
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # found, not imported
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -154,11 +156,6 @@ def check_finite_number(name: str, value: float) -> float:
     return number
 
 
-def is_transformed() -> bool:
-    """Whether this runs within `torch.func.grad`, `vmap` or their kin, whose tensors have no values."""
-    return torch._C._are_functorch_transforms_active()
-
-
 def known_values(lengths: Tensor | int) -> list[int]:
     """The values of a tensor as far as they can be known without waiting for a device: all or none."""
     if not isinstance(lengths, Tensor):
@@ -218,7 +215,7 @@ def check_no_gradient(function: str, instead: str, **tensors: Tensor | None) -> 
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, q: Tensor, name: str = "cu_seqlens") -> None:
-    """What can be known of `cu_seqlens` without reading its values: see `ops/offsets.py` for those."""
+    """What can be known of `cu_seqlens` without reading its values: see `core/offsets.py` for those."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{name} must be an int32 tensor [N+1], got {type(cu_seqlens).__name__}")
     check_dense(name, cu_seqlens)

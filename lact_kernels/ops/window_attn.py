@@ -7,9 +7,9 @@ from torch import Tensor
 
 from lact_kernels.autograd.autocast import autocast_dtype
 from lact_kernels.autograd.window_attn import window_attn_fwd
+from lact_kernels.core.offsets import kept
 from lact_kernels.ops import checks
 from lact_kernels.ops.checks import Backend
-from lact_kernels.ops.offsets import kept
 
 MAX_TRITON_HEAD_DIM = 256
 FLOAT32_MAX = torch.finfo(torch.float32).max

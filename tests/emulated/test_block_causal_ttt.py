@@ -16,8 +16,8 @@ import pytest
 
 from benchmarks.emulation import emulated_device
 from lact_kernels import block_causal_ttt
-from lact_kernels.triton.ttt_layout import Dims
-from lact_kernels.triton.ttt_products import num_outer_splits
+from lact_kernels.triton.fast_weights.layout import Dims
+from lact_kernels.triton.fast_weights.products import num_outer_splits
 from tests.cases import TTTCase, check_block_causal_ttt, filled_with_nan
 from tests.emulated.layouts import bordered
 from tests.emulated.targets import FLOAT_TARGETS, TWO_TARGETS, target

@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from benchmarks.emulation import emulated_device
-from lact_kernels.triton.ttt_layout import Dims, Run
-from lact_kernels.triton.ttt_products import ttt_outer
-from lact_kernels.triton.window_attn_fwd import window_attn_fwd
+from lact_kernels.triton.fast_weights.layout import Dims, Run
+from lact_kernels.triton.fast_weights.products import ttt_outer
+from lact_kernels.triton.window_attn.fwd import window_attn_fwd
 from ptx_emulator import EmulatorError, Options, UnsupportedInstruction
 from tests.cases import filled_with_nan
 from tests.emulated.mutations import Mutant, mutants, without

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from lact_kernels.ops.offsets import cu_seqlens_of
+from lact_kernels.core.offsets import cu_seqlens_of
 from lact_kernels.triton import configs
 from lact_kernels.triton.configs import KernelConfig, TTTConfig
 from tests.cases import LAYOUTS, laid_out

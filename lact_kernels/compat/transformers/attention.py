@@ -23,9 +23,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
+from lact_kernels.core.offsets import on_host
 from lact_kernels.layers.padding import borders, sequences_of
 from lact_kernels.ops import checks
-from lact_kernels.ops.offsets import on_host
 from lact_kernels.ops.window_attn import check_attention, run_window_attn, window_attn
 
 NAME = "lact_window_attn"

@@ -27,12 +27,12 @@ from lact_kernels.compat.transformers.positions import (
     check_position_ids,
     packed_rows,
 )
+from lact_kernels.core.offsets import on_host
 from lact_kernels.distributed import SequencePieces
 from lact_kernels.layers import LaCTCache, LaCTLayer
 from lact_kernels.layers.mlp import SwiGLUMLP
 from lact_kernels.layers.padding import Padding, mask_of_last
 from lact_kernels.ops import checks
-from lact_kernels.ops.offsets import on_host
 
 # Later versions of transformers call `past_key_values` the `cache`.
 _FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}

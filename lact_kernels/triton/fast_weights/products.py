@@ -30,9 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lact_kernels.triton.configs import CompileCase, TTTConfig, capability_of, ttt_config
-from lact_kernels.triton.launch import num_multiprocessors, outer_strides
-from lact_kernels.triton.primitives import load_tile, store_rows
-from lact_kernels.triton.ttt_layout import (
+from lact_kernels.triton.fast_weights.layout import (
     TOKEN_ARGUMENTS,
     Dims,
     Run,
@@ -43,7 +41,7 @@ from lact_kernels.triton.ttt_layout import (
     tile_constexprs,
     ttt_compile_cases,
 )
-from lact_kernels.triton.ttt_primitives import (
+from lact_kernels.triton.fast_weights.primitives import (
     chunk_tokens,
     dot_columns,
     dot_rows,
@@ -52,6 +50,8 @@ from lact_kernels.triton.ttt_primitives import (
     matrix_tile,
     token_tile,
 )
+from lact_kernels.triton.launch import num_multiprocessors, outer_strides
+from lact_kernels.triton.primitives import load_tile, store_rows
 
 MIN_SPLIT_BLOCKS = 4  # a part of a sum over tokens has at least so many steps
 

@@ -28,10 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lact_kernels.ops.ttt_types import NEWTON_SCHULZ_COEFFICIENTS
+from lact_kernels.core.ttt_types import NEWTON_SCHULZ_COEFFICIENTS
 from lact_kernels.triton.configs import CompileCase, TTTConfig, capability_of, ttt_config
-from lact_kernels.triton.primitives import load_tile
-from lact_kernels.triton.ttt_layout import (
+from lact_kernels.triton.fast_weights.layout import (
     Dims,
     dims_constexprs,
     launch_options,
@@ -39,20 +38,21 @@ from lact_kernels.triton.ttt_layout import (
     tile_constexprs,
     ttt_compile_cases,
 )
-from lact_kernels.triton.ttt_primitives import (
+from lact_kernels.triton.fast_weights.primitives import (
     matrix_place,
     matrix_shape,
     matrix_tile,
     matrix_total,
 )
-from lact_kernels.triton.ttt_update import (
+from lact_kernels.triton.fast_weights.update import (
     LARGEST,
     NUM_WARPS,
     matrix_rows,
     row_compile_cases,
     row_programs,
 )
-from lact_kernels.triton.ttt_update_bwd import NEWTON_SCHULZ_EPS
+from lact_kernels.triton.fast_weights.update_bwd import NEWTON_SCHULZ_EPS
+from lact_kernels.triton.primitives import load_tile
 
 NORMALIZE_BLOCK = 64
 SMALL = 64  # up to this size products take less time than their launches, in float32, too

@@ -25,10 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lact_kernels.ops import ttt_types
+from lact_kernels.core import ttt_types
 from lact_kernels.triton.configs import CompileCase, TTTConfig
-from lact_kernels.triton.ttt_layout import TOKEN_ARGUMENTS, Dims, Run, ttt_compile_cases
-from lact_kernels.triton.ttt_primitives import (
+from lact_kernels.triton.fast_weights.layout import TOKEN_ARGUMENTS, Dims, Run, ttt_compile_cases
+from lact_kernels.triton.fast_weights.primitives import (
     GRADIENT_BITS,
     chunk_tokens,
     matrix_place,
@@ -36,7 +36,7 @@ from lact_kernels.triton.ttt_primitives import (
     matrix_total,
     power_of_two,
 )
-from lact_kernels.triton.ttt_update import (
+from lact_kernels.triton.fast_weights.update import (
     LARGEST,
     MAX_DIM,
     NUM_WARPS,

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lact_kernels.ops.checks import is_transformed
-from lact_kernels.ops.ttt_types import num_updates
+from lact_kernels.core.ttt_types import num_updates
 
 
 class Offsets(NamedTuple):
@@ -44,6 +43,11 @@ class ChunkOffsets(NamedTuple):
             keys.append(borders)
             queries.append([max(border - ahead, first) for border in borders])
         return cls(queries, keys)
+
+
+def is_transformed() -> bool:
+    """Whether this runs within `torch.func.grad`, `vmap` or their kin, whose tensors have no values."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def cu_seqlens_of(lengths: Iterable[int]) -> Tensor:

@@ -19,13 +19,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lact_kernels.triton.branch_qkv import (
-    BACKWARD_PROGRAMS,
-    compiled_sizes,
-    num_splits,
-    row_offsets,
-    token_strides,
-)
 from lact_kernels.triton.configs import (
     CompileCase,
     RowConfig,
@@ -33,6 +26,13 @@ from lact_kernels.triton.configs import (
     row_config,
 )
 from lact_kernels.triton.launch import on_device, outer_strides, readable_in_place
+from lact_kernels.triton.layer.branch_qkv import (
+    BACKWARD_PROGRAMS,
+    compiled_sizes,
+    num_splits,
+    row_offsets,
+    token_strides,
+)
 
 
 @triton.jit

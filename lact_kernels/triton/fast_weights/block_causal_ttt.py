@@ -30,8 +30,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lact_kernels.ops.offsets import ChunkOffsets
-from lact_kernels.ops.ttt_types import (
+from lact_kernels.core.offsets import ChunkOffsets
+from lact_kernels.core.ttt_types import (
     ALONE,
     RENORM_EPS,
     FastWeights,
@@ -42,13 +42,13 @@ from lact_kernels.ops.ttt_types import (
     num_updates,
     phase,
 )
+from lact_kernels.triton.fast_weights.activations import num_rate_tiles, ttt_hidden, ttt_hidden_bwd
+from lact_kernels.triton.fast_weights.layout import Chunks, Dims
+from lact_kernels.triton.fast_weights.newton_schulz import NewtonSchulz
+from lact_kernels.triton.fast_weights.products import num_outer_splits, ttt_outer, ttt_project
+from lact_kernels.triton.fast_weights.update import ttt_mean_momentum, ttt_update
+from lact_kernels.triton.fast_weights.update_bwd import ttt_rates_bwd, ttt_update_bwd
 from lact_kernels.triton.launch import on_device, readable_in_place
-from lact_kernels.triton.newton_schulz import NewtonSchulz
-from lact_kernels.triton.ttt_activations import num_rate_tiles, ttt_hidden, ttt_hidden_bwd
-from lact_kernels.triton.ttt_layout import Chunks, Dims
-from lact_kernels.triton.ttt_products import num_outer_splits, ttt_outer, ttt_project
-from lact_kernels.triton.ttt_update import ttt_mean_momentum, ttt_update
-from lact_kernels.triton.ttt_update_bwd import ttt_rates_bwd, ttt_update_bwd
 
 ACTIVATION_BYTES = 2**30
 

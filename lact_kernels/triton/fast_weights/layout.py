@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lact_kernels.ops.offsets import ChunkOffsets
-from lact_kernels.ops.ttt_types import Options, Triple, num_updates
+from lact_kernels.core.offsets import ChunkOffsets
+from lact_kernels.core.ttt_types import Options, Triple, num_updates
 from lact_kernels.triton.configs import (
     ARCHITECTURES,
     CompileCase,

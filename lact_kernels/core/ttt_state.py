@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lact_kernels.ops.ttt_types import Triple
+from lact_kernels.core.ttt_types import Triple
 
 # The tokens of several sequences: for each field of `TTTTokens` (None: no momentum), one tensor each.
 Sequences = list[Sequence[Tensor] | None]

@@ -49,7 +49,7 @@ from lact_kernels.triton.primitives import (
     store_rows,
     visible,
 )
-from lact_kernels.triton.window_attn_with_kvcache import window_attn_with_kvcache
+from lact_kernels.triton.window_attn.with_kvcache import window_attn_with_kvcache
 
 FEW_QUERIES = 16  # of a row: up to here the kernel that splits the keys takes them
 

@@ -45,9 +45,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lact_kernels.triton.configs import CompileCase, TTTConfig, capability_of, ttt_config
-from lact_kernels.triton.launch import outer_strides
-from lact_kernels.triton.primitives import load_rows
-from lact_kernels.triton.ttt_layout import (
+from lact_kernels.triton.fast_weights.layout import (
     TOKEN_ARGUMENTS,
     Dims,
     Run,
@@ -55,13 +53,15 @@ from lact_kernels.triton.ttt_layout import (
     launch_options,
     ttt_compile_cases,
 )
-from lact_kernels.triton.ttt_primitives import (
+from lact_kernels.triton.fast_weights.primitives import (
     GRADIENT_BITS,
     dot_columns,
     dot_rows,
     power_of_two,
     token_tile,
 )
+from lact_kernels.triton.launch import outer_strides
+from lact_kernels.triton.primitives import load_rows
 
 
 @triton.jit(do_not_specialize=TOKEN_ARGUMENTS)

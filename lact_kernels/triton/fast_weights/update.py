@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lact_kernels.ops import ttt_types
+from lact_kernels.core import ttt_types
 from lact_kernels.triton.configs import CompileCase, TTTConfig
-from lact_kernels.triton.ttt_layout import (
+from lact_kernels.triton.fast_weights.layout import (
     Dims,
     Run,
     dims_constexprs,
@@ -31,7 +31,7 @@ from lact_kernels.triton.ttt_layout import (
     tile_constexprs,
     ttt_compile_cases,
 )
-from lact_kernels.triton.ttt_primitives import (
+from lact_kernels.triton.fast_weights.primitives import (
     chunk_tokens,
     matrix_place,
     matrix_shape,

@@ -1,0 +1,1 @@
+"""Kernels of what a LaCT layer does before and after its two operations."""

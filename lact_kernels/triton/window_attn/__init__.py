@@ -1,0 +1,1 @@
+"""Kernels of `window_attn` and `window_attn_with_kvcache`."""
