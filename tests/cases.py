@@ -238,7 +238,7 @@ def tensors_of(result: Tensor | tuple[Tensor, TTTState]) -> list[Tensor]:
     if isinstance(result, Tensor):
         return [result]
     o, state = result
-    pending = [x for piece in state.pending for x in piece.tensors if x is not None]
+    pending = [x for waiting in state.pending for x in waiting.tokens if x is not None]
     return [o, *(x for triple in state[:4] for x in triple), *pending]
 
 

@@ -11,7 +11,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import reference
 from lact_kernels import block_causal_ttt
-from lact_kernels.core.ttt_types import FastWeights, Options, Tokens
+from lact_kernels.core.call import Call, Options
+from lact_kernels.core.fast_weights import FastWeights
+from lact_kernels.core.tokens import Tokens
 from lact_kernels.eager import block_causal_ttt as eager
 from lact_kernels.eager import swiglu
 from lact_kernels.eager.newton_schulz import newton_schulz, newton_schulz_bwd
@@ -186,13 +188,12 @@ def test_an_interval_bounds_the_memory_of_both_directions():
     copy = sum(w.nbytes for w in weights)
     peaks = {}
     for interval in (1, 6):
-        options = Options(1, False, False, False, interval)
+        options = Options(1, False, False, True, checkpoint_interval=interval)
+        call = Call(x["q"], tokens, start, None, options)
         with PeakBytes() as forward:
-            o, _, history = eager.block_causal_ttt_fwd(x["q"], tokens, start, None, options)
+            o, _, history = eager.block_causal_ttt_fwd(call)
         with PeakBytes() as backward:
-            eager.block_causal_ttt_bwd(
-                torch.ones_like(o), None, x["q"], tokens, start, history, None, options
-            )
+            eager.block_causal_ttt_bwd(call, history, torch.ones_like(o), None)
         peaks[interval] = forward.peak / copy, backward.peak / copy
     kept, segment, everything = 2 * 5, 6 + 1, 2 * 33
     assert peaks[6][0] < kept + 4 * segment < everything < peaks[1][0]
@@ -209,9 +210,9 @@ def test_phases_are_marked_in_profiles():
 
 
 @pytest.mark.parametrize("size", [1, 7, 100, 1 << 14])
-def test_pieces_of_any_size_give_the_same(size, monkeypatch):
-    monkeypatch.setattr(swiglu, "CPU_PIECE", size)
-    monkeypatch.setattr(swiglu, "MIN_PIECE_TOKENS", 1)
+def test_blocks_of_any_size_give_the_same(size, monkeypatch):
+    monkeypatch.setattr(swiglu, "CPU_BLOCK", size)
+    monkeypatch.setattr(swiglu, "MIN_BLOCK_TOKENS", 1)
     check_block_causal_ttt(
         eager_block_causal_ttt,
         TTTCase("", T=41, chunk_size=6, H=4, momentum=True, prenorm=True),

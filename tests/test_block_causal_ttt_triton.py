@@ -13,14 +13,14 @@ import functools
 import pytest
 import torch
 
-import lact_kernels.triton.fast_weights.block_causal_ttt as ttt
 import reference
 from benchmarks.launches import count_launches
 from lact_kernels import block_causal_ttt
-from lact_kernels.core import ttt_types
+from lact_kernels.core import call as core_call
 from lact_kernels.triton import configs
 from lact_kernels.triton.configs import TTTConfig
 from lact_kernels.triton.fast_weights import products as ttt_products
+from lact_kernels.triton.fast_weights import scan
 from tests.cases import (
     FLOAT16_MUON,
     PACKED,
@@ -221,7 +221,7 @@ def test_checkpoints_change_nothing(case, intervals, blocks):
 def test_segments_without_a_backward_change_nothing(packed, blocks, monkeypatch):
     """Two updates at a time, of which nothing is kept. There are three at least."""
     blocks(16)
-    monkeypatch.setattr(ttt_types, "INFERENCE_SEGMENT", 2)
+    monkeypatch.setattr(core_call, "INFERENCE_SEGMENT", 2)
     shape = {"T": 16, "cu_seqlens": (0, 3, 16)} if packed else {"T": 14}
     case = TTTCase("", B=1, H=1, momentum=True, **shape)
     inputs = case.inputs(torch.float32, DEVICE)
@@ -244,7 +244,7 @@ def test_steps_in_batches_change_nothing(packed, blocks, monkeypatch):
     inputs = case.inputs(torch.float32, DEVICE)
     expected = run(inputs, **case.options())
     for size in (1, 1500):
-        monkeypatch.setattr(ttt, "ACTIVATION_BYTES", size)
+        monkeypatch.setattr(scan, "ACTIVATION_BYTES", size)
         with filled_with_nan():
             actual = run(inputs, **case.options())
         for a, b in zip(actual, expected):

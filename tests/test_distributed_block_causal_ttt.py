@@ -121,7 +121,7 @@ def borders_of(lengths):
 
 def tensors_of(state):
     fields = [x for triple in state[:4] for x in triple]
-    return fields + [x for piece in state.pending for x in piece.tensors if x is not None]
+    return fields + [x for waiting in state.pending for x in waiting.tokens if x is not None]
 
 
 def weighted_sum(x, y):
@@ -166,11 +166,8 @@ def initial_state(case, x, dtype):
 def in_ragged_pieces(state):
     """The same state, row n of which has read n of its waiting tokens in another call than the others."""
     rows = state.pending[0].sequences()
-    parts = [
-        [None if x is None else [row[part(n)] for n, row in enumerate(x)] for x in rows]
-        for part in (lambda n: slice(n), lambda n: slice(n, None))
-    ]
-    return state._replace(pending=tuple(map(TTTTokens.padded, parts)))
+    cut = [row.split([n, len(row.k) - n], dim=0) for n, row in enumerate(rows)]
+    return state._replace(pending=tuple(map(TTTTokens.padded, zip(*cut))))
 
 
 def in_pieces(case, dtype, backend="eager"):
@@ -278,7 +275,7 @@ def with_pending(grads, state):
     """The few pending tokens of a state beside the new ones: alone they are too few to judge rounding by."""
     grads = dict(grads)
     names = [name for name in TOKENS[1:] if name in grads]
-    pending = [] if state is None else [x for piece in state.pending for x in piece.tensors]
+    pending = [] if state is None else [x for waiting in state.pending for x in waiting.tokens]
     pending = [x for x in pending if x is not None]
     fields = 0 if state is None else len(tensors_of(state)) - len(pending)
     for i in range(len(pending)):

@@ -11,7 +11,8 @@ import torch
 from lact_kernels import TTTState, block_causal_ttt, window_attn
 from lact_kernels.autograd import block_causal_ttt as ttt_ops
 from lact_kernels.autograd import window_attn as attn_ops
-from lact_kernels.core.ttt_types import Tokens
+from lact_kernels.core.call import Options
+from lact_kernels.core.plan import Plan
 from lact_kernels.eager import block_causal_ttt as eager
 from lact_kernels.ops.block_causal_ttt import new_state
 from lact_kernels.triton import fast_weights
@@ -84,33 +85,33 @@ def opcheck_block_causal_ttt(
 ):
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     x = case.inputs(torch.float32, device)
-    cu_seqlens, N = (None, None), case.B
+    plan, N = None, case.B
     if case.cu_seqlens:  # each sequence's first token is waiting in a state: a key without a query
         N = len(case.cu_seqlens) - 1
         queries = [0, *itertools.accumulate(max(b - a - 1, 0) for a, b in case.spans)]
         x["q"] = x["q"].detach()[:, : queries[-1]].clone().requires_grad_()
-        borders = (queries, case.cu_seqlens)
-        cu_seqlens = tuple(torch.tensor(x, dtype=torch.int32) for x in borders)
+        plan = Plan.block_causal(case.cu_seqlens, queries, case.chunk_size, return_end).to_tensor()
     weights = tuple(x[name].detach().expand(N, -1, -1, -1).clone() for name in ("w0", "w1", "w2"))
     C = case.chunk_size
     tokens = [x.get(name) for name in ("q", "k", "v", "lr0", "lr1", "lr2", "momentum")]
-    state = new_state(weights, N, Tokens(*tokens[1:]), C, case.muon, case.prenorm)
+    shared = Options(C, case.muon, case.prenorm, case.momentum)
+    state = new_state(weights, N, shared, torch.float32)
     start = [w.clone().requires_grad_() for triple in state[:4] for w in triple]
-    options = (C, case.muon, case.prenorm, return_end, checkpoint_interval, backend)
+    options = (C, case.muon, case.prenorm, return_end, checkpoint_interval, backend, "")
     torch.library.opcheck(
         ttt_ops.block_causal_ttt_fwd,
-        (*tokens, start, *cu_seqlens, *options),
+        (*tokens, start, plan, *options),
         test_utils=checks,
         atol=1e-4,
         rtol=1e-3,
     )
     tokens = [None if t is None else t.detach() for t in tokens]
     start = [w.detach() for w in start]
-    o, end, history = ttt_ops.block_causal_ttt_fwd(*tokens, start, *cu_seqlens, *options)
+    o, end, history = ttt_ops.block_causal_ttt_fwd(*tokens, start, plan, *options)
     dend = [torch.ones_like(w) for w in end]
     torch.library.opcheck(
         ttt_ops.block_causal_ttt_bwd,
-        (torch.ones_like(o), dend, history, *tokens, start, *cu_seqlens, *options),
+        (torch.ones_like(o), dend, history, *tokens, start, plan, *options),
         test_utils=[check for check in checks if check in BACKWARD_OPCHECKS],
     )
 
@@ -174,7 +175,7 @@ def test_compile_block_causal_ttt(case, return_state):
         if not return_state:
             return (result * 2,)
         o, state = result
-        return (o * 2, *state.weights, *state.pending[0].tensors[:5])
+        return (o * 2, *state.weights, *state.pending[0].tokens[:5])
 
     for plain, traced in zip(fn(**inputs), compiled(fn)(**inputs)):
         assert torch.equal(plain, traced)

@@ -1,12 +1,16 @@
-"""`block_causal_ttt` as a pair of registered ops: what the backward remembers, and what shapes come out.
+"""`block_causal_ttt` as registered ops: what the backward remembers, and what shapes come out.
 
 Fast weights travel through the ops as lists, three tensors (for w0, w1, w2) at a time: weights, target
 norms, then masters with pre-norm, then buffers with momentum.
 
     start    before the first token, `[B, H, ...]`, or `[N, H, ...]` for N packed sequences
     end      the same after each sequence's last update; empty unless `return_end`
+    plan     the chunks of packed sequences, see `core/plan.py`; made once, by `packed_plan` where a compiled
+             program cannot know the borders
+    ranks    the name of those among which the call is split, see `core/ranks.py`; "" for none
     history  what the backend's backward needs beside its inputs; only the backend can read it. It is empty
-             with a checkpoint interval of 0, where no backward will come
+             with a checkpoint interval of 0, where no backward will come. Behind it are the fast weights that
+             another rank has sent, if one has
 
 A backend is a module with the three functions `block_causal_ttt_fwd`, `block_causal_ttt_bwd` and
 `block_causal_ttt_history` of `lact_kernels.eager.block_causal_ttt`. What they return is contiguous and
@@ -21,140 +25,147 @@ from torch import Tensor
 from lact_kernels.autograd.autocast import register_autocast
 from lact_kernels.autograd.derivatives import register_derivatives
 from lact_kernels.autograd.vmap import register_vmap
-from lact_kernels.core.offsets import ChunkOffsets, read_offsets
-from lact_kernels.core.ttt_types import FastWeights, Options, Tokens
+from lact_kernels.core.call import Call, Options
+from lact_kernels.core.fast_weights import FastWeights
+from lact_kernels.core.offsets import packed_offsets
+from lact_kernels.core.plan import Plan
+from lact_kernels.core.ranks import named
+from lact_kernels.core.tokens import Tokens
 
 NO_HISTORY = (
     "lact_kernels::block_causal_ttt_fwd kept nothing for a backward: where it was called, or exported,"
     " nothing needed a gradient"
 )
-TENSORS = (
+INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor lr0, Tensor lr1, Tensor lr2, Tensor? momentum,"
-    " Tensor[] start, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k"
+    " Tensor[] start, Tensor? plan, SymInt chunk_size, bool muon, bool prenorm, bool return_end,"
+    " SymInt checkpoint_interval, str backend, str ranks"
 )
-OPTIONS = (
-    "SymInt chunk_size, bool muon, bool prenorm, bool return_end, SymInt checkpoint_interval,"
-    " str backend"
-)
+NUM_TENSORS = 7  # before the start
+
+
+@torch.library.custom_op("lact_kernels::packed_plan", mutates_args=())
+def packed_plan(cu_seqlens: Tensor, T: int, chunk_size: int, return_end: bool) -> Tensor:
+    """The plan of sequences of T tokens in all, whose borders are read and checked here.
+
+    It has as many rows as any sequences of T tokens need, since in a compiled program shapes cannot depend
+    on values.
+    """
+    offsets = packed_offsets(cu_seqlens, T)
+    plan = Plan.block_causal(offsets, offsets, chunk_size, return_end)
+    return plan.to_tensor(_plan_rows(cu_seqlens, T, chunk_size))
+
+
+@packed_plan.register_fake
+def _(cu_seqlens, T, chunk_size, return_end):
+    return cu_seqlens.new_empty(_plan_rows(cu_seqlens, T, chunk_size), 6, device="cpu")
+
+
+def _plan_rows(cu_seqlens: Tensor, T: int, chunk_size: int) -> int:
+    return cu_seqlens.shape[0] - 1 + T // chunk_size
 
 
 @torch.library.custom_op(
     "lact_kernels::block_causal_ttt_fwd",
     mutates_args=(),
-    schema=f"({TENSORS}, {OPTIONS}) -> (Tensor o, Tensor[] end, Tensor[] history)",
+    schema=f"({INPUTS}) -> (Tensor o, Tensor[] end, Tensor[] history)",
 )
-def block_causal_ttt_fwd(
-    q, k, v, lr0, lr1, lr2, momentum, start, cu_seqlens_q, cu_seqlens_k, *options
-):
-    backend, options = backend_of(options)
-    o, end, history = backend.block_causal_ttt_fwd(
-        q,
-        Tokens(k, v, lr0, lr1, lr2, momentum),
-        FastWeights.from_list(start, options.prenorm),
-        _chunk_offsets(q, k, cu_seqlens_q, cu_seqlens_k, options),
-        options,
-    )
-    return o, [] if end is None else end.to_list(), history
+def block_causal_ttt_fwd(*inputs):
+    call, backend = _call(inputs)
+    start = named(call.ranks).receive(call.start)
+    o, end, history = backend.block_causal_ttt_fwd(call._replace(start=start))
+    received = [] if start is call.start else [x.clone() for x in start.updated]
+    return o, [] if end is None else end.to_list(), [*history, *received]
 
 
 @block_causal_ttt_fwd.register_fake
-def _(q, k, v, lr0, lr1, lr2, momentum, start, cu_seqlens_q, cu_seqlens_k, *options):
-    backend, options = backend_of(options)
-    o = q.new_empty(*q.shape[:3], v.shape[-1])
-    end = _empty_like(start) if options.return_end else []
+def _(*inputs):
+    call, backend = _call(inputs)
+    q, tokens, start, plan, options, _ = call
+    o = q.new_empty(*q.shape[:3], tokens.v.shape[-1])
+    end = _empty_like(start.to_list()) if options.return_end else []
     if torch.compiler.is_exporting():
         # A program has the op as one call, whose backward alone reads the history. With the number of
         # chunks in its shape, the program would hold for some lengths only.
         return o, end, []
-    start = FastWeights.from_list(start, options.prenorm)
-    history = backend.block_causal_ttt_history(k, start, cu_seqlens_k is not None, options)
+    history = backend.block_causal_ttt_history(tokens.k, start, plan is not None, options)
     return o, end, history
 
 
 @torch.library.custom_op(
     "lact_kernels::block_causal_ttt_bwd",
     mutates_args=(),
-    schema=f"(Tensor do, Tensor[] dend, Tensor[] history, {TENSORS}, {OPTIONS})"
+    schema=f"(Tensor do, Tensor[] dend, Tensor[] history, {INPUTS})"
     " -> (Tensor dq, Tensor[] dtokens, Tensor[] dstart)",
 )
-def block_causal_ttt_bwd(
-    do, dend, history,
-    q, k, v, lr0, lr1, lr2, momentum, start, cu_seqlens_q, cu_seqlens_k, *options,
-):  # fmt: skip
-    backend, options = backend_of(options)
-    dq, dtokens, dstart = backend.block_causal_ttt_bwd(
-        do,
-        FastWeights.from_list(dend, options.prenorm) if dend else None,
-        q,
-        Tokens(k, v, lr0, lr1, lr2, momentum),
-        FastWeights.from_list(start, options.prenorm),
-        history,
-        _chunk_offsets(q, k, cu_seqlens_q, cu_seqlens_k, options),
-        options,
-    )
+def block_causal_ttt_bwd(do, dend, history, *inputs):
+    call, backend = _call(inputs)
+    ranks = named(call.ranks)
+    if ranks.receives:
+        received = len(call.start.updated)
+        history, start = history[:-received], call.start.with_updated(history[-received:])
+        call = call._replace(start=start)
+    if dend:
+        dend = ranks.sum_gradients(FastWeights.from_list(dend, call.options.prenorm))
+    dq, dtokens, dstart = backend.block_causal_ttt_bwd(call, history, do, dend or None)
     return dq, [x for x in dtokens if x is not None], dstart.to_list()
 
 
 @block_causal_ttt_bwd.register_fake
-def _(
-    do, dend, history,
-    q, k, v, lr0, lr1, lr2, momentum, start, cu_seqlens_q, cu_seqlens_k, *options,
-):  # fmt: skip
-    tokens = [k, v, lr0, lr1, lr2] + ([] if momentum is None else [momentum])
+def _(do, dend, history, *inputs):
+    q, *tokens = (x for x in inputs[:NUM_TENSORS] if x is not None)
+    start = inputs[NUM_TENSORS]
     return q.new_empty(q.shape), _empty_like(tokens), _empty_like(start)
 
 
 def _setup_context(ctx, inputs, output):
-    *tokens, start, cu_seqlens_q, cu_seqlens_k = inputs[:10]
-    _, _, history = output
+    start, plan = inputs[NUM_TENSORS : NUM_TENSORS + 2]
     ctx.num_start = len(start)
-    ctx.options = inputs[10:]
-    ctx.save_for_backward(*tokens, cu_seqlens_q, cu_seqlens_k, *start, *history)
+    ctx.options = inputs[NUM_TENSORS + 2 :]
+    ctx.save_for_backward(*inputs[:NUM_TENSORS], plan, *start, *output[2])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, do, dend, _dhistory):
     saved = ctx.saved_tensors  # a checkpoint unpacks them once
-    *tokens, cu_seqlens_q, cu_seqlens_k = saved[:9]
-    lists = saved[9:]
+    tensors, plan, lists = saved[:NUM_TENSORS], saved[NUM_TENSORS], saved[NUM_TENSORS + 1 :]
     start, history = lists[: ctx.num_start], lists[ctx.num_start :]
     if not history:
         raise RuntimeError(NO_HISTORY)
-    q, _, v, *_, momentum = tokens
+    q, _, v, *_, momentum = tensors
     if do is None:
         do = q.new_zeros(*q.shape[:3], v.shape[-1])
     if dend:
         dend = [torch.zeros_like(x) if g is None else g for x, g in zip(start, dend)]
     dq, dtokens, dstart = block_causal_ttt_bwd(
-        do, dend or [], history, *tokens, start, cu_seqlens_q, cu_seqlens_k, *ctx.options
+        do, dend or [], history, *tensors, start, plan, *ctx.options
     )
     dmomentum = dtokens[5] if momentum is not None else None
-    return dq, *dtokens[:5], dmomentum, dstart, None, None, *(None for _ in ctx.options)
+    return dq, *dtokens[:5], dmomentum, dstart, None, *(None for _ in ctx.options)
 
 
+register_derivatives(packed_plan)
 register_derivatives(block_causal_ttt_fwd, _backward, _setup_context)
 register_derivatives(block_causal_ttt_bwd)
+register_vmap(packed_plan)
 register_vmap(block_causal_ttt_fwd, batched=True)
 register_vmap(block_causal_ttt_bwd, batched=True)
 register_autocast("block_causal_ttt_fwd", cast_inputs=False)
 register_autocast("block_causal_ttt_bwd", cast_inputs=False)
 
 
-def backend_of(options: tuple) -> tuple[ModuleType, Options]:
-    """The chosen backend, imported only now, and what it is to do."""
-    *options, backend = options
+def _call(inputs: tuple) -> tuple[Call, ModuleType]:
+    """What an op is asked to compute, and the backend, imported only now."""
+    q, *tokens, start, plan = inputs[: NUM_TENSORS + 2]
+    chunk_size, muon, prenorm, return_end, interval, backend, ranks = inputs[NUM_TENSORS + 2 :]
+    tokens, start = Tokens(*tokens), FastWeights.from_list(start, prenorm)
+    momentum = tokens.momentum is not None
+    options = Options(chunk_size, muon, prenorm, momentum, return_end, interval)
     if backend == "triton":
         from lact_kernels.triton.fast_weights import block_causal_ttt
     else:
         from lact_kernels.eager import block_causal_ttt
-    return block_causal_ttt, Options(*options)
-
-
-def _chunk_offsets(q, k, cu_seqlens_q, cu_seqlens_k, options: Options) -> ChunkOffsets | None:
-    offsets = read_offsets(q, k, cu_seqlens_q, cu_seqlens_k)
-    if offsets is None:
-        return None
-    return ChunkOffsets.of(offsets, options.chunk_size, options.return_end)
+    return Call(q, tokens, start, plan, options, ranks), block_causal_ttt
 
 
 def _empty_like(tensors: list[Tensor]) -> list[Tensor]:

@@ -115,6 +115,16 @@ class FirstOrderFunction(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *args):
-        if torch._C._are_functorch_transforms_active():
-            raise NotImplementedError(NO_TRANSFORMS.format(cls.op))
+        refuse_transforms(cls.op)
         return super().apply(*args)
+
+
+def refuse_transforms(op: str, *args) -> None:
+    """For what talks to other processes, which know nothing of a transform of `torch.func` on this one.
+
+    Of `args` none may have a tangent of forward mode.
+    """
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(NO_TRANSFORMS.format(op))
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(op, args)

@@ -6,6 +6,7 @@ from torch.library import CustomOpDef
 from torch.utils._pytree import tree_leaves, tree_map
 
 OPAQUE = "history"  # what an op leaves to its backward under this name, in a layout of its own
+PACKED = ("cu_seqlens", "plan")  # how an op is told of packed sequences
 
 
 def register_vmap(op: CustomOpDef, batched: bool = False) -> None:
@@ -21,7 +22,7 @@ def register_vmap(op: CustomOpDef, batched: bool = False) -> None:
     first_input = arguments.index(OPAQUE) + 1 if OPAQUE in arguments else 0
 
     def rule(info, in_dims, *args):
-        borders = (x for name, x in zip(arguments, args) if name.startswith("cu_seqlens"))
+        borders = (x for name, x in zip(arguments, args) if name.startswith(PACKED))
         inputs_have_axis = any(dim is not None for dim in tree_leaves(in_dims[first_input:]))
         if batched and inputs_have_axis and all(x is None for x in borders):
             return at_once(info.batch_size, in_dims, args)

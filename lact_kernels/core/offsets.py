@@ -7,8 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lact_kernels.core.ttt_types import num_updates
-
 
 class Offsets(NamedTuple):
     """Borders of packed sequences in the one row of queries, and of keys, `B = 1`.
@@ -19,30 +17,6 @@ class Offsets(NamedTuple):
 
     queries: list[int]
     keys: list[int]
-
-
-class ChunkOffsets(NamedTuple):
-    """Borders of the chunks of each sequence in the one row of queries, and of keys.
-
-    Chunk c of sequence n has the queries `queries[n][c]:queries[n][c+1]`, and the keys likewise. All chunks
-    but a sequence's last are followed by an update; the last one may be empty.
-    """
-
-    queries: list[list[int]]
-    keys: list[list[int]]
-
-    @classmethod
-    def of(cls, offsets: Offsets, chunk_size: int, return_end: bool) -> "ChunkOffsets":
-        """Of sequences all whose tokens are here; with `return_end` every full chunk has an update."""
-        queries, keys = [], []
-        for n, (start, stop) in enumerate(itertools.pairwise(offsets.keys)):
-            updates = num_updates(stop - start, chunk_size, return_end)
-            borders = [*range(start, start + updates * chunk_size + 1, chunk_size), stop]
-            first = offsets.queries[n]
-            ahead = stop - offsets.queries[n + 1]  # of a query's place in its row, its key's
-            keys.append(borders)
-            queries.append([max(border - ahead, first) for border in borders])
-        return cls(queries, keys)
 
 
 def is_transformed() -> bool:

@@ -15,8 +15,11 @@ from typing import Literal, get_args, overload
 import torch
 from torch import Tensor
 
-from lact_kernels.core.ttt_state import TTTState, TTTTokens, joined_tokens, split_sequences
-from lact_kernels.core.ttt_types import FastWeights, Tokens
+from lact_kernels.autograd.derivatives import refuse_transforms
+from lact_kernels.core.call import Call, Options
+from lact_kernels.core.fast_weights import FastWeights
+from lact_kernels.core.state import TTTState, TTTTokens, joined_tokens
+from lact_kernels.core.tokens import Tokens
 from lact_kernels.distributed.across_chunks import scan_across_chunks
 from lact_kernels.distributed.exchange import TokenExchange, exchanged
 from lact_kernels.distributed.pending import pending_lengths
@@ -119,31 +122,33 @@ def block_causal_ttt(
     Source: arXiv 2505.23884, whose context parallelism is the scheme within chunks.
     """
     tokens, weights = Tokens(k, v, lr0, lr1, lr2, momentum), (w0, w1, w2)
+    refuse_transforms("lact_kernels.distributed.block_causal_ttt", q, *tokens, *weights)
     if isinstance(q, Tensor):
         q, tokens, weights = ops.autocast_inputs(q, tokens, weights)
+    options = Options(
+        chunk_size, muon, prenorm, momentum is not None, return_state, checkpoint_interval
+    )
 
     def facts():
-        nonlocal chunk_size, checkpoint_interval
+        nonlocal options
         checks.check_floating("q", q, "[B, T, H, Dk]")
         rows = len(pieces.borders) - 1 if pieces.packed else q.shape[0]
-        chunk_size, checkpoint_interval = ops.check_call(
-            q, tokens, weights, rows, initial_state, chunk_size, muon, prenorm, checkpoint_interval
-        )
+        options = ops.check_call(q, tokens, weights, rows, initial_state, options)
         checks.check_flag("return_state", return_state)
         checks.choose_backend(backend, q, ops.triton_obstacle(q, v, w0))
-        _check_pieces(q, pieces, scheme, chunk_size, initial_state)
+        _check_pieces(q, pieces, scheme, options.chunk_size, initial_state)
         fields = weights
         if initial_state is not None:
-            fields = [x for triple in initial_state[:4] for x in triple]
+            fields = initial_state.fast_weights.to_list()
         return {
             "q": (q.shape[0], *q.shape[2:]),
             "v": tuple(v.shape[2:]),
             "dtype": str(q.dtype),
             "weights": tuple(tuple(w.shape) for w in weights),
-            "chunk_size": chunk_size,
+            "chunk_size": options.chunk_size,
             "muon": muon,
             "prenorm": prenorm,
-            "momentum": momentum is not None,
+            "momentum": options.momentum,
             "scheme": scheme,
             "initial_state": initial_state and initial_state.pending_lengths,
             "return_state": return_state,
@@ -153,13 +158,14 @@ def block_causal_ttt(
     pieces.agree("block_causal_ttt", facts)
     backend = checks.choose_backend(backend, q, ops.triton_obstacle(q, v, w0))
     N = len(pieces.borders) - 1 if pieces.packed else q.shape[0]
-    state = initial_state or ops.new_state(weights, N, tokens, chunk_size, muon, prenorm)
+    state = initial_state or ops.new_state(weights, N, options, q.dtype)
     if scheme == "auto":
         contiguous = pieces.chunk_size is None
-        across = contiguous and pieces.num_tokens >= pieces.size * chunk_size
+        across = contiguous and pieces.num_tokens >= pieces.size * options.chunk_size
         scheme = "across_chunks" if across else "within_chunks"
     scan = scan_across_chunks if scheme == "across_chunks" else scan_within_chunks
-    o, end = scan(q, tokens, state, pieces, return_state, (checkpoint_interval, backend))
+    call = Call(q, tokens, state.fast_weights, None, options)
+    o, end = scan(call, state, pieces, backend)
     if not return_state:
         return o
     return o, _end_state(state, end, tokens, pieces)
@@ -189,14 +195,16 @@ def _check_pieces(q, pieces, scheme, chunk_size, state) -> None:
             )
 
 
-def _end_state(state: TTTState, end: FastWeights, tokens: Tokens, pieces) -> TTTState:
+def _end_state(
+    state: TTTState, end: FastWeights, tokens: Tokens, pieces: SequencePieces
+) -> TTTState:
     """The state after the last token: `end`, and the tokens of chunks that are not full."""
     C, pending = state.chunk_size, pending_lengths(state, pieces)
     spans = list(itertools.pairwise(pieces.borders))
     lengths = [stop - start for start, stop in spans]
     left = [(before + length) % C for before, length in zip(pending, lengths)]
     fetched = [min(rest, length) for rest, length in zip(left, lengths)]
-    new = TTTState(*end, (), *state[5:])
+    new = TTTState.of(end, state.options, state.dtype)
     if not any(left):
         return new
 
@@ -208,12 +216,10 @@ def _end_state(state: TTTState, end: FastWeights, tokens: Tokens, pieces) -> TTT
     if not pieces.packed:
         if left[0] > fetched[0]:
             rest = joined_tokens(state, rest)
-        return new.append(TTTTokens(*rest, (left[0],) * len(state.weights[0])))
-    sequences = [None if x is None else list(x) for x in split_sequences(rest, fetched)]
-    for n in range(len(spans)):
+        return new.append(TTTTokens(*rest, (left[0],) * state.num_sequences))
+    sequences = [sequence.map(lambda x: x[0]) for sequence in rest.split(fetched)]
+    for n, sequence in enumerate(sequences):
         if left[n] > fetched[n]:
-            row = [None if x is None else x[n][None] for x in sequences]
-            for x, whole in zip(sequences, joined_tokens(state.entry(n), row)):
-                if x is not None:
-                    x[n] = whole[0]
+            row = joined_tokens(state.entry(n), sequence.map(lambda x: x[None]))
+            sequences[n] = row.map(lambda x: x[0])
     return new.append(TTTTokens.padded(sequences))

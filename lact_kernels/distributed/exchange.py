@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lact_kernels.autograd.derivatives import FirstOrderFunction
+from lact_kernels.core.tokens import Tokens
 from lact_kernels.distributed.pieces import Range, SequencePieces, intersections
 
 
@@ -129,14 +130,13 @@ class _Exchanged(FirstOrderFunction):
         return None, *home
 
 
-def exchanged(exchange: TokenExchange, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """What this rank wants of each tensor `[B, t, ...]`, `[B, num_tokens, ...]`; None stays None.
+def exchanged(exchange: TokenExchange, tokens: Tokens) -> Tokens:
+    """What this rank wants of the tokens `[B, t, ...]`, `[B, num_tokens, ...]`.
 
     The backward is collective, too: results must have a part in what every rank derives. Where no rank wants
     anything there is nothing to do.
     """
     if exchange.is_empty:
-        return [None if x is None else x[:, :0] for x in tensors]
-    given = [x for x in tensors if x is not None]
-    results = iter(_Exchanged.apply(exchange, *given))
-    return [None if x is None else next(results) for x in tensors]
+        return tokens.at(slice(0))
+    results = iter(_Exchanged.apply(exchange, *(x for x in tokens if x is not None)))
+    return tokens.map(lambda _: next(results))

@@ -2,13 +2,9 @@
 
 import itertools
 
-from lact_kernels.core.ttt_state import (
-    TTTState,
-    joined_tokens,
-    packed_tokens,
-    split_sequences,
-)
-from lact_kernels.core.ttt_types import Tokens
+from lact_kernels.core import state as core
+from lact_kernels.core.state import TTTState
+from lact_kernels.core.tokens import Tokens
 
 
 def pending_lengths(state: TTTState, pieces) -> tuple[int, ...]:
@@ -22,8 +18,7 @@ def behind_pending(state: TTTState, tokens: Tokens, pieces, numbers: range) -> T
     if not any(state.pending_lengths):
         return tokens
     if not pieces.packed:
-        return Tokens(*joined_tokens(state, tokens))
+        return core.joined_tokens(state, tokens)
     borders = [pieces.local_index(b) for b in pieces.borders[numbers.start : numbers.stop + 1]]
     lengths = [stop - start for start, stop in itertools.pairwise(borders)]
-    entries = slice(numbers.start, numbers.stop)
-    return Tokens(*packed_tokens(state, split_sequences(tokens, lengths), entries))
+    return core.behind_pending(state, tokens, lengths, slice(numbers.start, numbers.stop))

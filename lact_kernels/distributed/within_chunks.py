@@ -6,12 +6,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lact_kernels.core.offsets import ChunkOffsets
-from lact_kernels.core.ttt_state import TTTState
-from lact_kernels.core.ttt_types import FastWeights, Ranks, Tokens, num_updates
+from lact_kernels.core.call import Call, Options
+from lact_kernels.core.fast_weights import FastWeights
+from lact_kernels.core.plan import Plan, num_updates
+from lact_kernels.core.ranks import Ranks, remember
+from lact_kernels.core.state import TTTState
 from lact_kernels.distributed.pending import behind_pending, pending_lengths
 from lact_kernels.distributed.pieces import SequencePieces
-from lact_kernels.distributed.scan import Scan, needs_gradient
+from lact_kernels.ops.block_causal_ttt import run
 
 
 class SharedChunks(Ranks):
@@ -24,6 +26,7 @@ class SharedChunks(Ranks):
 
     def __init__(self, pieces: SequencePieces):
         self.group, self.is_first = pieces.group, pieces.rank == 0
+        self.name = f"within chunks, {self.group.group_name}"
 
     def sum_(self, *tensors: Tensor) -> None:
         if len(tensors) == 1 and tensors[0].is_contiguous():
@@ -34,51 +37,59 @@ class SharedChunks(Ranks):
         for x, total in zip(tensors, flat.split([x.numel() for x in tensors])):
             x.copy_(total.view(x.shape))
 
+    def sum_gradients(self, dend: FastWeights) -> FastWeights:
+        total = FastWeights(*(tuple(map(torch.clone, triple)) for triple in dend))
+        self.sum_(*total.to_list())
+        return total
+
     def part(self, x: Tensor) -> Tensor:
         return x if self.is_first else torch.zeros_like(x)
 
 
-def scan_within_chunks(q, tokens: Tokens, state: TTTState, pieces, return_state: bool, how):
-    """Outputs and end (if asked for) of ranks that share the chunks. The first has the pending tokens."""
-    B, t = q.shape[:2]
+def scan_within_chunks(
+    call: Call, state: TTTState, pieces: SequencePieces, backend: str
+) -> tuple[Tensor, FastWeights | None]:
+    """Outputs, and the end if asked for, of ranks that share chunks. The first has the pending tokens."""
+    B, t = call.q.shape[:2]
     pending = pending_lengths(state, pieces)
-    offsets = pieces.once(
-        ("within", state.chunk_size, pending, return_state),
-        lambda: _shared_offsets(pieces, pending, state.chunk_size, return_state),
-    )
+    call = call._replace(ranks=remember(SharedChunks(pieces)))
     if any(pending) and pieces.rank == 0:
-        tokens = behind_pending(state, tokens, pieces, range(len(pending)))
-    if how[1] == "triton" and B > 1:  # whose kernels find chunks of such borders in one row only
-        q, tokens, offsets = _as_one_row(q, tokens, offsets)
-    gradients = needs_gradient(q, tokens, state)
-    scan = Scan.of(SharedChunks(pieces), offsets, state, return_state, how, gradients)
-    o, end = scan(q, tokens, FastWeights(*state[:4]))
+        numbers = range(len(pending))
+        call = call._replace(tokens=behind_pending(state, call.tokens, pieces, numbers))
+    rows, num_keys = 1, call.tokens.k.shape[1]
+    if backend == "triton" and B > 1:  # whose kernels find the chunks of a plan in one row only
+        rows = B
+        call = call._replace(q=call.q.flatten(0, 1)[None], tokens=call.tokens.as_row())
+
+    def make() -> Tensor:
+        plan = _shared_plan(pieces, pending, call.options)
+        return (plan if rows == 1 else _repeated(plan, rows, t, num_keys)).to_tensor()
+
+    key = ("within", call.options.chunk_size, pending, call.options.return_end, rows)
+    o, end = run(call._replace(plan=pieces.once(key, make)), backend)
     return o.view(B, t, *o.shape[2:]), end
 
 
-def _shared_offsets(pieces, pending, chunk_size: int, return_end: bool) -> ChunkOffsets:
+def _shared_plan(pieces: SequencePieces, pending: tuple[int, ...], options: Options) -> Plan:
     """Where the chunks of every sequence are among this rank's tokens."""
-    queries, keys, shift = [], [], 0
+    plan, shift, C = Plan([], []), 0, options.chunk_size
     for (start, stop), before in zip(itertools.pairwise(pieces.borders), pending):
-        updates = num_updates(before + stop - start, chunk_size, return_end)
-        firsts = (start - before + c * chunk_size for c in range(updates + 1))
+        updates = num_updates(before + stop - start, C, options.return_end)
+        firsts = (start - before + c * C for c in range(updates + 1))
         places = [*(min(max(first, start), stop) for first in firsts), stop]
         borders = [pieces.local_index(place) for place in places]
-        queries.append(borders)
+        plan.queries.append(borders)
         if pieces.rank > 0:
             before = 0
-        keys.append([borders[0] + shift, *(border + shift + before for border in borders[1:])])
+        keys = [borders[0] + shift, *(border + shift + before for border in borders[1:-1])]
+        plan.keys.append(keys)
         shift += before
-    return ChunkOffsets(queries, keys)
+    return plan
 
 
-def _as_one_row(q, tokens: Tokens, offsets: ChunkOffsets):
-    B = q.shape[0]
-
-    def repeated(borders: list[int], t: int) -> list[list[int]]:
-        return [[border + b * t for border in borders] for b in range(B)]
-
-    (queries,), (keys,) = offsets
-    offsets = ChunkOffsets(repeated(queries, q.shape[1]), repeated(keys, tokens.k.shape[1]))
-    tokens = Tokens(*(None if x is None else x.flatten(0, 1)[None] for x in tokens))
-    return q.flatten(0, 1)[None], tokens, offsets
+def _repeated(plan: Plan, rows: int, queries: int, keys: int) -> Plan:
+    """The plan of one row for several that lie end to end."""
+    return Plan(
+        [[border + row * keys for border in plan.keys[0]] for row in range(rows)],
+        [[border + row * queries for border in plan.queries[0]] for row in range(rows)],
+    )

@@ -15,24 +15,17 @@ Weights are `[B, H, rows, columns]`, float32 (float64 for float64 tokens), token
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lact_kernels.core.offsets import ChunkOffsets, Offsets
-from lact_kernels.core.ttt_types import (
-    ALONE,
-    RENORM_EPS,
-    FastWeights,
-    Options,
-    Ranks,
-    Tokens,
-    Triple,
-    num_updates,
-    phase,
-)
+from lact_kernels.core.call import Call, Options, phase
+from lact_kernels.core.fast_weights import RENORM_EPS, FastWeights, Triple
+from lact_kernels.core.plan import Plan, num_updates
+from lact_kernels.core.ranks import named
+from lact_kernels.core.tokens import Tokens
 from lact_kernels.eager import swiglu
 from lact_kernels.eager.newton_schulz import newton_schulz, newton_schulz_bwd
 
@@ -50,16 +43,19 @@ class Update(NamedTuple):
 
 
 class _Segment(NamedTuple):
-    """Updates that are computed in one go, and their tokens; a sequence's last has its tail, too."""
+    """Updates that are computed in one go; a sequence's last has the queries behind all updates, too."""
 
     rows: slice  # of the fast weights: the batch, or one packed sequence
-    queries: list[int]  # the borders of its chunks
-    keys: list[int]
-    updates: int
+    queries: list[int]  # borders of each version's queries
+    keys: list[int]  # borders of each update's keys
     kept: range  # what this segment adds to the history
     is_first: bool
     is_last: bool
     is_of_last_sequence: bool
+
+    @property
+    def updates(self) -> int:
+        return len(self.keys) - 1
 
     def of_queries(self, x: Tensor) -> Tensor:
         return x[:, self.queries[0] : self.queries[-1]]
@@ -70,37 +66,31 @@ class _Segment(NamedTuple):
         return [border - self.queries[0] for border in self.queries]
 
 
-def block_causal_ttt_fwd(
-    q: Tensor,
-    tokens: Tokens,
-    start: FastWeights,
-    offsets: ChunkOffsets | None,
-    options: Options,
-    ranks: Ranks = ALONE,
-) -> tuple[Tensor, FastWeights | None, list[Tensor]]:
+def block_causal_ttt_fwd(call: Call) -> tuple[Tensor, FastWeights | None, list[Tensor]]:
     """Outputs `[B, Tq, H, Dv]`, the fast weights after the last update, and the history.
 
-    The queries are those of the last Tq of the Tk tokens, or as `offsets` say, which are those of packed
-    sequences, or of all rows alike. The last sequence is scanned first: another rank may wait for it.
+    The last sequence is scanned first: another rank may wait for it.
     """
+    q, tokens, start, _, options, _ = call
+    ranks = named(call.ranks)
     o = q.new_empty(*q.shape[:3], tokens.v.shape[-1])
-    segments = _segments(q, tokens, offsets, options)
+    segments = _segments(call)
     kept = sum(len(s.kept) for s in segments)
-    history = block_causal_ttt_history(tokens.k, start, offsets is not None, options, kept)
+    history = block_causal_ttt_history(tokens.k, start, call.plan is not None, options, kept)
     ends = []
     for s in segments:
         if s.is_first:
             state = start.at(s.rows)
         with phase("scan"):
-            updates = _scan(tokens, state, s.keys[: s.updates + 1], options, ranks)
+            updates = _scan(call, state, s.keys)
         if s.is_last:
             end = updates[-1].after(state) if updates else state
             ends.append(end)
             if s.is_of_last_sequence:
-                ranks.hand_on(end)
+                ranks.send(end)
         with phase("apply"):
             s.of_queries(o).copy_(
-                swiglu.apply(s.of_queries(q), s.local_queries, *_all_weights(state, updates))
+                swiglu.apply(s.of_queries(q), s.local_queries, _all_weights(state, updates))
             )
         kept = updates if options.checkpoint_interval == 1 else updates[-1:]
         for row, update in zip(s.kept, kept):
@@ -113,25 +103,19 @@ def block_causal_ttt_fwd(
 
 
 def block_causal_ttt_bwd(
-    do: Tensor,
-    dend: FastWeights | None,
-    q: Tensor,
-    tokens: Tokens,
-    start: FastWeights,
-    history: list[Tensor],
-    offsets: ChunkOffsets | None,
-    options: Options,
-    ranks: Ranks = ALONE,
+    call: Call, history: list[Tensor], do: Tensor, dend: FastWeights | None
 ) -> tuple[Tensor, Tokens, FastWeights]:
     """Gradients of q, the tokens and the starting weights.
 
     `do` and `dend` are the gradients of the outputs and of the weights after the last update.
     """
+    q, tokens, start, _, options, _ = call
+    ranks = named(call.ranks)
     dq = q.new_empty(q.shape)
-    dtokens = Tokens(*(None if x is None else x.new_zeros(x.shape) for x in tokens))
+    dtokens = tokens.map(lambda x: x.new_zeros(x.shape))
     dend = dend or FastWeights(*(tuple(map(torch.zeros_like, triple)) for triple in start))
     dstarts = []
-    for s in reversed(_segments(q, tokens, offsets, options)):
+    for s in reversed(_segments(call)):
         state = start.at(s.rows)
         if not s.is_first:
             state = _read(history, s.kept.start - 1, options).after(state)
@@ -139,28 +123,27 @@ def block_causal_ttt_bwd(
             updates = [_read(history, row, options) for row in s.kept]
         else:
             with phase("scan"):
-                updates = _scan(tokens, state, s.keys[: s.updates + 1], options, ranks)
+                updates = _scan(call, state, s.keys)
         with phase("apply backward"):
-            dq_part, *dapply = swiglu.apply_bwd(
-                s.of_queries(do), s.of_queries(q), s.local_queries, *_all_weights(state, updates)
+            dq_part, dapply = swiglu.apply_bwd(
+                s.of_queries(do), s.of_queries(q), s.local_queries, _all_weights(state, updates)
             )
             s.of_queries(dq).copy_(dq_part)
         if s.is_last:
             dstate = dend.at(s.rows)
             if s.is_of_last_sequence:
-                dstate = ranks.handed_back(dstate)
+                dstate = ranks.receive_gradients(dstate)
             dpart = tuple(map(torch.zeros_like, dstate.weights))
         with phase("reverse scan"):
-            dstate, dpart = _reverse_scan(
-                dstate, dpart, dapply, tokens, state, updates, s.keys, options, dtokens, ranks
-            )
+            scan = _Scan(state, updates, s.keys, dapply)
+            dstate, dpart = _reverse_scan(call, scan, dstate, dpart, dtokens)
         if s.is_first:
             alike = FastWeights(*(tuple(map(ranks.part, triple)) for triple in dstate))
             dweights = tuple(map(torch.add, alike.weights, dpart))
             dstarts.append(alike._replace(weights=dweights))
-        del updates, dapply  # before the next segment makes its own
+        del updates, dapply, scan  # before the next segment makes its own
     dstart = _concatenated(dstarts)
-    ranks.hand_back(dstart)
+    ranks.send_gradients(dstart)
     return dq, dtokens, dstart
 
 
@@ -184,82 +167,79 @@ def block_causal_ttt_history(
     return [x.new_zeros(max(rows, at_least), B, *x.shape[1:]) for x in like]
 
 
-def _segments(
-    q: Tensor, tokens: Tokens, offsets: ChunkOffsets | None, options: Options
-) -> list[_Segment]:
+def _segments(call: Call) -> list[_Segment]:
     """Sequence by sequence, the last one first, and each in its order."""
-    interval = options.checkpoint_interval
-    if offsets is None:
-        whole = Offsets([0, q.shape[1]], [0, tokens.k.shape[1]])
-        offsets = ChunkOffsets.of(whole, options.chunk_size, options.return_end)
+    options, interval = call.options, call.options.checkpoint_interval
+    if call.plan is not None:
+        plan = Plan.from_tensor(call.plan)
+    else:
+        borders = [0, call.tokens.k.shape[1]], [0, call.q.shape[1]]
+        plan = Plan.block_causal(*borders, options.chunk_size, options.return_end)
     sequences, num_kept = [], 0
-    for n, (queries, keys) in enumerate(zip(offsets.queries, offsets.keys)):
-        segments, updates = [], len(keys) - 2
+    for n, (keys, queries) in enumerate(zip(*plan)):
+        segments, updates = [], len(keys) - 1
         length = options.segment if interval != 1 else max(updates, 1)
         for begin in range(0, max(updates, 1), length):
             stop = min(begin + length, updates)
             is_last = stop == updates
             rows = updates if interval == 1 else int(interval > 1 and not is_last)
             kept, num_kept = range(num_kept, num_kept + rows), num_kept + rows
-            chunks = slice(begin, stop + 1 + is_last)
             segments.append(
                 _Segment(
-                    rows=slice(None) if len(offsets.keys) == 1 else slice(n, n + 1),
-                    queries=queries[chunks],
-                    keys=keys[chunks],
-                    updates=stop - begin,
+                    rows=slice(None) if len(plan.keys) == 1 else slice(n, n + 1),
+                    queries=queries[begin : stop + 1 + is_last],
+                    keys=keys[begin : stop + 1],
                     kept=kept,
                     is_first=begin == 0,
                     is_last=is_last,
-                    is_of_last_sequence=n == len(offsets.keys) - 1,
+                    is_of_last_sequence=n == len(plan.keys) - 1,
                 )
             )
         sequences.append(segments)
     return [s for segments in reversed(sequences) for s in segments]
 
 
-def _scan(
-    tokens: Tokens, state: FastWeights, borders: list[int], options: Options, ranks: Ranks
-) -> list[Update]:
+def _scan(call: Call, state: FastWeights, borders: list[int]) -> list[Update]:
     """The updates of the chunks between these borders."""
-    updates, betas = [], _betas(tokens, borders, options, ranks)
-    for chunk, beta in zip(_chunks(tokens, borders), betas):
-        steps = swiglu.gradients(*chunk[:5], *state.weights)
+    ranks = named(call.ranks)
+    updates, betas = [], _betas(call, borders)
+    for chunk, beta in zip(_chunks(call.tokens, borders), betas):
+        steps = swiglu.gradients(chunk, state.weights)
         ranks.sum_(*steps)
         if state.buffers:
             steps = tuple(g + beta * m for g, m in zip(steps, state.buffers))
-        sums = _add_steps(state, steps, options.muon)
+        sums = _add_steps(state, steps, call.options.muon)
         weights = tuple(_renorm(x, norm) for x, norm in zip(sums, state.norms))
         updates.append(Update(weights, state.masters and sums, steps))
         state = updates[-1].after(state)
     return updates
 
 
+class _Scan(NamedTuple):
+    """A scan of some chunks, to be gone through in reverse."""
+
+    state: FastWeights  # before the first update
+    updates: list[Update]
+    borders: list[int]  # of the chunks' keys
+    dapply: Triple  # gradients that the weights, `[updates + 1, B, H, ...]`, get from their queries
+
+
 def _reverse_scan(
-    dend: FastWeights,
-    dpart: Triple,
-    dapply: list[Tensor],
-    tokens: Tokens,
-    state: FastWeights,
-    updates: list[Update],
-    borders: list[int],
-    options: Options,
-    dtokens: Tokens,
-    ranks: Ranks,
+    call: Call, scan: _Scan, dend: FastWeights, dpart: Triple, dtokens: Tokens
 ) -> tuple[FastWeights, Triple]:
-    """Gradients of the tokens into `dtokens`; those of `state`, before the first update, are returned.
+    """Gradients of the tokens into `dtokens`; those of the state before the first update are returned.
 
     The gradient of the weights comes in two parts: what ranks that share chunks know alike, in `dend` and the
-    first result, and what this one has from its own tokens, `dpart`. `dapply` are the gradients that the
-    weights, `[updates + 1, B, H, ...]`, get from their queries.
+    first result, and what this one has from its own tokens, `dpart`.
     """
-    states = [state]
+    options, ranks = call.options, named(call.ranks)
+    updates, dapply = scan.updates, scan.dapply
+    states = [scan.state]
     for update in updates[:-1]:
-        states.append(update.after(state))
+        states.append(update.after(states[-1]))
     dweights, dnorms, dmasters, dbuffers = dend
-    borders = borders[: len(updates) + 1]
-    chunks, dchunks = (list(_chunks(x, borders)) for x in (tokens, dtokens))
-    betas = _betas(tokens, borders, options, ranks)
+    chunks, dchunks = (list(_chunks(x, scan.borders)) for x in (call.tokens, dtokens))
+    betas = _betas(call, scan.borders)
     for c in reversed(range(len(updates))):
         chunk, dchunk = chunks[c], dchunks[c]
         state, steps = states[c], updates[c].steps
@@ -285,7 +265,7 @@ def _reverse_scan(
             dbeta = sum((d * m).sum(dim=(-2, -1)) for d, m in zip(dsteps, state.buffers))  # [B, H]
             dchunk.momentum.copy_((dbeta / options.chunk_size)[:, None])
 
-        dpart = swiglu.gradients_bwd(*dsteps, *chunk[:5], *state.weights, out=dchunk[:5])
+        dpart = swiglu.gradients_bwd(dsteps, chunk, state.weights, out=dchunk)
 
     dpart = tuple(dp + da[0] for dp, da in zip(dpart, dapply))
     return FastWeights(dweights, dnorms, dmasters, dbuffers), dpart
@@ -328,15 +308,16 @@ def _renorm_bwd(dout: Tensor, x: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
     return (dout - radial) * (norm[..., None] / (length + RENORM_EPS)), along[..., 0]
 
 
-def _chunks(tokens: Tokens, borders: list[int]) -> Iterator[Tokens]:
+def _chunks(tokens: Tokens, borders: Sequence[int]) -> Iterator[Tokens]:
     return (tokens.at(slice(*chunk)) for chunk in itertools.pairwise(borders))
 
 
-def _betas(tokens: Tokens, borders: list[int], options: Options, ranks: Ranks) -> list[Tensor]:
+def _betas(call: Call, borders: Sequence[int]) -> list[Tensor]:
     """The mean momentum of each chunk, `[B, H, 1, 1]`; without momentum None for each."""
-    if tokens.momentum is None or len(borders) < 2:
+    momentum = call.tokens.momentum
+    if momentum is None or len(borders) < 2:
         return [None] * (len(borders) - 1)
-    sums = torch.stack([chunk.momentum.sum(dim=1) for chunk in _chunks(tokens, borders)])
-    betas = sums / options.chunk_size
-    ranks.sum_(betas)
+    sums = torch.stack([momentum[:, a:b].sum(dim=1) for a, b in itertools.pairwise(borders)])
+    betas = sums / call.options.chunk_size
+    named(call.ranks).sum_(betas)
     return list(betas[..., None, None])

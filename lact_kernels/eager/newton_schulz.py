@@ -15,7 +15,7 @@ runs in float32 (float64 for float64) whatever the dtype of the op's inputs.
 import torch
 from torch import Tensor
 
-from lact_kernels.core.ttt_types import NEWTON_SCHULZ_COEFFICIENTS, NEWTON_SCHULZ_EPS
+from lact_kernels.core.fast_weights import NEWTON_SCHULZ_COEFFICIENTS, NEWTON_SCHULZ_EPS
 
 
 def newton_schulz(g: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ Tokens are `[B, T, H, D]`, weights `[B, H, Dh, Dk]` (w0, w2) and `[B, H, Dv, Dh]
 matrix products are rounded to the tokens' dtype, the products accumulated and returned in
 float32 (float64 for float64 tokens), and all between two products is float32. What an update and its
 backward round keeps float32's range: Muon divides a step by its norm, however small, and the gradient of
-that is beyond float16. Products run over
-pieces of the tokens, small enough that what lies between them stays in a CPU's cache.
+that is beyond float16. Products run over blocks of the tokens, small enough that what lies between them
+stays in a CPU's cache.
 
 Names, for a key k and a value v: gate = w0 k, up = w2 k, hidden = silu(gate) * up, dhidden = w1^T v.
 """
@@ -17,13 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lact_kernels.core.fast_weights import Triple
+from lact_kernels.core.tokens import Tokens
+
 silu_backward = torch.ops.aten.silu_backward  # (grad, x) -> grad * silu'(x)
 
-CPU_PIECE, DEVICE_PIECE = 1 << 18, 1 << 26  # hidden activations of one piece, over all its heads
-MIN_PIECE_TOKENS = 64
+CPU_BLOCK, DEVICE_BLOCK = 1 << 18, 1 << 26  # hidden activations of one block, over all its heads
+MIN_BLOCK_TOKENS = 64
 
 
-class _Piece(NamedTuple):
+class _Block(NamedTuple):
     """`count` chunks whole, or a part of one, from token `first` and chunk `chunk` on."""
 
     first: int
@@ -54,33 +57,33 @@ class _Piece(NamedTuple):
         view.copy_(result.view(view.shape))
 
 
-def apply(q: Tensor, borders: Sequence[int], w0: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+def apply(q: Tensor, borders: Sequence[int], weights: Triple) -> Tensor:
     """f(q), each token through the weights of its chunk, which are `[chunks, B, H, ...]`.
 
     Chunk c has the queries `borders[c]:borders[c+1]`. Returns `[B, T, H, Dv]`, q's dtype.
     """
-    o = q.new_empty(*q.shape[:3], w1.shape[-2])
-    weights = [_rounded(w, q.dtype) for w in (w0, w1, w2)]
-    for piece in _pieces(q, w0.shape[-2], borders):
-        w0, w1, w2 = (piece.weights(w) for w in weights)
-        x = piece.tokens(q)
+    o = q.new_empty(*q.shape[:3], weights[1].shape[-2])
+    weights = [_rounded(w, q.dtype) for w in weights]
+    for block in _blocks(q, weights[0].shape[-2], borders):
+        w0, w1, w2 = (block.weights(w) for w in weights)
+        x = block.tokens(q)
         hidden = F.silu(x @ w0.mT, inplace=True).mul_(x @ w2.mT)
-        piece.write(o, _rounded(hidden, q.dtype) @ w1.mT)
+        block.write(o, _rounded(hidden, q.dtype) @ w1.mT)
     return o
 
 
 def apply_bwd(
-    do: Tensor, q: Tensor, borders: Sequence[int], w0: Tensor, w1: Tensor, w2: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    do: Tensor, q: Tensor, borders: Sequence[int], weights: Triple
+) -> tuple[Tensor, Triple]:
     """Gradients of `apply`: of q, and of each chunk's weights, `[chunks, B, H, ...]`."""
     dtype = q.dtype
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    weights = [_rounded(w, dtype) for w in (w0, w1, w2)]
-    dweights = [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in (w0, w1, w2)]
-    for piece in _pieces(q, w0.shape[-2], borders):
-        w0, w1, w2 = (piece.weights(w) for w in weights)
-        dw0, dw1, dw2 = (piece.weights(dw) for dw in dweights)
-        x, dy = piece.tokens(q), piece.tokens(do)
+    dweights = _zeros_like(weights)
+    weights = [_rounded(w, dtype) for w in weights]
+    for block in _blocks(q, weights[0].shape[-2], borders):
+        w0, w1, w2 = (block.weights(w) for w in weights)
+        dw0, dw1, dw2 = (block.weights(dw) for dw in dweights)
+        x, dy = block.tokens(q), block.tokens(do)
         gate, up, dhidden = x @ w0.mT, x @ w2.mT, dy @ w1
         silu = F.silu(gate)
         dup = _rounded(silu * dhidden, dtype)
@@ -88,51 +91,37 @@ def apply_bwd(
         dw0.baddbmm_(dgate.mT, x)
         dw1.baddbmm_(dy.mT, _rounded(silu.mul_(up), dtype))
         dw2.baddbmm_(dup.mT, x)
-        piece.write(dq, (dgate @ w0).baddbmm_(dup, w2))
-    return dq, *dweights
+        block.write(dq, (dgate @ w0).baddbmm_(dup, w2))
+    return dq, dweights
 
 
-def gradients(
-    k: Tensor, v: Tensor, lr0: Tensor, lr1: Tensor, lr2: Tensor, w0: Tensor, w1: Tensor, w2: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def gradients(tokens: Tokens, weights: Triple) -> Triple:
     """Gradients of `sum_t <f(k_t), v_t>` with respect to w0, w1 and w2, one chunk's tokens.
 
-    Each token's share is weighted by its learning rate for that matrix, `[B, T, H]`. The weights
-    and the result are `[B, H, ...]`.
+    Each token's share is weighted by its learning rate for that matrix. The weights and the result are
+    `[B, H, ...]`.
     """
+    k, v, lr0, lr1, lr2, _ = tokens
     dtype = k.dtype
-    weights = [_rounded(w, dtype)[None] for w in (w0, w1, w2)]
-    sums = [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in (w0, w1, w2)]
+    sums = _zeros_like(weights)
+    weights = [_rounded(w, dtype)[None] for w in weights]
     g0, g1, g2 = (g.flatten(0, 1) for g in sums)
-    for piece in _pieces(k, w0.shape[-2]):
-        w0, w1, w2 = (piece.weights(w) for w in weights)
-        x, y = piece.tokens(k), piece.tokens(v)
+    for block in _blocks(k, weights[0].shape[-2]):
+        w0, w1, w2 = (block.weights(w) for w in weights)
+        x, y = block.tokens(k), block.tokens(v)
         gate, up, dhidden = x @ w0.mT, x @ w2.mT, y @ w1
         silu = F.silu(gate)
-        dup = (silu * dhidden).mul_(piece.scalars(lr2))
-        dgate = silu_backward(dhidden.mul_(up), gate).mul_(piece.scalars(lr0))
-        lr1_v, hidden = y * piece.scalars(lr1), silu.mul_(up)
+        dup = (silu * dhidden).mul_(block.scalars(lr2))
+        dgate = silu_backward(dhidden.mul_(up), gate).mul_(block.scalars(lr0))
+        lr1_v, hidden = y * block.scalars(lr1), silu.mul_(up)
         g0.baddbmm_(_rounded_gradient(dgate, dtype).mT, x)
         g1.baddbmm_(_rounded_gradient(lr1_v, dtype).mT, _rounded_gradient(hidden, dtype))
         g2.baddbmm_(_rounded_gradient(dup, dtype).mT, x)
-    return tuple(sums)
+    return sums
 
 
-def gradients_bwd(
-    dg0: Tensor,
-    dg1: Tensor,
-    dg2: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lr0: Tensor,
-    lr1: Tensor,
-    lr2: Tensor,
-    w0: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `gradients`: those of k, v, lr0, lr1 and lr2 into `out`, those of w0, w1, w2 returned.
+def gradients_bwd(dsums: Triple, tokens: Tokens, weights: Triple, out: Tokens) -> Triple:
+    """Gradients of `gradients`: those of k, v and the rates into `out`, those of the weights returned.
 
     The products with the incoming gradients give what the three factors of each outer product get:
 
@@ -141,17 +130,18 @@ def gradients_bwd(
     and the rest is the chain rule through hidden = silu(gate) up, dup = dhidden silu(gate) and
     dgate = dhidden up silu'(gate).
     """
+    k, v, lr0, lr1, lr2, _ = tokens
+    dk, dv, dlr0, dlr1, dlr2, _ = out
     dtype = k.dtype
-    dk, dv, dlr0, dlr1, dlr2 = out
-    weights = [_rounded(w, dtype)[None] for w in (w0, w1, w2)]
-    cotangents = [_rounded_gradient(g, dtype)[None] for g in (dg0, dg1, dg2)]
-    dweights = [torch.zeros_like(w, memory_format=torch.contiguous_format) for w in (w0, w1, w2)]
+    dweights = _zeros_like(weights)
+    weights = [_rounded(w, dtype)[None] for w in weights]
+    cotangents = [_rounded_gradient(g, dtype)[None] for g in dsums]
     dw0, dw1, dw2 = (dw.flatten(0, 1) for dw in dweights)
-    for piece in _pieces(k, w0.shape[-2]):
-        w0, w1, w2 = (piece.weights(w) for w in weights)
-        dg0, dg1, dg2 = (piece.weights(g) for g in cotangents)
-        rate0, rate1, rate2 = (piece.scalars(lr) for lr in (lr0, lr1, lr2))
-        x, y = piece.tokens(k), piece.tokens(v)
+    for block in _blocks(k, weights[0].shape[-2]):
+        w0, w1, w2 = (block.weights(w) for w in weights)
+        dg0, dg1, dg2 = (block.weights(g) for g in cotangents)
+        rate0, rate1, rate2 = (block.scalars(lr) for lr in (lr0, lr1, lr2))
+        x, y = block.tokens(k), block.tokens(v)
 
         gate, up, dhidden = x @ w0.mT, x @ w2.mT, y @ w1
         sigmoid = torch.sigmoid(gate)
@@ -161,9 +151,9 @@ def gradients_bwd(
         hidden, dup, dgate = silu * up, dhidden * silu, dhidden * up * slope
 
         dgate_k, dup_k, hidden_v = x @ dg0.mT, x @ dg2.mT, y @ dg1
-        piece.write(dlr0[..., None], (dgate_k * dgate).sum(dim=-1, keepdim=True))
-        piece.write(dlr1[..., None], (hidden_v * hidden).sum(dim=-1, keepdim=True))
-        piece.write(dlr2[..., None], (dup_k * dup).sum(dim=-1, keepdim=True))
+        block.write(dlr0[..., None], (dgate_k * dgate).sum(dim=-1, keepdim=True))
+        block.write(dlr1[..., None], (hidden_v * hidden).sum(dim=-1, keepdim=True))
+        block.write(dlr2[..., None], (dup_k * dup).sum(dim=-1, keepdim=True))
         dgate_k, dup_k, hidden_v = dgate_k * rate0, dup_k * rate2, hidden_v * rate1
 
         # What hidden, dup and dgate, the left factors, pass on to dhidden, up and gate.
@@ -175,22 +165,22 @@ def gradients_bwd(
         dx = _rounded_gradient(rate0 * dgate, dtype) @ dg0
         dx.baddbmm_(_rounded_gradient(rate2 * dup, dtype), dg2)
         dx.baddbmm_(through_gate, w0).baddbmm_(through_up, w2)
-        piece.write(dk, dx)
-        piece.write(
+        block.write(dk, dx)
+        block.write(
             dv, (rate1 * (_rounded_gradient(hidden, dtype) @ dg1.mT)).baddbmm_(ddhidden, w1.mT)
         )
         dw0.baddbmm_(through_gate.mT, x)
         dw1.baddbmm_(y.mT, ddhidden)
         dw2.baddbmm_(through_up.mT, x)
-    return tuple(dweights)
+    return dweights
 
 
-def _pieces(x: Tensor, hidden_dim: int, borders: Sequence[int] | None = None) -> Iterator[_Piece]:
-    """Cut the tokens of `[B, T, H, D]` at chunk borders, and further or less far by the piece's size."""
+def _blocks(x: Tensor, hidden_dim: int, borders: Sequence[int] | None = None) -> Iterator[_Block]:
+    """Cut the tokens of `[B, T, H, D]` at chunk borders, and further or less far by the block's size."""
     B, T, H, _ = x.shape
     borders = [0, T] if borders is None else borders
-    size = CPU_PIECE if x.is_cpu else DEVICE_PIECE
-    most = max(MIN_PIECE_TOKENS, size // max(1, B * H * hidden_dim))
+    size = CPU_BLOCK if x.is_cpu else DEVICE_BLOCK
+    most = max(MIN_BLOCK_TOKENS, size // max(1, B * H * hidden_dim))
     chunk, chunks = 0, len(borders) - 1 if B else 0
     while chunk < chunks:
         first, length, count = borders[chunk], borders[chunk + 1] - borders[chunk], 1
@@ -202,8 +192,12 @@ def _pieces(x: Tensor, hidden_dim: int, borders: Sequence[int] | None = None) ->
             parts = -(-length // most)  # of nearly equal length, of a chunk that is too large
             part = -(-length // parts)
             for start in range(0, length, part):
-                yield _Piece(first + start, chunk, count, min(part, length - start))
+                yield _Block(first + start, chunk, count, min(part, length - start))
         chunk += count
+
+
+def _zeros_like(weights: Triple) -> Triple:
+    return tuple(torch.zeros_like(w, memory_format=torch.contiguous_format) for w in weights)
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:

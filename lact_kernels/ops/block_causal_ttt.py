@@ -1,6 +1,8 @@
 """`block_causal_ttt`: test-time training of SwiGLU fast weights, chunk by chunk."""
 
+import itertools
 import operator
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
@@ -8,17 +10,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from lact_kernels.autograd.autocast import autocast_dtype, autocasts
-from lact_kernels.autograd.block_causal_ttt import block_causal_ttt_fwd
-from lact_kernels.core.offsets import cu_seqlens_of, on_host, packed_offsets
-from lact_kernels.core.ttt_state import (
-    StateOptions,
-    TTTState,
-    TTTTokens,
-    joined_tokens,
-    packed_tokens,
-    split_sequences,
-)
-from lact_kernels.core.ttt_types import FastWeights, Tokens, num_updates
+from lact_kernels.autograd.block_causal_ttt import block_causal_ttt_fwd, packed_plan
+from lact_kernels.core.call import Call, Options
+from lact_kernels.core.fast_weights import FastWeights
+from lact_kernels.core.offsets import packed_offsets
+from lact_kernels.core.plan import Plan, num_updates
+from lact_kernels.core.state import TTTState, TTTTokens, behind_pending, joined_tokens
+from lact_kernels.core.tokens import Tokens
 from lact_kernels.ops import checks
 from lact_kernels.ops.checks import Backend
 
@@ -154,21 +152,23 @@ def block_causal_ttt(
     if cu_seqlens is not None:
         checks.check_cu_seqlens(cu_seqlens, q)
         N = cu_seqlens.shape[0] - 1
-    chunk_size, checkpoint_interval = check_call(
-        q, tokens, weights, N, initial_state, chunk_size, muon, prenorm, checkpoint_interval
+    options = Options(
+        chunk_size, muon, prenorm, momentum is not None, return_state, checkpoint_interval
     )
+    options = check_call(q, tokens, weights, N, initial_state, options)
     backend = checks.choose_backend(backend, q, triton_obstacle(q, v, w0))
-    state = initial_state or new_state(weights, N, tokens, chunk_size, muon, prenorm)
-    if initial_state is not None and checks.left_inference_mode(state.weights[0]):
-        state = state.map(torch.clone)
-    if cu_seqlens is not None:
-        cu_seqlens = on_host(cu_seqlens)  # from here on nothing waits for the device
-    how = (checkpoint_interval, backend)
+    state = initial_state or new_state(weights, N, options, q.dtype)
     if initial_state is None and not return_state:
-        return _run(q, tokens, state, cu_seqlens, cu_seqlens, False, how)[0]
-    if initial_state is None:
+        plan = None
+        if cu_seqlens is not None:
+            plan = packed_plan(cu_seqlens, q.shape[1], options.chunk_size, False)
+        return run(Call(q, tokens, state.fast_weights, plan, options), backend)[0]
+    if initial_state is None or checks.left_inference_mode(state.weights[0]):
         state = state.map(torch.clone)  # its own memory: an optimizer changes w0, w1, w2 in place
-    o, state = _continue(q, tokens, state, cu_seqlens, return_state, how)
+    offsets = None if cu_seqlens is None else packed_offsets(cu_seqlens, q.shape[1])
+    o, state = _continue(
+        Call(q, tokens, state.fast_weights, None, options), state, offsets, backend
+    )
     return (o, state) if return_state else o
 
 
@@ -185,97 +185,102 @@ def autocast_inputs(q: Tensor, tokens: Tokens, weights) -> tuple[Tensor, Tokens,
     return qkv[0], Tokens(*qkv[1:], *scalars), weights
 
 
-def new_state(weights, N: int, tokens: Tokens, chunk_size, muon, prenorm) -> TTTState:
+def new_state(weights, N: int, options: Options, dtype: torch.dtype) -> TTTState:
     """The state before the first token of N sequences, which shares the memory of the weights."""
     weights = tuple(w.expand(N, *w.shape[-3:]) for w in weights)
     norms = tuple(torch.linalg.vector_norm(w, dim=-1) for w in weights)
     buffers = ()
-    if tokens.momentum is not None:
+    if options.momentum:
         buffers = tuple(w.new_zeros(()).expand(w.shape) for w in weights)
-    masters = weights if prenorm else ()
-    return TTTState(weights, norms, masters, buffers, (), chunk_size, muon, tokens.k.dtype)
+    masters = weights if options.prenorm else ()
+    return TTTState.of(FastWeights(weights, norms, masters, buffers), options, dtype)
 
 
-def _run(q, tokens, state: TTTState, cu_seqlens_q, cu_seqlens_k, return_end: bool, how):
-    """The registered op: outputs, and with `return_end` the state after the last full chunks.
-
-    `how` is what a call chooses for itself alone: checkpoint interval and backend.
-    """
-    checkpoint_interval, backend = how
-    prenorm = len(state.masters) > 0
-    start = FastWeights(*state[:4]).to_list()
+def run(call: Call, backend: Backend) -> tuple[Tensor, FastWeights | None]:
+    """The registered op: outputs, and with `return_end` the fast weights after the last update."""
+    q, tokens, start, plan, options, ranks = call
+    start = start.to_list()
+    interval = options.checkpoint_interval
     if not checks.may_need_backward(q, *tokens, *start):
-        checkpoint_interval = 0
-    options = (state.chunk_size, state.muon, prenorm, return_end, checkpoint_interval, backend)
-    o, end, _ = block_causal_ttt_fwd(q, *tokens, start, cu_seqlens_q, cu_seqlens_k, *options)
-    if return_end:
-        state = TTTState(*FastWeights.from_list(end, prenorm), (), *state[5:])
-    return o, state
+        interval = 0
+    o, end, _ = block_causal_ttt_fwd(
+        q, *tokens, start, plan, options.chunk_size, options.muon, options.prenorm,
+        options.return_end, interval, backend, ranks,
+    )  # fmt: skip
+    return o, FastWeights.from_list(end, options.prenorm) if end else None
 
 
-def _continue(q, tokens, state: TTTState, cu_seqlens, return_state: bool, how):
-    """Outputs, and the state after these tokens.
+def _continue(
+    call: Call, state: TTTState, offsets: list[int] | None, backend: Backend
+) -> tuple[Tensor, TTTState | None]:
+    """Outputs, and with `return_end` the state after these tokens.
 
     Sequences none of which fills a chunk only apply their weights. Rows that stand at the same place
     of their chunks are scanned as they are; all others as one packed row, side by side.
     """
+    q, tokens, options = call.q, call.tokens, call.options
     B, T = q.shape[:2]
-    C = state.chunk_size
-    packed = cu_seqlens is not None
+    C, return_end = options.chunk_size, options.return_end
     lengths = (T,) * B
-    if packed:
-        offsets = packed_offsets(cu_seqlens, T)
+    if offsets is not None:
         lengths = tuple(stop - start for start, stop in zip(offsets, offsets[1:]))
     totals = tuple(map(operator.add, state.pending_lengths, lengths))
 
-    if not any(num_updates(total, C, return_state) for total in totals):
-        o, _ = _run(q, tokens, state, cu_seqlens, cu_seqlens, False, how)
-        new = (
-            TTTTokens.padded(split_sequences(tokens, lengths))
-            if packed
-            else TTTTokens(*tokens, lengths)
+    if not any(num_updates(total, C, return_end) for total in totals):
+        plan = (
+            None if offsets is None else Plan.block_causal(offsets, offsets, C, False).to_tensor()
         )
-        return o, state.append(new) if return_state else None
+        o, _ = run(call._replace(plan=plan, options=options._replace(return_end=False)), backend)
+        if not return_end:
+            return o, None
+        if offsets is None:
+            return o, state.append(TTTTokens(*tokens, lengths))
+        return o, state.append(TTTTokens.padded(_sequences(tokens, lengths)))
 
-    if not packed and len(set(totals)) == 1:
-        joined = joined_tokens(state, tokens) if state.pending else tokens
-        o, end = _run(q, joined, state, None, None, return_state, how)
+    if offsets is None and len(set(totals)) == 1:
+        tokens = joined_tokens(state, tokens)
+        o, end = run(call._replace(tokens=tokens), backend)
+        if end is None:
+            return o, None
         left = totals[0] % C
-        rest = (None if x is None else x[:, x.shape[1] - left :] for x in joined)
-        return o, end.append(TTTTokens(*rest, (left,) * B)) if return_state else None
+        rest = TTTTokens(*tokens.at(slice(tokens.k.shape[1] - left, None)), (left,) * B)
+        return o, TTTState.of(end, options, state.dtype).append(rest)
 
-    if not packed:
-        q, *tokens = (None if x is None else x.flatten(0, 1)[None] for x in (q, *tokens))
-        cu_seqlens = cu_seqlens_of(lengths)
-    joined = packed_tokens(state, split_sequences(tokens, lengths)) if state.pending else tokens
-    cu_seqlens_k = cu_seqlens_of(totals)
-    o, end = _run(q, joined, state, cu_seqlens, cu_seqlens_k, return_state, how)
+    if offsets is None:
+        q, tokens, offsets = q.flatten(0, 1)[None], tokens.as_row(), _borders(lengths)
+    tokens = behind_pending(state, tokens, lengths)
+    plan = Plan.block_causal(_borders(totals), offsets, C, return_end).to_tensor()
+    o, end = run(call._replace(q=q, tokens=tokens, plan=plan), backend)
     o = o.view(B, T, *o.shape[2:])
-    if not return_state:
+    if end is None:
         return o, None
-    rest = [
-        None if column is None else [x[len(x) // C * C :] for x in column]
-        for column in split_sequences(joined, totals)
-    ]
-    return o, end.append(TTTTokens.padded(rest))
+    rest = [x.map(lambda x: x[len(x) // C * C :]) for x in _sequences(tokens, totals)]
+    return o, TTTState.of(end, options, state.dtype).append(TTTTokens.padded(rest))
 
 
-def check_call(
-    q, tokens: Tokens, weights, rows: int, state, chunk_size, muon, prenorm, checkpoint_interval
-) -> tuple[int, int]:
+def _sequences(row: Tokens, lengths: Sequence[int]) -> list[Tokens]:
+    """The sequences of these lengths, `[t, ...]`, of a packed row."""
+    return row.map(lambda x: x[0]).split(lengths, dim=0)
+
+
+def _borders(lengths: Sequence[int]) -> list[int]:
+    return [0, *itertools.accumulate(lengths)]
+
+
+def check_call(q, tokens: Tokens, weights, rows: int, state, options: Options) -> Options:
     """What every call must fulfil; `rows` is the number of its sequences.
 
     Returns:
-        The chunk size and the checkpoint interval.
+        The options, with plain numbers.
     """
-    chunk_size = checks.check_count("chunk_size", chunk_size)
-    checks.check_flags(muon=muon, prenorm=prenorm)
-    interval = checks.check_count("checkpoint_interval", checkpoint_interval)
+    chunk_size = checks.check_count("chunk_size", options.chunk_size)
+    checks.check_flags(muon=options.muon, prenorm=options.prenorm)
+    interval = checks.check_count("checkpoint_interval", options.checkpoint_interval)
+    options = options._replace(chunk_size=chunk_size, checkpoint_interval=interval)
     _check_tensors(q, tokens, weights, rows)
     if state is not None:
-        options = StateOptions(chunk_size, muon, prenorm, tokens.momentum is not None)
-        _check_state(state, tokens, weights, rows, options)
-    return chunk_size, interval
+        _check_state(state, tokens, weights, rows, options.shared)
+    return options
 
 
 def _check_tensors(q, tokens: Tokens, weights, rows: int) -> None:
@@ -320,7 +325,7 @@ def triton_obstacle(q, v, w0) -> str | None:
     return None
 
 
-def _check_state(state, tokens: Tokens, weights, rows: int, options: StateOptions) -> None:
+def _check_state(state, tokens: Tokens, weights, rows: int, options: Options) -> None:
     if not isinstance(state, TTTState):
         raise TypeError(f"initial_state must be a TTTState, got {type(state).__name__}")
     if state.options != options:
@@ -330,11 +335,11 @@ def _check_state(state, tokens: Tokens, weights, rows: int, options: StateOption
         shape = (rows, *w.shape[-3:])
         checks.check_tensor(f"initial_state.weights[{i}]", ours, shape, layout, w.dtype, w.device)
     for name, i, x in (("k", 0, tokens.k), ("v", 1, tokens.v)):
-        for piece in state.pending[:1]:
-            shape = (rows, piece[i].shape[1], *x.shape[2:])
+        for waiting in state.pending[:1]:
+            shape = (rows, waiting[i].shape[1], *x.shape[2:])
             layout = "[N, pending, H, D] of this call"
             checks.check_tensor(
-                f"initial_state.pending.{name}", piece[i], shape, layout, x.dtype, x.device
+                f"initial_state.pending.{name}", waiting[i], shape, layout, x.dtype, x.device
             )
     if state.dtype != tokens.k.dtype:
         dtype = tokens.k.dtype

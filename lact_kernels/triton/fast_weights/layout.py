@@ -5,9 +5,9 @@ elements, each from a multiple of 16 on, so that one kernel works on all three. 
 per row lies behind each other in `ROWS` = Dh + Dv + Dh.
 
 *Chunks.* All chunks of all sequences are numbered step by step: first every sequence's chunk 0, then
-the chunks 1, and so on. Sequences are ranked by falling number of chunks, so that in every step
+the chunks 1, and so on. Sequences are sorted by falling number of chunks, so that in every step
 
-    chunk = firsts[step] + rank      and the next chunk of that sequence is counts[step] further
+    chunk = firsts[step] + place      and the next chunk of that sequence is counts[step] further
 
 The weights of a chunk, those its queries are applied to, have the number of the chunk.
 
@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lact_kernels.core.offsets import ChunkOffsets
-from lact_kernels.core.ttt_types import Options, Triple, num_updates
+from lact_kernels.core.call import Call
+from lact_kernels.core.fast_weights import Triple
+from lact_kernels.core.plan import num_updates
 from lact_kernels.triton.configs import (
     ARCHITECTURES,
     CompileCase,
@@ -116,50 +117,41 @@ class Run(NamedTuple):
 
 
 class Chunks:
-    """The chunks of a call. Packed sequences have tables, of which kernels read a chunk's tokens."""
+    """The chunks of a call. With a plan they have tables, of which kernels read a chunk's tokens."""
 
-    def __init__(
-        self, q: Tensor, k: Tensor, N: int, offsets: ChunkOffsets | None, options: Options
-    ):
-        self.N, self.B, self.Tk, self.Tq = N, q.shape[0], k.shape[1], q.shape[1]
+    def __init__(self, call: Call):
+        q, k, options = call.q, call.tokens.k, call.options
+        self.N = call.start.weights[0].shape[0]
+        self.B, self.Tk, self.Tq = q.shape[0], k.shape[1], q.shape[1]
         self.chunk_size = C = options.chunk_size
         self.order = self.key_table = self.query_table = None
-        if offsets is None:
+        if call.plan is None:
             updates = num_updates(self.Tk, C, options.return_end)
-            self.counts = [N] * (updates + 1)
+            self.counts = [self.N] * (updates + 1)
             self.max_length = min(C, self.Tk)
-            self.rows = [N * self.max_length] * (updates + 1)
+            self.rows = [self.N * self.max_length] * (updates + 1)
         else:
-            self._pack(offsets, q.device)
+            self._read(call.plan, q.device)
         self.firsts = [0, *itertools.accumulate(self.counts)]
         self.first_rows = [0, *itertools.accumulate(self.rows)]
         self.counts.append(0)
 
-    def _pack(self, offsets: ChunkOffsets, device: torch.device) -> None:
-        """Rank the sequences, and list each chunk's tokens: first, number, first row.
-
-        Nobody reads the keys of a sequence's last chunk: it is applied, but no update follows.
-        """
-        updates = [len(borders) - 2 for borders in offsets.keys]
-        order = sorted(range(len(updates)), key=lambda n: -updates[n])
-        self.counts, self.rows = [], []
-        keys, queries, row = [], [], 0
-        for step in range(max(updates) + 1):
-            active = list(itertools.takewhile(lambda n, step=step: updates[n] >= step, order))
-            self.counts.append(len(active))
-            before = row
-            for n in active:
-                (first, stop), (first_query, stop_query) = (
-                    borders[n][step : step + 2] for borders in (offsets.keys, offsets.queries)
-                )
-                keys.append((first, stop - first if step < updates[n] else 0, row))
-                queries.append((first_query, stop_query - first_query, row))
-                row += max(stop - first, stop_query - first_query)
-            self.rows.append(row - before)
-        self.max_length = max(1, *(number for _, number, _ in keys + queries))
-        table = torch.tensor([keys, queries], dtype=torch.int32).to(device, non_blocking=True)
-        self.key_table, self.query_table = table.unbind()
-        self.order = torch.tensor(order).to(device, non_blocking=True)
+    def _read(self, plan: Tensor, device: torch.device) -> None:
+        """A plan's rows are in the order of the chunks: tables of first token, number and first row."""
+        sequence, step, *borders = plan[plan[:, 0] >= 0].unbind(1)
+        first_key, last_key, first_query, last_query = borders
+        keys, queries = last_key - first_key, last_query - first_query
+        longest = torch.maximum(keys, queries)
+        self.max_length = max(1, int(longest.max()))
+        counts, ends = step.bincount(), longest.cumsum(0, dtype=torch.int32)
+        self.counts = counts.tolist()
+        self.rows = ends[counts.cumsum(0) - 1].diff(prepend=ends.new_zeros(1)).tolist()
+        first_row = ends - longest
+        columns = (first_key, keys, first_row), (first_query, queries, first_row)
+        table = torch.stack([torch.stack(c, dim=1) for c in columns])
+        self.key_table, self.query_table = table.to(device, non_blocking=True).unbind()
+        order = sequence[: self.counts[0]].long()
+        self.order = order.to(device, non_blocking=True)
 
     def keys(self, steps: range, rows: range, num_chunks: int | None = None) -> Run:
         """The chunks of `steps`, or the first `num_chunks` of them, with their keys and values.
@@ -188,6 +180,11 @@ class Chunks:
     def updates(self) -> int:
         return self.steps - 1
 
+    @property
+    def num_updates(self) -> int:
+        """Of all sequences."""
+        return self.firsts[self.steps] - self.N
+
     def active(self, step: int) -> int:
         """The sequences that `step` updates: those which have a next chunk."""
         return self.counts[step + 1]
@@ -198,11 +195,11 @@ class Chunks:
     def num_rows(self, steps: range) -> int:
         return round_up(self.first_rows[steps.stop] - self.first_rows[steps.start])
 
-    def ranked(self, x: Tensor) -> Tensor:
-        """`[N, ...]`, sequences in order, to the order of their ranks."""
+    def sorted(self, x: Tensor) -> Tensor:
+        """`[N, ...]`, sequences as they are given, in the order of their places."""
         return x if self.order is None else x[self.order]
 
-    def unranked(self, x: Tensor) -> Tensor:
+    def unsorted(self, x: Tensor) -> Tensor:
         if self.order is None:
             return x
         return torch.empty_like(x).index_copy_(0, self.order, x)

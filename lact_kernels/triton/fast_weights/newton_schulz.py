@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lact_kernels.core.ttt_types import NEWTON_SCHULZ_COEFFICIENTS
+from lact_kernels.core.fast_weights import NEWTON_SCHULZ_COEFFICIENTS
 from lact_kernels.triton.configs import CompileCase, TTTConfig, capability_of, ttt_config
 from lact_kernels.triton.fast_weights.layout import (
     Dims,

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lact_kernels.core import ttt_types
+from lact_kernels.core import fast_weights
 from lact_kernels.triton.configs import CompileCase, TTTConfig
 from lact_kernels.triton.fast_weights.layout import (
     Dims,
@@ -38,7 +38,7 @@ from lact_kernels.triton.fast_weights.primitives import (
     matrix_tile,
 )
 
-RENORM_EPS = tl.constexpr(ttt_types.RENORM_EPS)
+RENORM_EPS = tl.constexpr(fast_weights.RENORM_EPS)
 PROGRAM_ELEMENTS, NUM_WARPS = 2048, 4
 MAX_DIM = 1024
 LARGEST = (Dims(MAX_DIM, MAX_DIM, MAX_DIM),)

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lact_kernels.core import ttt_types
+from lact_kernels.core import fast_weights
 from lact_kernels.triton.configs import CompileCase, TTTConfig
 from lact_kernels.triton.fast_weights.layout import TOKEN_ARGUMENTS, Dims, Run, ttt_compile_cases
 from lact_kernels.triton.fast_weights.primitives import (
@@ -49,7 +49,7 @@ from lact_kernels.triton.fast_weights.update import (
 )
 
 INFINITY = tl.constexpr(float("inf"))
-NEWTON_SCHULZ_EPS = tl.constexpr(ttt_types.NEWTON_SCHULZ_EPS)
+NEWTON_SCHULZ_EPS = tl.constexpr(fast_weights.NEWTON_SCHULZ_EPS)
 TOKEN_BLOCK = 256
 
 

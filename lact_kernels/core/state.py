@@ -6,10 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lact_kernels.core.ttt_types import Triple
-
-# The tokens of several sequences: for each field of `TTTTokens` (None: no momentum), one tensor each.
-Sequences = list[Sequence[Tensor] | None]
+from lact_kernels.core.call import Options
+from lact_kernels.core.fast_weights import FastWeights, Triple
+from lact_kernels.core.tokens import Tokens
 
 
 class TTTTokens(NamedTuple):
@@ -31,45 +30,27 @@ class TTTTokens(NamedTuple):
         return f"TTTTokens({shapes}, {_said(self.lengths)}, {self.k.dtype} on {self.k.device})"
 
     @classmethod
-    def padded(cls, sequences: Sequences) -> "TTTTokens":
-        """Of sequences of any lengths."""
-        lengths = tuple(x.shape[0] for x in sequences[0])
-        tensors = (None if x is None else _padded(x) for x in sequences)
-        return cls(*tensors, lengths)
-
-    def sequences(self) -> Sequences:
-        """Without the padding."""
-        return [
-            None if x is None else [row[:length] for row, length in zip(x, self.lengths)]
-            for x in self.tensors
-        ]
+    def padded(cls, sequences: Sequence[Tokens]) -> "TTTTokens":
+        """Of sequences `[t, ...]` of any lengths."""
+        first, *rest = sequences
+        padded = first.map(lambda *xs: _padded(xs), *rest)
+        return cls(*padded, tuple(len(x.k) for x in sequences))
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self[:-1]
+    def tokens(self) -> Tokens:
+        return Tokens(*self[:6])
+
+    def sequences(self) -> list[Tokens]:
+        """Each entry without its padding, `[t, ...]`."""
+        rows = self.tokens.split((1,) * len(self.lengths), dim=0)
+        return [row.map(lambda x, t=t: x[0, :t]) for row, t in zip(rows, self.lengths)]
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "TTTTokens":
-        return TTTTokens(*(None if x is None else fn(x) for x in self.tensors), self.lengths)
+        return TTTTokens(*self.tokens.map(fn), self.lengths)
 
     @property
     def is_padded(self) -> bool:
         return any(length != self.k.shape[1] for length in self.lengths)
-
-
-class StateOptions(NamedTuple):
-    """The options that all calls of one sequence share."""
-
-    chunk_size: int
-    muon: bool
-    prenorm: bool
-    momentum: bool
-
-    def __str__(self) -> str:
-        given = "given" if self.momentum else "not given"
-        return (
-            f"chunk_size={self.chunk_size}, muon={self.muon}, prenorm={self.prenorm},"
-            f" momentum {given}"
-        )
 
 
 class TTTState(NamedTuple):
@@ -80,8 +61,8 @@ class TTTState(NamedTuple):
         norms: the norms of the initial weights' rows, `[N, H, rows]`, which every update restores.
         masters: weights before renorm, pre-norm only, else empty.
         buffers: momentum, where the calls are given any, else empty.
-        pending: the tokens since the last update, in order, in pieces. Short pieces are merged as
-            more arrive, so that a token is copied at most log2(chunk_size) times while it waits.
+        pending: the tokens since the last update, in order, as one or more `TTTTokens`. Short ones are
+            merged as more arrive, so that a token is copied at most log2(chunk_size) times while it waits.
         chunk_size, muon, dtype: options that every call of one sequence shares, and the tokens' dtype.
     """
 
@@ -101,6 +82,15 @@ class TTTState(NamedTuple):
             f" {self.options}, {_said(self.pending_lengths)} of {self.dtype} pending)"
         )
 
+    @staticmethod
+    def of(fast: FastWeights, options: Options, dtype: torch.dtype) -> "TTTState":
+        """With no token pending."""
+        return TTTState(*fast, (), options.chunk_size, options.muon, dtype)
+
+    @property
+    def fast_weights(self) -> FastWeights:
+        return FastWeights(*self[:4])
+
     @property
     def num_sequences(self) -> int:
         return self.weights[0].shape[0]
@@ -108,7 +98,7 @@ class TTTState(NamedTuple):
     @property
     def pending_lengths(self) -> tuple[int, ...]:
         """How many tokens of its current chunk each sequence has read."""
-        columns = [piece.lengths for piece in self.pending]
+        columns = [waiting.lengths for waiting in self.pending]
         return tuple(map(sum, zip(*columns))) if columns else (0,) * self.num_sequences
 
     def append(self, tokens: TTTTokens) -> "TTTState":
@@ -116,18 +106,24 @@ class TTTState(NamedTuple):
         if not any(tokens.lengths):
             return self
         tokens = tokens.map(torch.clone)
-        pieces = list(self.pending)
-        while pieces and _can_merge(pieces[-1], tokens):
-            tokens = _concatenate(pieces.pop(), tokens)
-        return TTTState(*self[:4], (*pieces, tokens), *self[5:])
+        pending = list(self.pending)
+        while pending and _can_merge(pending[-1], tokens):
+            last = pending.pop()
+            lengths = tuple(x + y for x, y in zip(last.lengths, tokens.lengths))
+            tokens = TTTTokens(*Tokens.cat([last.tokens, tokens.tokens]), lengths)
+        return TTTState(*self[:4], (*pending, tokens), *self[5:])
 
     def entry(self, n: int) -> "TTTState":
         """The state of sequence n alone (N = 1), 0 <= n < N."""
         if not 0 <= n < self.num_sequences:
             raise IndexError(f"n must be from 0 to {self.num_sequences - 1}, got {n}")
-        fields = [tuple(x[n : n + 1] for x in triple) for triple in self[:4]]
-        pending = (_entry_tokens(piece, n) for piece in self.pending if piece.lengths[n])
-        return TTTState(*fields, tuple(pending), *self[5:])
+        pending = (
+            TTTTokens(*waiting.tokens.map(lambda x, t=t: x[n : n + 1, :t]), (t,))
+            for waiting in self.pending
+            if (t := waiting.lengths[n])
+        )
+        fast = self.fast_weights.at(slice(n, n + 1))
+        return self._replace(**fast._asdict(), pending=tuple(pending))
 
     def select(self, rows: Tensor) -> "TTTState":
         """The sequences of these numbers, int64 `[N']`, in this order, as copies: for beam search.
@@ -141,14 +137,14 @@ class TTTState(NamedTuple):
         numbers, N = rows.tolist(), self.num_sequences
         if rows.ndim != 1 or not all(0 <= n < N for n in numbers):
             raise ValueError(f"rows must name sequences of 0 .. {N - 1} in one axis, got {numbers}")
-        fields = [tuple(x.index_select(0, rows) for x in triple) for triple in self[:4]]
         pending = (
             TTTTokens(
-                *(None if x is None else x.index_select(0, rows) for x in piece.tensors),
-                tuple(piece.lengths[n] for n in numbers),
+                *waiting.tokens.map(lambda x: x.index_select(0, rows)),
+                tuple(waiting.lengths[n] for n in numbers),
             )
-            for piece in self.pending
+            for waiting in self.pending
         )
+        fields = [tuple(x.index_select(0, rows) for x in triple) for triple in self[:4]]
         return TTTState(*fields, tuple(pending), *self[5:])
 
     @staticmethod
@@ -163,57 +159,45 @@ class TTTState(NamedTuple):
             if other.dtype != first.dtype:
                 raise ValueError(f"cannot stack states of {first.dtype} and {other.dtype} tokens")
         fields = [tuple(map(torch.cat, zip(*triples))) for triples in zip(*(s[:4] for s in states))]
-        pending = _stack_tokens([s.entry(n) for s in states for n in range(s.num_sequences)])
-        return TTTState(*fields, pending, *first[5:])
+        return TTTState(*fields, _stacked(states), *first[5:])
 
     @property
-    def options(self) -> "StateOptions":
+    def options(self) -> Options:
         """The options of the calls that made this state."""
-        return StateOptions(
-            self.chunk_size, self.muon, len(self.masters) > 0, len(self.buffers) > 0
-        )
+        return Options(self.chunk_size, self.muon, bool(self.masters), bool(self.buffers))
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "TTTState":
         """The state with `fn` applied to every tensor: `state.map(torch.Tensor.detach)`."""
         fields = [tuple(map(fn, triple)) for triple in self[:4]]
-        pending = tuple(piece.map(fn) for piece in self.pending)
+        pending = tuple(waiting.map(fn) for waiting in self.pending)
         return TTTState(*fields, pending, *self[5:])
 
 
-def joined_tokens(state: TTTState, tokens: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The pending and the new tokens of entries that have equally many, `[N, t, ...]`.
+def joined_tokens(state: TTTState, tokens: Tokens) -> Tokens:
+    """The pending and the new tokens of entries that have equally many of each, `[N, t, ...]`.
 
-    Pieces may still differ: entries that were fed 1 + 2 tokens and 2 + 1 tokens have three each.
+    What is pending may still be padded: entries that were fed 1 + 2 tokens and 2 + 1 tokens have three each.
     """
-    if any(piece.is_padded for piece in state.pending):
-        rows = [None if x is None else x.unbind() for x in tokens]
-        shape = (state.num_sequences, state.pending_lengths[0] + tokens[0].shape[1])
-        packed = packed_tokens(state, rows)
-        return [None if x is None else x[0].unflatten(0, shape) for x in packed]
-    columns = zip(*(piece.tensors for piece in state.pending), tokens)
-    return [None if column[0] is None else torch.cat(column, dim=1) for column in columns]
+    if not any(waiting.is_padded for waiting in state.pending):
+        return Tokens.cat([*(waiting.tokens for waiting in state.pending), tokens])
+    N, t = tokens.k.shape[:2]
+    row = behind_pending(state, tokens.as_row(), (t,) * N)
+    return row.map(lambda x: x[0].unflatten(0, (N, -1)))
 
 
-def split_sequences(tokens, lengths: Sequence[int]) -> Sequences:
-    """The tokens `[1, t, ...]` of a packed row, sequence by sequence."""
-    return [None if x is None else x[0].split(lengths) for x in tokens]
-
-
-def packed_tokens(
-    state: TTTState, sequences: Sequences, entries: slice = slice(None)
-) -> list[Tensor | None]:
-    """The pending and the new tokens of each sequence, all end to end in one row, `[1, t, ...]`.
+def behind_pending(
+    state: TTTState, row: Tokens, lengths: Sequence[int], entries: slice = slice(None)
+) -> Tokens:
+    """Sequences of these lengths in one row, `[1, t, ...]`, each behind its pending tokens.
 
     `entries` are those of the state that the sequences are.
     """
-    pending = (
-        [None if x is None else x[entries] for x in piece.sequences()] for piece in state.pending
-    )
-    columns = zip(*pending, sequences)
-    return [
-        None if column[0] is None else torch.cat([x for parts in zip(*column) for x in parts])[None]
-        for column in columns
-    ]
+    if not state.pending:
+        return row
+    pending = [waiting.sequences()[entries] for waiting in state.pending]
+    new = row.map(lambda x: x[0]).split(lengths, dim=0)
+    parts = [part for sequence in zip(*pending, new) for part in sequence]
+    return Tokens.cat(parts, dim=0).map(lambda x: x[None])
 
 
 def _said(lengths: Sequence[int]) -> str:
@@ -235,35 +219,15 @@ def _can_merge(last: TTTTokens, tokens: TTTTokens) -> bool:
     return smaller and not last.is_padded and not tokens.is_padded
 
 
-def _concatenate(a: TTTTokens, b: TTTTokens) -> TTTTokens:
-    tensors = [
-        None if x is None else torch.cat([x, y], dim=1) for x, y in zip(a.tensors, b.tensors)
-    ]
-    return TTTTokens(*tensors, tuple(x + y for x, y in zip(a.lengths, b.lengths)))
-
-
-def _entry_tokens(piece: TTTTokens, n: int) -> TTTTokens:
-    length = piece.lengths[n]
-    tensors = (None if x is None else x[n : n + 1, :length] for x in piece.tensors)
-    return TTTTokens(*tensors, (length,))
-
-
-def _stack_tokens(entries: list[TTTState]) -> tuple[TTTTokens, ...]:
-    """The pending tokens of one-sequence states, padded to the longest."""
-    lengths = tuple(entry.pending_lengths[0] for entry in entries)
-    if not any(lengths):
+def _stacked(states: Sequence[TTTState]) -> tuple[TTTTokens, ...]:
+    """The pending tokens of all sequences of some states, padded to the longest."""
+    given = [waiting.tokens for state in states for waiting in state.pending]
+    if not given:
         return ()
-    template = next(entry.pending[0] for entry in entries if entry.pending)
-    columns = []
-    for i, like in enumerate(template.tensors):
-        if like is None:
-            columns.append(None)
-            continue
-        rows = [
-            torch.cat([piece[i][0] for piece in entry.pending])
-            if entry.pending
-            else like.new_empty(0, *like.shape[2:])
-            for entry in entries
-        ]
-        columns.append(_padded(rows))
-    return (TTTTokens(*columns, lengths),)
+    none = given[0].map(lambda x: x.new_empty(0, *x.shape[2:]))
+    sequences = []
+    for state in states:
+        columns = [waiting.sequences() for waiting in state.pending]
+        for n in range(state.num_sequences):
+            sequences.append(Tokens.cat([none, *(column[n] for column in columns)], dim=0))
+    return (TTTTokens.padded(sequences),)
