@@ -1,0 +1,95 @@
+"""The plan of a scan: which keys update the weights, and which queries see each version of them."""
+
+import pytest
+import torch
+
+import reference
+from lact_kernels.core.call import Call, Options
+from lact_kernels.core.plan import Plan
+from lact_kernels.core.tokens import Tokens
+from lact_kernels.ops.block_causal_ttt import new_state, run
+from tests.cases import TTTCase
+
+C = 4
+
+
+def borders_of(lengths):
+    return [0, *torch.tensor(lengths).cumsum(0).tolist()]
+
+
+@pytest.mark.parametrize("return_end", [False, True])
+@pytest.mark.parametrize(
+    "lengths, new",
+    [((5, 0, 8), (5, 0, 8)), ((1,), (1,)), ((0, 0), (0, 0)), ((9, 4, 13), (1, 4, 6))],
+    ids=["packed", "one", "empty", "behind pending tokens"],
+)
+def test_block_causal_plans(lengths, new, return_end):
+    """By the definition: chunk c has the queries of its tokens, and its keys make the next weights."""
+    plan = Plan.block_causal(borders_of(lengths), borders_of(new), C, return_end)
+    for n, (length, first_key, first_query) in enumerate(
+        zip(lengths, borders_of(lengths), borders_of(new))
+    ):
+        updates = length // C if return_end else max(length - 1, 0) // C
+        assert plan.keys[n] == [first_key + C * c for c in range(updates + 1)]
+        seen = [
+            range(a - first_query, b - first_query)
+            for a, b in zip(plan.queries[n], plan.queries[n][1:])
+        ]
+        before = length - new[n]  # tokens without a query
+        expected = [[] for _ in range(updates + 1)]
+        for query in range(new[n]):
+            expected[min((before + query) // C, updates)].append(query)
+        assert [list(r) for r in seen] == expected
+    rows = plan.to_tensor(20)
+    assert rows.shape == (20, 6) and Plan.from_tensor(rows) == plan
+    assert Plan.from_tensor(plan.to_tensor()) == plan
+    versions = rows[rows[:, 0] >= 0, 1].tolist()
+    assert versions == sorted(versions) and versions.count(0) == len(lengths)
+
+
+UPDATE_FIRST = Plan([[0, 4, 8, 11]], [[0, 0, 4, 8, 11]])  # each chunk sees itself
+BIDIRECTIONAL = Plan([[0, 11]], [[0, 0, 11]])  # one update, which all see
+PLANS = {"update first": UPDATE_FIRST, "bidirectional": BIDIRECTIONAL}
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_other_orders(plan, backend):
+    """What the plan says is computed, forward and backward, whatever order it is.
+
+    Without momentum, which divides by the chunk size, and with as many tokens in each chunk, an order that
+    updates first is the causal one with its queries a chunk later.
+    """
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    case = TTTCase("", T=11, B=1, H=2)
+    x = case.inputs(torch.float32, device)
+    leaves = list(x.values())
+    exact = {name: value.detach().double().requires_grad_() for name, value in x.items()}
+    (keys,) = plan.keys
+    sizes = [b - a for a, b in zip(keys, keys[1:])]
+    size = max(sizes)
+
+    def later(name, value):
+        """Rows of whole chunks: keys filled up at the end, and a chunk of queries before all others."""
+        if name[0] == "w":
+            return value
+        padded = torch.nn.functional.pad(
+            value, [0, 0] * (value.ndim - 2) + [0, size * len(sizes) - 11]
+        )
+        nothing = torch.zeros_like(padded[:, :size])
+        return torch.cat([nothing, padded] if name == "q" else [padded, nothing], dim=1)
+
+    whole = {name: later(name, value) for name, value in exact.items()}
+    expected = reference.block_causal_ttt(**whole, chunk_size=size)[:, size : size + 11]
+
+    options = Options(size, False, False, False)
+    start = new_state([x[name] for name in ("w0", "w1", "w2")], 1, options, torch.float32)
+    tokens = Tokens(*(x.get(name) for name in Tokens._fields))
+    call = Call(x["q"], tokens, start.fast_weights, plan.to_tensor(), options)
+    o, _ = run(call, backend)
+    torch.testing.assert_close(o.double(), expected, rtol=1e-4, atol=1e-5)
+    do = torch.randn_like(o)
+    grads = torch.autograd.grad(o, leaves, do)
+    exact_grads = torch.autograd.grad(expected, list(exact.values()), do.double())
+    for name, ours, theirs in zip(x, grads, exact_grads):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-4, msg=f"d{name}")
