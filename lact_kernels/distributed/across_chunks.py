@@ -1,4 +1,4 @@
-"""Ranks that have the chunks in turn: fast weights go down the chain, their gradients come back up."""
+"""Ranks that have the chunks in turn: each sends fast weights to the next, and gets their gradients back."""
 
 import bisect
 import itertools
@@ -76,7 +76,7 @@ class Chain(Ranks):
 class _Links(NamedTuple):
     """What one rank has to do with the others across chunks. Numbers are those of sequences."""
 
-    halo: TokenExchange  # the tokens of the chunk that is unfinished where each piece begins
+    halo: TokenExchange  # the tokens of the chunk that is unfinished where each shard begins
     continuing: int | None  # the sequence that has begun on an earlier rank
     from_pending: bool  # the pending tokens of that sequence are in its unfinished chunk, too
     tokens: int  # of this rank in that sequence
@@ -89,9 +89,7 @@ class _Links(NamedTuple):
         borders, wanted, ends, mine = pieces.borders, [], [], None
         N = len(borders) - 1
         for rank, (start, stop) in enumerate(pieces.spans):
-            first = bisect.bisect_left(
-                borders, start
-            )  # the first border that is not before the piece
+            first = bisect.bisect_left(borders, start)  # the first border not before the shard
             continuing = first - 1 if borders[first] > start else None
             new = range(first, bisect.bisect_left(borders, stop, hi=N))
             if rank == pieces.size - 1:  # and those without a token at the end of the row

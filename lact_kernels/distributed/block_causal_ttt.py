@@ -1,6 +1,6 @@
-"""`block_causal_ttt` of sequences in pieces, in two ways.
+"""`block_causal_ttt` of sequences that are sharded over ranks, in two ways.
 
-*Across chunks.* Each rank scans the chunks of its piece, and hands the fast weights on to the next before it
+*Across chunks.* Each rank scans the chunks of its shard, and sends the fast weights to the next before it
 applies its queries. Scans follow one another; all else is parallel, and so are different layers: while a
 rank waits for the fast weights of one, those before it are in the next. The tokens of a chunk that has begun
 on an earlier rank are fetched from there.
