@@ -150,6 +150,7 @@ register_derivatives(block_causal_ttt_bwd)
 register_vmap(packed_plan)
 register_vmap(block_causal_ttt_fwd, batched=True)
 register_vmap(block_causal_ttt_bwd, batched=True)
+register_autocast("packed_plan", cast_inputs=False)
 register_autocast("block_causal_ttt_fwd", cast_inputs=False)
 register_autocast("block_causal_ttt_bwd", cast_inputs=False)
 
