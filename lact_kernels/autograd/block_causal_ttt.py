@@ -150,9 +150,9 @@ register_derivatives(block_causal_ttt_bwd)
 register_vmap(packed_plan)
 register_vmap(block_causal_ttt_fwd, batched=True)
 register_vmap(block_causal_ttt_bwd, batched=True)
-register_autocast("packed_plan", cast_inputs=False)
-register_autocast("block_causal_ttt_fwd", cast_inputs=False)
-register_autocast("block_causal_ttt_bwd", cast_inputs=False)
+register_autocast(packed_plan)
+register_autocast(block_causal_ttt_fwd)
+register_autocast(block_causal_ttt_bwd)
 
 
 def _call(inputs: tuple) -> tuple[Call, ModuleType]:

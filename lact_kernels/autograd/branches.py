@@ -139,5 +139,4 @@ register_derivatives(branch_sum_fwd, _backward_sum, _setup_sum)
 register_derivatives(branch_sum_bwd)
 for _op in (branch_qkv_fwd, branch_qkv_bwd, branch_sum_fwd, branch_sum_bwd):
     register_vmap(_op)
-for _name in ("branch_qkv_fwd", "branch_qkv_bwd", "branch_sum_fwd", "branch_sum_bwd"):
-    register_autocast(_name, cast_inputs=False)
+    register_autocast(_op)

@@ -40,4 +40,4 @@ register_derivatives(
     without_backward="{} has no backward: use lact_kernels.window_attn",
 )
 register_vmap(window_attn_with_kvcache, batched=True)
-register_autocast("window_attn_with_kvcache", cast_inputs=True)
+register_autocast(window_attn_with_kvcache)

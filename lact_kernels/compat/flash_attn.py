@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lact_kernels.ops import checks
 from lact_kernels.ops.checks import Backend
-from lact_kernels.ops.window_attn import check_attention, run_window_attn, triton_obstacle
+from lact_kernels.ops.window_attn import check_attention, choose_backend, run_window_attn
 from lact_kernels.ops.window_attn_with_kvcache import run_window_attn_with_kvcache
 
 __all__ = [
@@ -382,10 +382,10 @@ def flash_attn_with_kvcache(
     checks.check_int("num_splits", num_splits)
     check_attention(q, k_cache, v_cache, None, softmax_scale, ("k_cache", "v_cache"))
     window = _window(causal, window_size, q.shape[1])
-    backend = checks.choose_backend(backend, q, triton_obstacle(q, v_cache))
+    backend = choose_backend(backend, q, v_cache)
     _check_new_tokens(k, v, k_cache, v_cache)
     if cache_seqlens is not None:
-        cache_seqlens = checks.check_lengths("cache_seqlens", cache_seqlens, len(q), q.device)
+        cache_seqlens = checks.check_cache_seqlens(cache_seqlens, len(q), q.device)
     _check_slots(cache_seqlens, k, k_cache)
     tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v}
     checks.check_no_gradient("flash_attn_with_kvcache", "flash_attn_func", **tensors)

@@ -20,13 +20,13 @@ from typing import Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from lact_kernels.autograd.autocast import autocast_dtype
 from lact_kernels.autograd.derivatives import FirstOrderFunction
 from lact_kernels.autograd.window_attn import window_attn_bwd, window_attn_fwd
 from lact_kernels.distributed.exchange import TokenExchange
 from lact_kernels.distributed.pieces import SequencePieces
 from lact_kernels.ops import checks
 from lact_kernels.ops import window_attn as ops
+from lact_kernels.ops.autocast import autocast_dtype, cast_inputs
 from lact_kernels.ops.checks import Backend
 
 
@@ -92,8 +92,8 @@ def window_attn(
         lambda: _facts(q, k, v, window_size, softmax_scale, return_lse, backend, pieces),
     )
     window_size = checks.check_window("window_size", window_size)
-    backend = checks.choose_backend(backend, q, ops.triton_obstacle(q, v))
-    q, k, v = (x.to(autocast_dtype(x)) for x in (q, k, v))
+    backend = ops.choose_backend(backend, q, v)
+    q, k, v = cast_inputs(q, k, v)
     plan = pieces.once(("window_attn", window_size), lambda: _Plan.of(pieces, window_size))
     scale = ops.score_scale(q, softmax_scale)
     o, lse = _WindowAttn.apply(q, k, v, window_size, scale, plan, backend)
@@ -103,7 +103,7 @@ def window_attn(
 def _facts(q, k, v, window_size, softmax_scale, return_lse, backend, pieces) -> dict:
     window_size = ops.check_attention(q, k, v, window_size, softmax_scale)
     checks.check_flag("return_lse", return_lse)
-    checks.choose_backend(backend, q, ops.triton_obstacle(q, v))
+    ops.choose_backend(backend, q, v)
     if pieces.chunk_size is not None:
         raise ValueError(f"pieces must be contiguous for window_attn, got {pieces}")
     for name, x in (("q", q), ("k", k)):

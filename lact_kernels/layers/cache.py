@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lact_kernels.autograd.autocast import autocast_dtype
 from lact_kernels.core.offsets import cu_seqlens_of
 from lact_kernels.ops import checks
+from lact_kernels.ops.autocast import autocast_dtype
 from lact_kernels.ops.block_causal_ttt import TTTState, TTTTokens
 from lact_kernels.ops.checks import Backend
 from lact_kernels.ops.ring_kv_cache import RingKVCache

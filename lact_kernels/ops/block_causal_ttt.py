@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from lact_kernels.autograd.autocast import autocast_dtype, autocasts
 from lact_kernels.autograd.block_causal_ttt import block_causal_ttt_fwd, packed_plan
 from lact_kernels.core.call import Call, Options
 from lact_kernels.core.fast_weights import FastWeights
@@ -18,6 +17,7 @@ from lact_kernels.core.plan import Plan, num_updates
 from lact_kernels.core.state import TTTState, TTTTokens, behind_pending, joined_tokens
 from lact_kernels.core.tokens import Tokens
 from lact_kernels.ops import checks
+from lact_kernels.ops.autocast import autocast_dtype, autocasts
 from lact_kernels.ops.checks import Backend
 
 __all__ = ["TTTState", "TTTTokens", "block_causal_ttt"]

@@ -156,11 +156,11 @@ def check_finite_number(name: str, value: float) -> float:
     return number
 
 
-def known_values(lengths: Tensor | int) -> list[int]:
+def known_values(x: Tensor | int) -> list[int]:
     """The values of a tensor as far as they can be known without waiting for a device: all or none."""
-    if not isinstance(lengths, Tensor):
-        return [lengths]
-    return lengths.tolist() if has_known_values(lengths) else []
+    if not isinstance(x, Tensor):
+        return [x]
+    return x.tolist() if has_known_values(x) else []
 
 
 def has_known_values(x: Tensor) -> bool:
@@ -169,22 +169,23 @@ def has_known_values(x: Tensor) -> bool:
     return readable and not is_transformed()
 
 
-def check_lengths(name: str, lengths: Tensor | int, B: int, device: torch.device) -> Tensor | int:
-    """`lengths` as an int32 `[B]`, or as one int for all rows, which may also be a tensor `[]`."""
-    if isinstance(lengths, Tensor):
-        if lengths.ndim == 0 and lengths.dtype in (torch.int32, torch.int64):
-            if has_known_values(lengths):
-                return check_lengths(name, lengths.item(), B, device)
-            lengths = lengths.to(torch.int32).expand(B).contiguous()
-        check_tensor(name, lengths, (B,), "[B]", torch.int32, device)
+def check_cache_seqlens(seqlens: Tensor | int, B: int, device: torch.device) -> Tensor | int:
+    """`cache_seqlens` as an int32 `[B]`, or as one int for all rows, which may also be a tensor `[]`."""
+    name = "cache_seqlens"
+    if isinstance(seqlens, Tensor):
+        if seqlens.ndim == 0 and seqlens.dtype in (torch.int32, torch.int64):
+            if has_known_values(seqlens):
+                return check_cache_seqlens(seqlens.item(), B, device)
+            seqlens = seqlens.to(torch.int32).expand(B).contiguous()
+        check_tensor(name, seqlens, (B,), "[B]", torch.int32, device)
     else:
-        lengths = plain(lengths)
-        if not is_int(lengths):
-            raise TypeError(f"{name} must be an int32 tensor [B] or an int, got {lengths!r}")
-    for length in known_values(lengths):
-        if length < 0:
-            raise ValueError(f"{name} must not be negative, got {length}")
-    return lengths
+        seqlens = plain(seqlens)
+        if not is_int(seqlens):
+            raise TypeError(f"{name} must be an int32 tensor [B] or an int, got {seqlens!r}")
+    for seqlen in known_values(seqlens):
+        if seqlen < 0:
+            raise ValueError(f"{name} must not be negative, got {seqlen}")
+    return seqlens
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

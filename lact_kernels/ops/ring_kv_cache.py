@@ -5,10 +5,15 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from lact_kernels.autograd.autocast import autocast_dtype
 from lact_kernels.ops import checks
+from lact_kernels.ops.autocast import matching_dtype
 from lact_kernels.ops.checks import Backend
-from lact_kernels.ops.window_attn_with_kvcache import window_attn_with_kvcache
+from lact_kernels.ops.window_attn import check_heads_and_scale
+from lact_kernels.ops.window_attn_with_kvcache import (
+    NAMES,
+    check_no_gradient,
+    run_window_attn_with_kvcache,
+)
 
 
 class RingKVCache:
@@ -186,25 +191,21 @@ class RingKVCache:
         """`window_attn_with_kvcache` of the last `Tq <= max_queries` tokens, q `[B, Tq, Hq, D]`."""
         layout = "[B, Tq, Hq, D]"
         checks.check_floating("q", q, layout)
-        B, _, _, D = self.k.shape
-        dtype = q.dtype if autocast_dtype(q) == autocast_dtype(self.k) else self.k.dtype
-        shape = (B, q.shape[1], q.shape[2], D)
+        B, _, Hkv, D = self.k.shape
+        shape, dtype = (B, q.shape[1], q.shape[2], D), matching_dtype(q, self.k)
         checks.check_tensor("q", q, shape, layout, dtype, self.k.device, "this cache")
         if q.shape[1] > self.max_queries:
             raise ValueError(
                 f"q has {q.shape[1]} tokens, more than max_queries = {self.max_queries}, for which this"
                 " cache has slots"
             )
-        return window_attn_with_kvcache(
-            q,
-            self.k,
-            self.v,
-            self.window_size,
-            cache_seqlens=self.seqlens,
-            softmax_scale=softmax_scale,
-            return_lse=return_lse,
-            backend=backend,
+        check_heads_and_scale(q, Hkv, softmax_scale, NAMES)
+        checks.check_flag("return_lse", return_lse)
+        check_no_gradient(q, self.k, self.v)
+        o, lse = run_window_attn_with_kvcache(
+            q, self.k, self.v, self.window_size, self.seqlens, softmax_scale, backend
         )
+        return (o, lse) if return_lse else o
 
     def _check(self, k: Tensor, v: Tensor, lengths: Tensor | None) -> None:
         B, _, Hkv, D = self.k.shape

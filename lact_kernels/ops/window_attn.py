@@ -5,10 +5,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from lact_kernels.autograd.autocast import autocast_dtype
 from lact_kernels.autograd.window_attn import window_attn_fwd
 from lact_kernels.core.offsets import kept
 from lact_kernels.ops import checks
+from lact_kernels.ops.autocast import cast_inputs, matching_dtype
 from lact_kernels.ops.checks import Backend
 
 MAX_TRITON_HEAD_DIM = 256
@@ -114,11 +114,12 @@ def run_window_attn(
     A query before the first key of its sequence sees nothing: its output is 0, its lse -inf.
     `cu_seqlens_q` and `cu_seqlens_k` are the borders of queries and keys, given together or not at all.
     """
+    backend = choose_backend(backend, q, v)
     scale = score_scale(q, softmax_scale)
-    backend = checks.choose_backend(backend, q, triton_obstacle(q, v))
     same = cu_seqlens_q is cu_seqlens_k
     cu_seqlens_q = kept(cu_seqlens_q)
     cu_seqlens_k = cu_seqlens_q if same else kept(cu_seqlens_k)
+    q, k, v = cast_inputs(q, k, v)
     return window_attn_fwd(q, k, v, window_size, scale, cu_seqlens_q, cu_seqlens_k, backend)
 
 
@@ -132,12 +133,17 @@ def check_attention(q, k, v, window_size, softmax_scale, names=("k", "v")) -> in
     checks.check_floating("q", q, "[B, Tq, Hq, D]")
     for name, x, layout in zip(names, (k, v), layouts):
         checks.check_floating(name, x, layout)
-    B, _, Hq, D = q.shape
-    Tk, Hkv = k.shape[1:3]
+    (B, _, _, D), (Tk, Hkv) = q.shape, k.shape[1:3]
     for name, x, layout, channels in zip(names, (k, v), layouts, (D, v.shape[3])):
-        # Dtypes that autocast makes equal are equal.
-        dtype = x.dtype if autocast_dtype(x) == autocast_dtype(q) else q.dtype
-        checks.check_tensor(name, x, (B, Tk, Hkv, channels), layout, dtype, q.device)
+        shape, dtype = (B, Tk, Hkv, channels), matching_dtype(x, q)
+        checks.check_tensor(name, x, shape, layout, dtype, q.device)
+    check_heads_and_scale(q, Hkv, softmax_scale, names)
+    return checks.check_window("window_size", window_size)
+
+
+def check_heads_and_scale(q: Tensor, Hkv: int, softmax_scale, names: tuple[str, str]) -> None:
+    """The heads of q divide into groups, one for each head of the keys, and scores stay in float32."""
+    Hq = q.shape[2]
     if Hq % Hkv:
         raise ValueError(
             f"the {Hq} heads of q must be a multiple of the {Hkv} heads of {' and '.join(names)}"
@@ -146,15 +152,15 @@ def check_attention(q, k, v, window_size, softmax_scale, names=("k", "v")) -> in
         scale = checks.check_finite_number("softmax_scale", softmax_scale)
         if abs(scale) > FLOAT32_MAX and q.dtype != torch.float64:
             raise ValueError(f"softmax_scale must be finite in float32, got {scale}")
-    return checks.check_window("window_size", window_size)
 
 
 def score_scale(q: Tensor, softmax_scale: float | None) -> float:
     return q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale)
 
 
-def triton_obstacle(q: Tensor, v: Tensor) -> str | None:
-    head_dim = max(q.shape[-1], v.shape[-1])
+def choose_backend(backend: Backend, q: Tensor, v: Tensor) -> Backend:
+    """The backend that runs attention; see `checks.choose_backend`."""
+    head_dim, obstacle = max(q.shape[-1], v.shape[-1]), None
     if head_dim > MAX_TRITON_HEAD_DIM:
-        return f"head dimensions go up to {MAX_TRITON_HEAD_DIM}, got {head_dim}"
-    return None
+        obstacle = f"head dimensions go up to {MAX_TRITON_HEAD_DIM}, got {head_dim}"
+    return checks.choose_backend(backend, q, obstacle)

@@ -7,8 +7,11 @@ from torch import Tensor
 
 from lact_kernels.autograd.window_attn_with_kvcache import window_attn_with_kvcache as op
 from lact_kernels.ops import checks
+from lact_kernels.ops.autocast import cast_inputs
 from lact_kernels.ops.checks import Backend
-from lact_kernels.ops.window_attn import check_attention, score_scale, triton_obstacle
+from lact_kernels.ops.window_attn import check_attention, choose_backend, score_scale
+
+NAMES = ("k_cache", "v_cache")
 
 
 @overload
@@ -78,13 +81,11 @@ def window_attn_with_kvcache(
 
     Source: the sliding-window branch of the LaCT layer, arXiv 2505.23884, section 3.3.
     """
-    names = ("k_cache", "v_cache")
-    window_size = check_attention(q, k_cache, v_cache, window_size, softmax_scale, names)
+    window_size = check_attention(q, k_cache, v_cache, window_size, softmax_scale, NAMES)
     checks.check_flag("return_lse", return_lse)
-    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
-    checks.check_no_gradient("window_attn_with_kvcache", "window_attn", **tensors)
+    check_no_gradient(q, k_cache, v_cache)
     if cache_seqlens is not None:
-        cache_seqlens = checks.check_lengths("cache_seqlens", cache_seqlens, len(q), q.device)
+        cache_seqlens = checks.check_cache_seqlens(cache_seqlens, len(q), q.device)
         _check_slots(cache_seqlens, q.shape[1], k_cache.shape[1], window_size)
     o, lse = run_window_attn_with_kvcache(
         q, k_cache, v_cache, window_size, cache_seqlens, softmax_scale, backend
@@ -96,17 +97,23 @@ def run_window_attn_with_kvcache(
     q, k_cache, v_cache, window_size, cache_seqlens, softmax_scale, backend
 ) -> tuple[Tensor, Tensor]:
     """`window_attn_with_kvcache` of checked arguments."""
+    backend = choose_backend(backend, q, v_cache)
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
         cache_seqlens = torch.full((len(q),), cache_seqlens, dtype=torch.int32, device=q.device)
-    backend = checks.choose_backend(backend, q, triton_obstacle(q, v_cache))
     scale = score_scale(q, softmax_scale)
+    q, k_cache, v_cache = cast_inputs(q, k_cache, v_cache)
     return op(q, k_cache, v_cache, cache_seqlens, window_size, scale, backend)
 
 
-def _check_slots(lengths: Tensor | int, Tq: int, S: int, window_size: int | None) -> None:
+def check_no_gradient(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
+    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
+    checks.check_no_gradient("window_attn_with_kvcache", "window_attn", **tensors)
+
+
+def _check_slots(cache_seqlens: Tensor | int, Tq: int, S: int, window_size: int | None) -> None:
     """A row of more tokens than slots still has its window, as far as that is known without waiting."""
     ring_slots = None if window_size is None else window_size + Tq - 1
-    for length in checks.known_values(lengths):
-        if length > S and (ring_slots is None or S < ring_slots):
+    for seqlen in checks.known_values(cache_seqlens):
+        if seqlen > S and (ring_slots is None or S < ring_slots):
             ring = "" if ring_slots is None else f", and than window_size + Tq - 1 = {ring_slots}"
-            raise ValueError(f"cache_seqlens is {length}, but the cache has fewer slots{ring}: {S}")
+            raise ValueError(f"cache_seqlens is {seqlen}, but the cache has fewer slots{ring}: {S}")
