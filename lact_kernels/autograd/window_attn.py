@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lact_kernels.autograd.autocast import register_autocast
 from lact_kernels.autograd.derivatives import register_derivatives
+from lact_kernels.autograd.offsets import read_offsets
 from lact_kernels.autograd.vmap import register_vmap
-from lact_kernels.core.offsets import read_offsets
 from lact_kernels.eager import window_attn as eager
+from lact_kernels.eager.masked_attention import Saved, lse_dtype
 
 OPTIONS = "SymInt? window_size, float softmax_scale, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, str backend"
 
@@ -26,23 +27,23 @@ OPTIONS = "SymInt? window_size, float softmax_scale, Tensor? cu_seqlens_q, Tenso
 )
 def window_attn_fwd(q, k, v, window_size, softmax_scale, cu_seqlens_q, cu_seqlens_k, backend):
     window_size = _clamp_window(window_size, k)
+    capturing = cu_seqlens_q is not None and backend == "triton" and _capturing(k)
+    if capturing and cu_seqlens_q.is_cpu:
+        raise ValueError("cu_seqlens must be on the GPU while a CUDA graph is recorded")
+    # The Triton backend takes the borders as they are, once their values are checked.
+    offsets = None if capturing else read_offsets(q, k, cu_seqlens_q, cu_seqlens_k)
     if backend == "triton":
         from lact_kernels.triton.window_attn.fwd import window_attn_fwd as launch
 
-        if not _capturing(q):
-            read_offsets(q, k, cu_seqlens_q, cu_seqlens_k)  # for its checks
-        elif cu_seqlens_q is not None and cu_seqlens_q.is_cpu:
-            raise ValueError("cu_seqlens must be on the GPU while a CUDA graph is recorded")
         return launch(q, k, v, window_size, softmax_scale, cu_seqlens_q, cu_seqlens_k)
-    offsets = read_offsets(q, k, cu_seqlens_q, cu_seqlens_k)
     return eager.window_attn_fwd(q, k, v, window_size, softmax_scale, offsets)
 
 
 @window_attn_fwd.register_fake
-def _(q, k, v, window_size, softmax_scale, cu_seqlens_q, cu_seqlens_k, backend):
+def empty_outputs(q, k, v, *_):
+    """Outputs and lse without values, of all attention."""
     B, Tq, Hq, _ = q.shape
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(B, Tq, Hq, v.shape[-1]), q.new_empty(B, Hq, Tq, dtype=lse_dtype)
+    return q.new_empty(B, Tq, Hq, v.shape[-1]), q.new_empty(B, Hq, Tq, dtype=lse_dtype(q.dtype))
 
 
 @torch.library.custom_op(
@@ -54,13 +55,13 @@ def _(q, k, v, window_size, softmax_scale, cu_seqlens_q, cu_seqlens_k, backend):
 def window_attn_bwd(
     do, dlse, q, k, v, o, lse, window_size, softmax_scale, cu_seqlens_q, cu_seqlens_k, backend
 ):
-    window_size = _clamp_window(window_size, k)
-    saved = (do, dlse, q, k, v, o, lse, window_size, softmax_scale)
+    options = (_clamp_window(window_size, k), softmax_scale)
     if backend == "triton":
         from lact_kernels.triton.window_attn.bwd import window_attn_bwd as launch
 
-        return launch(*saved, cu_seqlens_q, cu_seqlens_k)
-    return eager.window_attn_bwd(*saved, read_offsets(q, k, cu_seqlens_q, cu_seqlens_k))
+        return launch(do, dlse, q, k, v, o, lse, *options, cu_seqlens_q, cu_seqlens_k)
+    offsets = read_offsets(q, k, cu_seqlens_q, cu_seqlens_k)
+    return eager.window_attn_bwd(do, dlse, Saved(q, k, v, o, lse), *options, offsets)
 
 
 @window_attn_bwd.register_fake

@@ -5,6 +5,7 @@ import torch
 from lact_kernels.autograd.autocast import register_autocast
 from lact_kernels.autograd.derivatives import register_derivatives
 from lact_kernels.autograd.vmap import register_vmap
+from lact_kernels.autograd.window_attn import empty_outputs
 from lact_kernels.eager import window_attn_with_kvcache as eager
 
 UNLIMITED = 2**30  # no window; positions and windows add up within 32 bits
@@ -28,13 +29,7 @@ def window_attn_with_kvcache(
     return eager.window_attn_with_kvcache(*inputs)
 
 
-@window_attn_with_kvcache.register_fake
-def _(q, k_cache, v_cache, cache_seqlens, window_size, softmax_scale, backend):
-    B, Tq, Hq, _ = q.shape
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(B, Tq, Hq, v_cache.shape[-1]), q.new_empty(B, Hq, Tq, dtype=lse_dtype)
-
-
+window_attn_with_kvcache.register_fake(empty_outputs)
 register_derivatives(
     window_attn_with_kvcache,
     without_backward="{} has no backward: use lact_kernels.window_attn",

@@ -30,7 +30,15 @@ def cu_seqlens_of(lengths: Iterable[int]) -> Tensor:
 
 
 def packed_offsets(cu_seqlens: Tensor, T: int, name: str = "cu_seqlens") -> list[int]:
-    """`cu_seqlens` as a list, after checking that it cuts T tokens. Reading it waits for its device.
+    """`cu_seqlens` as a list, after checking that it cuts T tokens. Reading it waits for its device."""
+    offsets = read_borders(cu_seqlens, name)
+    if offsets[-1] != T:
+        raise ValueError(f"{name} must end at T = {T}, got {offsets[-1]}")
+    return offsets
+
+
+def read_borders(cu_seqlens: Tensor, name: str = "cu_seqlens") -> list[int]:
+    """`packed_offsets` whose end the caller compares with the number of its tokens.
 
     What was read is not remembered: NumPy, `.data` and the kernels of others change a tensor without a trace.
     """
@@ -40,7 +48,11 @@ def packed_offsets(cu_seqlens: Tensor, T: int, name: str = "cu_seqlens") -> list
         cu_seqlens = _unwrapped(cu_seqlens, name)
         with torch._C._DisableFuncTorch():
             offsets = cu_seqlens.tolist()
-    _check(offsets, T, name)
+    if offsets[0] != 0:
+        raise ValueError(f"{name} must start at 0, got {offsets[0]}")
+    for n, (start, stop) in enumerate(zip(offsets, offsets[1:])):
+        if stop < start:
+            raise ValueError(f"{name} descends from {start} to {stop} at index {n + 1}")
     return offsets
 
 
@@ -57,21 +69,6 @@ def kept(cu_seqlens: Tensor | None) -> Tensor | None:
     return cu_seqlens.clone() if cu_seqlens is not None and cu_seqlens.is_cpu else cu_seqlens
 
 
-def read_offsets(
-    q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
-) -> Offsets | None:
-    """Both borders, which come together or not at all, for `q [1, Tq, ..]` and `k [1, Tk, ..]`."""
-    if cu_seqlens_q is None:
-        return None
-    if cu_seqlens_q is cu_seqlens_k:
-        offsets = packed_offsets(cu_seqlens_q, q.shape[1])
-        return Offsets(offsets, offsets)
-    return Offsets(
-        packed_offsets(cu_seqlens_q, q.shape[1], "cu_seqlens_q"),
-        packed_offsets(cu_seqlens_k, k.shape[1], "cu_seqlens_k"),
-    )
-
-
 def _unwrapped(cu_seqlens: Tensor, name: str) -> Tensor:
     """What transforms of `torch.func` have wrapped: all but `vmap` keep its values."""
     while torch._C._functorch.is_functorch_wrapped_tensor(cu_seqlens):
@@ -81,13 +78,3 @@ def _unwrapped(cu_seqlens: Tensor, name: str) -> Tensor:
             )
         cu_seqlens = torch._C._functorch.get_unwrapped(cu_seqlens)
     return cu_seqlens
-
-
-def _check(offsets: list[int], T: int, name: str) -> None:
-    if offsets[0] != 0:
-        raise ValueError(f"{name} must start at 0, got {offsets[0]}")
-    for n, (start, stop) in enumerate(zip(offsets, offsets[1:])):
-        if stop < start:
-            raise ValueError(f"{name} descends from {start} to {stop} at index {n + 1}")
-    if offsets[-1] != T:
-        raise ValueError(f"{name} must end at T = {T}, got {offsets[-1]}")

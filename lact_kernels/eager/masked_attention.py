@@ -14,6 +14,7 @@ the CPU as well, and divides P by its own sums.
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,16 @@ aten = torch.ops.aten
 PART_SCORES = 2**17  # that are written out at a time on a CPU, so that they stay in its cache
 # The lse up to which its rounding counts less than that of the dtype.
 PRECISE_LSE = {torch.float64: 8, torch.float32: 8, torch.float16: 512, torch.bfloat16: 512}
+
+
+class Saved(NamedTuple):
+    """What the forward has read and written, for the backward."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    o: Tensor
+    lse: Tensor
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -47,19 +58,12 @@ def forward(
 
 
 def backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    mask: Tensor,
-    scale: float,
-    dlse: Tensor | None = None,
+    do: Tensor, dlse: Tensor | None, saved: Saved, mask: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
+    q, k, v, o, lse = saved
     if not (q.is_cpu and _flash_is_precise(lse, q.dtype, scale)):
-        return backward_written_out(do, q, k, v, o, lse, mask, scale, dlse)
+        return backward_written_out(do, dlse, saved, mask, scale)
     D, Dv = q.shape[-1], v.shape[-1]
     if dlse is not None:
         # A value channel of ones, whose output is given as 0 and whose gradient is dlse, adds
@@ -90,16 +94,9 @@ def forward_written_out(
 
 
 def backward_written_out(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    mask: Tensor,
-    scale: float,
-    dlse: Tensor | None = None,
+    do: Tensor, dlse: Tensor | None, saved: Saved, mask: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, _, lse = saved
     gradients = [x.new_empty(x.shape, dtype=lse.dtype) for x in (q, k, v)]
     for part in _parts(q, k):
         # One batch axis, for which overlapping windows are copied once.

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lact_kernels.core.offsets import Offsets
 from lact_kernels.eager import masked_attention
+from lact_kernels.eager.masked_attention import Saved
 
 MIN_ROWS, MAX_ROWS = 64, 256
 MAX_BLOCKS = 64  # in one batch, which bounds the memory of the backward's per-block dk and dv
@@ -87,16 +88,13 @@ def window_attn_fwd(
 def window_attn_bwd(
     do: Tensor,
     dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
+    saved: Saved,
     window_size: int,
     softmax_scale: float,
     offsets: Offsets | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; each block computes its probabilities again."""
+    q, k, v, o, lse = saved
     dq, dk, dv = (
         torch.zeros_like(x, dtype=lse.dtype, memory_format=torch.contiguous_format)
         for x in (q, k, v)
@@ -108,16 +106,11 @@ def window_attn_bwd(
         queries, keys, window_size, offsets
     ):
         lses, *dlses = map(blocks.statistics, statistics)
+        block = Saved(
+            blocks.queries(qs), blocks.window(ks), blocks.window(vs), blocks.queries(os), lses
+        )
         dq_part, dk_part, dv_part = masked_attention.backward(
-            blocks.queries(dos),
-            blocks.queries(qs),
-            blocks.window(ks),
-            blocks.window(vs),
-            blocks.queries(os),
-            lses,
-            blocks.mask,
-            softmax_scale,
-            *dlses,
+            blocks.queries(dos), dlses[0] if dlses else None, block, blocks.mask, softmax_scale
         )
         blocks.queries(dqs).copy_(dq_part)
         blocks.add_to_window(dks, dk_part)
@@ -138,17 +131,15 @@ def _views(
     """
     q, k = queries[0], keys[0]
     (B, Tq, Hq), (Tk, Hkv) = q.shape[:3], k.shape[1:3]
-    borders = offsets or Offsets([0, Tq], [0, Tk])
-    spans = [
-        (*queries, *keys)
-        for queries, keys in zip(
-            itertools.pairwise(borders.queries), itertools.pairwise(borders.keys)
-        )
-    ]
+    spans = [(0, Tq, 0, Tk)]
+    if offsets is not None:
+        borders = itertools.pairwise(offsets.queries), itertools.pairwise(offsets.keys)
+        spans = [(*queries, *keys) for queries, keys in zip(*borders)]
     most_queries = max(stop - start for start, stop, _, _ in spans)
     most_keys = max(stop - start for _, _, start, stop in spans)
     window_size = max(1, min(window_size, most_keys))
-    rows = min(MAX_ROWS, max(MIN_ROWS, _power_of_two(window_size // 2)), max(1, most_queries))
+    half = 1 << max(0, (window_size // 2).bit_length() - 1)  # of the window, down to a power of two
+    rows = min(MAX_ROWS, max(MIN_ROWS, half), max(1, most_queries))
     band = masked_attention.band(rows, window_size, q)
     queries = tuple(x.unflatten(2, (Hkv, Hq // Hkv)) for x in queries)
     for first_query, last_query, first_key, last_key in spans:
@@ -173,8 +164,3 @@ def _cut(Tq: int, Tk: int, window_size: int, band: Tensor) -> Iterator[_Blocks]:
             query, position - (window_size - 1) + cut_off, length, mask.shape[1], count, mask
         )
         query += count * length
-
-
-def _power_of_two(x: int) -> int:
-    """The largest power of two that is no larger than x, at least 1."""
-    return 1 << max(0, x.bit_length() - 1)

@@ -1,6 +1,6 @@
 """Attention of a few queries over a cache: the slots they see are a slice of it, or two where a ring ends.
 
-The lengths are read on the host to know which. Rows that see the same slots run together.
+`cache_seqlens` is read on the host to know which. Rows that see the same slots run together.
 """
 
 import math
@@ -22,41 +22,41 @@ def window_attn_with_kvcache(
 ) -> tuple[Tensor, Tensor]:
     """Outputs `[B, Tq, Hq, Dv]` and lse `[B, Hq, Tq]`; NaN for a row whose keys the cache has lost."""
     S = k_cache.shape[1]
-    lengths = [S] if cache_seqlens is None else cache_seqlens.tolist()
+    seqlens = [S] if cache_seqlens is None else cache_seqlens.tolist()
     if q.shape[1] == 1 and S == window_size:
-        lengths = [min(x, S) for x in lengths]  # every slot of a full ring, in any order
-    if len(set(lengths)) <= 1:
-        length = lengths[0] if lengths else 0
-        return _rows(q, k_cache, v_cache, length, window_size, softmax_scale)
-    rows = zip(q.split(1), k_cache.split(1), v_cache.split(1), lengths)
+        seqlens = [min(x, S) for x in seqlens]  # every slot of a full ring, in any order
+    if len(set(seqlens)) <= 1:
+        seqlen = seqlens[0] if seqlens else 0
+        return _rows(q, k_cache, v_cache, seqlen, window_size, softmax_scale)
+    rows = zip(q.split(1), k_cache.split(1), v_cache.split(1), seqlens)
     results = [_rows(*row, window_size, softmax_scale) for row in rows]
     o, lse = (torch.cat(x) for x in zip(*results))
     return o, lse
 
 
 def _rows(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int, window_size: int, scale: float
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, seqlen: int, window_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Outputs and lse of rows that have had so many tokens."""
     (B, Tq, Hq, D), (S, Hkv, Dv) = q.shape, v_cache.shape[1:]
-    n = min(Tq, length)  # queries that are tokens of the row, the last ones
-    lost = S < min(length, window_size + Tq - 1)
+    n = min(Tq, seqlen)  # queries that are tokens of the row, the last ones
+    lost = S < min(seqlen, window_size + Tq - 1)
     if lost or n == 0:
         o = q.new_full((B, Tq, Hq, Dv), math.nan if lost else 0.0)
         lse_dtype = masked_attention.lse_dtype(q.dtype)
         return o, q.new_full((B, Hq, Tq), math.nan if lost else -math.inf, dtype=lse_dtype)
     groups = Hq // Hkv
-    span = min(window_size + n - 1, length)
-    slots = _slots(length, span, S)
-    pieces = [tuple(x[:, s].transpose(1, 2) for x in (k_cache, v_cache)) for s in slots]
+    span = min(window_size + n - 1, seqlen)
+    slots = _slots(seqlen, span, S)
+    parts = [tuple(x[:, s].transpose(1, 2) for x in (k_cache, v_cache)) for s in slots]
     # The queries of a group are rows of one product.
     queries = q if n == Tq else q[:, Tq - n :]
     queries = queries.reshape(B, n, Hkv, groups, D).permute(0, 2, 3, 1, 4)
     mask = None  # a single query sees all of them
     if n > 1:
-        mask = masked_attention.band(n, min(window_size, length), q)[:, -span:]
+        mask = masked_attention.band(n, min(window_size, seqlen), q)[:, -span:]
         mask = mask.repeat(groups, 1)  # [G * n, span]
-    o, lse = _forward(queries.flatten(2, 3), pieces, mask, scale)
+    o, lse = _forward(queries.flatten(2, 3), parts, mask, scale)
     o = o.view(B, Hkv, groups, n, Dv).permute(0, 3, 1, 2, 4).reshape(B, n, Hq, Dv)
     lse = lse.reshape(B, Hq, n)
     if n < Tq:
@@ -64,25 +64,23 @@ def _rows(
     return o, lse
 
 
-def _slots(length: int, span: int, S: int) -> list[slice]:
-    """Where the last `span` of `length` tokens are, in their order."""
-    first, last = (length - span) % S, (length - 1) % S + 1
+def _slots(seqlen: int, span: int, S: int) -> list[slice]:
+    """Where the last `span` of `seqlen` tokens are, in their order."""
+    first, last = (seqlen - span) % S, (seqlen - 1) % S + 1
     return [slice(first, last)] if first < last else [slice(first, S), slice(0, last)]
 
 
 def _forward(
-    q: Tensor, pieces: list[tuple[Tensor, Tensor]], mask: Tensor | None, scale: float
+    q: Tensor, parts: list[tuple[Tensor, Tensor]], mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attention over one or two pieces of keys and values, without copies of them where it can be."""
-    if mask is None and len(pieces) == 2:
-        (o, lse), (other, other_lse) = (
-            masked_attention.forward(q, *x, None, scale) for x in pieces
-        )
+    """Attention over one or two parts of keys and values, without copies of them where it can be."""
+    if mask is None and len(parts) == 2:
+        (o, lse), (other, other_lse) = (masked_attention.forward(q, *x, None, scale) for x in parts)
         # An error of an lse moves the share by a quarter of it at most.
         limit = 4 * masked_attention.PRECISE_LSE[q.dtype]
         if all((x.abs() <= limit).all() for x in (lse, other_lse)):
             share = torch.sigmoid(other_lse - lse)[..., None]
             o = torch.lerp(o.to(lse.dtype), other.to(lse.dtype), share)
             return o.to(q.dtype), torch.logaddexp(lse, other_lse)
-    keys, values = (x[0] if len(x) == 1 else torch.cat(x, dim=2) for x in zip(*pieces))
+    keys, values = (x[0] if len(x) == 1 else torch.cat(x, dim=2) for x in zip(*parts))
     return masked_attention.forward(q, keys, values, mask, scale)
