@@ -27,11 +27,11 @@ BACKENDS = get_args(Backend)
 
 def check_floating(name: str, x: Tensor, *layouts: str) -> None:
     """`x` is a floating-point tensor with one of the layouts, and only B and T may be empty."""
-    expected = " or ".join(layouts)
+    expected = layouts[0] if len(layouts) == 1 else " or ".join(layouts)
     check_float_dtype(name, x, expected)
-    if x.ndim not in [len(layout.split(",")) for layout in layouts]:
+    if x.ndim not in [layout.count(",") + 1 for layout in layouts]:
         raise ValueError(f"{name} must have the shape {expected}, got {tuple(x.shape)}")
-    if 0 in x.shape[-2:]:
+    if not (x.shape[-1] and x.shape[-2]):
         raise ValueError(f"{name} {expected} has an empty head or channel axis: {tuple(x.shape)}")
 
 
@@ -207,8 +207,8 @@ def may_need_backward(*tensors: Tensor | None) -> bool:
 
 def check_no_gradient(function: str, instead: str, **tensors: Tensor | None) -> None:
     """No tensor needs a gradient, which `function` has none for and `instead` has."""
-    for name, x in tensors.items():
-        if needs_gradient(x):
+    for name, x in tensors.items() if torch.is_grad_enabled() else ():
+        if x is not None and x.requires_grad:
             raise ValueError(
                 f"{name} requires a gradient, and {function} has no backward: call it under"
                 f" torch.no_grad() or torch.inference_mode(), or use {instead}"
@@ -248,17 +248,19 @@ def choose_backend(backend: Backend, q: Tensor, obstacle: str | None) -> Backend
     `obstacle` is what keeps the operation's own kernels from this call, if anything does.
     """
     check_backend(backend)
+    if backend == "eager" or (backend == "auto" and not q.is_cuda):
+        return "eager"
     if not triton_runs_on(q):
         obstacle = f"it needs Triton and a CUDA tensor, and q is on {q.device}"
     elif q.is_cuda and gpu_obstacle(q.device.index) is not None:
         obstacle = gpu_obstacle(q.device.index)
     elif q.dtype not in TRITON_DTYPES:
         obstacle = f"it has no kernels for {q.dtype}"
-    if backend == "auto":
-        return "triton" if obstacle is None and q.is_cuda else "eager"
-    if backend == "triton" and obstacle is not None:
+    if obstacle is None:
+        return "triton"
+    if backend == "triton":
         raise ValueError(f"backend='triton' cannot run: {obstacle}; use backend='eager' or 'auto'")
-    return backend
+    return "eager"
 
 
 def triton_runs_on(x: Tensor) -> bool:
