@@ -102,18 +102,3 @@ else:
 """
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_reference_imports_only_torch():
-    done = run_python(
-        "import reference, sys; assert not any(m.startswith('lact_kernels') for m in sys.modules)"
-    )
-    assert done.returncode == 0, done.stderr
-    sources = [path.read_text() for path in (ROOT / "lact_kernels").rglob("*.py")]
-    assert not any(re.search(r"^\s*(import|from) reference", s, re.MULTILINE) for s in sources)
-
-
-def test_the_emulator_knows_nothing_of_the_package():
-    sources = {path: path.read_text() for path in (ROOT / "ptx_emulator").glob("*.py")}
-    pattern = r"^\s*(import|from) (lact_kernels|benchmarks|reference|tests)\b"
-    assert sources and not [p for p, s in sources.items() if re.search(pattern, s, re.MULTILINE)]
