@@ -31,6 +31,7 @@ from lact_kernels.core.offsets import packed_offsets
 from lact_kernels.core.plan import Plan
 from lact_kernels.core.ranks import named
 from lact_kernels.core.tokens import Tokens
+from lact_kernels.eager import block_causal_ttt as eager
 
 NO_HISTORY = (
     "lact_kernels::block_causal_ttt_fwd kept nothing for a backward: where it was called, or exported,"
@@ -162,11 +163,12 @@ def _call(inputs: tuple) -> tuple[Call, ModuleType]:
     tokens, start = Tokens(*tokens), FastWeights.from_list(start, prenorm)
     momentum = tokens.momentum is not None
     options = Options(chunk_size, muon, prenorm, momentum, return_end, interval)
+    call = Call(q, tokens, start, plan, options, ranks)
     if backend == "triton":
         from lact_kernels.triton.fast_weights import block_causal_ttt
-    else:
-        from lact_kernels.eager import block_causal_ttt
-    return Call(q, tokens, start, plan, options, ranks), block_causal_ttt
+
+        return call, block_causal_ttt
+    return call, eager
 
 
 def _empty_like(tensors: list[Tensor]) -> list[Tensor]:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lact_kernels.autograd.autocast import register_autocast
 from lact_kernels.autograd.derivatives import register_derivatives
-from lact_kernels.autograd.offsets import read_offsets
 from lact_kernels.autograd.vmap import register_vmap
+from lact_kernels.core.offsets import Offsets, read_borders
 from lact_kernels.eager import window_attn as eager
 from lact_kernels.eager.masked_attention import Saved, lse_dtype
 
@@ -31,7 +31,7 @@ def window_attn_fwd(q, k, v, window_size, softmax_scale, cu_seqlens_q, cu_seqlen
     if capturing and cu_seqlens_q.is_cpu:
         raise ValueError("cu_seqlens must be on the GPU while a CUDA graph is recorded")
     # The Triton backend takes the borders as they are, once their values are checked.
-    offsets = None if capturing else read_offsets(q, k, cu_seqlens_q, cu_seqlens_k)
+    offsets = None if capturing else _read_offsets(q, k, cu_seqlens_q, cu_seqlens_k)
     if backend == "triton":
         from lact_kernels.triton.window_attn.fwd import window_attn_fwd as launch
 
@@ -60,13 +60,32 @@ def window_attn_bwd(
         from lact_kernels.triton.window_attn.bwd import window_attn_bwd as launch
 
         return launch(do, dlse, q, k, v, o, lse, *options, cu_seqlens_q, cu_seqlens_k)
-    offsets = read_offsets(q, k, cu_seqlens_q, cu_seqlens_k)
+    offsets = _read_offsets(q, k, cu_seqlens_q, cu_seqlens_k)
     return eager.window_attn_bwd(do, dlse, Saved(q, k, v, o, lse), *options, offsets)
 
 
 @window_attn_bwd.register_fake
 def _(do, dlse, q, k, v, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _read_offsets(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None
+) -> Offsets | None:
+    """Both borders, checked against the tokens of `q [1, Tq, ..]` and `k [1, Tk, ..]`.
+
+    Where an op is traced no value is known, and so they are read here, inside of it.
+    """
+    if cu_seqlens_q is None:
+        return None
+    names = ("cu_seqlens",) if cu_seqlens_q is cu_seqlens_k else ("cu_seqlens_q", "cu_seqlens_k")
+    borders = []
+    for name, cu_seqlens, x in zip(names, (cu_seqlens_q, cu_seqlens_k), (q, k)):
+        borders.append(read_borders(cu_seqlens, name))
+        T, end = x.shape[1], borders[-1][-1]
+        if end != T:
+            raise ValueError(f"{name} must end at T = {T}, got {end}")
+    return Offsets(borders[0], borders[-1])
 
 
 def _clamp_window(window_size: int | None, k: Tensor) -> int:
