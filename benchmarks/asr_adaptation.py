@@ -35,6 +35,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.run import positive
+from examples.synthesize import synthesize
 from lact_kernels.asr.audio import read_audio
 from lact_kernels.asr.config import LaCTASRConfig
 from lact_kernels.asr.decoding import collapse, text_of
@@ -43,7 +44,6 @@ from lact_kernels.asr.manifest import Utterance, read_manifest
 from lact_kernels.asr.model import LaCTForCTC
 from lact_kernels.asr.pretrained import load_recogniser
 from lact_kernels.asr.streaming import FrameStream
-from lact_kernels.asr.synthesis import synthesize
 from lact_kernels.asr.text import build_tokenizer
 from lact_kernels.asr.training import TrainingOptions, new_model, read_training_set, train, usable
 

@@ -5,9 +5,10 @@ python -m examples.asr_demo                     # strings of digits, about 4 min
 python -m examples.asr_demo --task commands     # a grammar of 70 words, about 10 minutes
 ```
 
-Every step is a command of `lact-asr`, printed before it runs. espeak-ng speaks the corpus; where it is not
-installed, the digits that the repository has are used. An interrupted run goes on where it was. Exit
-status: 0 if the error on held-out voices and sentences is within the limit, 1 if it is not.
+Every step is a command, printed before it runs: `examples.synthesize` has espeak-ng speak a corpus, and
+`lact-asr` does the rest. Where espeak-ng is not installed, the digits that the repository has are used. An
+interrupted run goes on where it was. Exit status: 0 if the error on held-out voices and sentences is within
+the limit, 1 if it is not.
 
 What this shows is that the whole chain works. It says nothing about human speech: see docs/asr.md.
 """
@@ -18,12 +19,14 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from examples import synthesize
+from lact_kernels.asr import cli
 from lact_kernels.asr.audio import read_audio
-from lact_kernels.asr.cli import main as lact_asr
 from lact_kernels.asr.decoding import GreedyDecoder
 from lact_kernels.asr.manifest import read_manifest
 from lact_kernels.asr.pretrained import load_recogniser
@@ -42,7 +45,7 @@ TASKS = {
     },
     "commands": {
         "limit": 0.08,
-        "synth": ["--train", "4000"],
+        "synthesize": ["--train", "4000"],
         "hears": 28000,
         "train": ["--save-steps", "500"],
         "decode": ["--beam", "50"],
@@ -67,17 +70,17 @@ def main() -> int:
         epochs = round(task["hears"] / sum(1 for _ in lines))
     # One core trains, the other one reads and augments: a small model does not gain from two threads.
     options = ["--epochs", epochs, "--seed", args.seed, "--threads", 1, *task["train"]]
-    _run("train", model, "--train", train, "--dev", dev, *options)
+    _lact_asr("train", model, "--train", train, "--dev", dev, *options)
     results, hypotheses = out / "results.json", out / "hypotheses.jsonl"
     files = ["--json", results, "--hypotheses", hypotheses]
-    _run("evaluate", model, *sets, *task["decode"], *files)
+    _lact_asr("evaluate", model, *sets, *task["decode"], *files)
 
     recording, spoken = _recording(corpus / "test_voice.jsonl", out / "recording.flac")
     print(
         f"\n{recording}, of a voice and of sentences that the model has never heard. Spoken is:\n{spoken}"
     )
-    _run("transcribe", model, recording, *task["decode"])
-    _run("stream", model, recording, *task["decode"])
+    _lact_asr("transcribe", model, recording, *task["decode"])
+    _lact_asr("stream", model, recording, *task["decode"])
     difference = _streaming_difference(model, recording)
     print(f"streamed and offline log-probabilities differ by at most {difference:.1e}")
     _draw(out / "asr_demo.png", model, recording, hypotheses)
@@ -96,7 +99,8 @@ def _corpus(args: argparse.Namespace, task: dict) -> Path:
     """The folder of the manifests."""
     if shutil.which("espeak-ng"):
         corpus = args.out / f"{args.task}-corpus"
-        _run("synth", corpus, "--task", args.task, *task.get("synth", ()))
+        arguments = [corpus, "--task", args.task, *task.get("synthesize", ())]
+        _run(synthesize.main, "python -m examples.synthesize", *arguments)
         return corpus
     if args.task != "digits":
         sys.exit(
@@ -106,11 +110,15 @@ def _corpus(args: argparse.Namespace, task: dict) -> Path:
     return SHIPPED
 
 
-def _run(*arguments) -> None:
-    """One command of `lact-asr`, shown as it would be typed."""
+def _lact_asr(*arguments) -> None:
+    _run(cli.main, "lact-asr", *arguments)
+
+
+def _run(main: Callable[[list[str]], int], program: str, *arguments) -> None:
+    """A command in this process, shown as it would be typed."""
     command = [str(x) for x in arguments]
-    print(f"\n$ lact-asr {shlex.join(command)}", flush=True)
-    status = lact_asr(command)
+    print(f"\n$ {program} {shlex.join(command)}", flush=True)
+    status = main(command)
     if status:
         sys.exit(status)
 

@@ -81,7 +81,6 @@ def test_help_names_every_command(capsys):
         (["evaluate", "OUT", "good.jsonl"], 1, "OUT is not the folder of a recogniser"),
         (["transcribe", "OUT", "good.wav"], 1, "no config.json"),
         (["stream", "OUT", "good.wav"], 1, "no config.json"),
-        (["synth", "OUT", "--train", "-1"], 1, "num_train must not be negative, got -1"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
@@ -106,13 +105,13 @@ def test_debug_shows_where_an_error_comes_from():
 
 
 def test_an_interrupt_is_status_130(monkeypatch, capsys):
-    from lact_kernels.asr.commands import synth
+    from lact_kernels.asr.commands import transcribe
 
     def interrupted(args):
         raise KeyboardInterrupt("stopped after step 7")
 
-    monkeypatch.setattr(synth, "run", interrupted)
-    assert main(["synth", "OUT"]) == 130
+    monkeypatch.setattr(transcribe, "run", interrupted)
+    assert main(["transcribe", "MODEL", "x.wav"]) == 130
     assert capsys.readouterr().err == "\nlact-asr: interrupted: stopped after step 7\n"
 
 

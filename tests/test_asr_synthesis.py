@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lact_kernels.asr import synthesis
+from examples import synthesize as synthesis
+from examples.synthesize import COMMAND_WORDS, DIGIT_WORDS, GRAMMARS, plan, synthesize
 from lact_kernels.asr.audio import read_audio
 from lact_kernels.asr.manifest import read_manifest
-from lact_kernels.asr.synthesis import COMMAND_WORDS, DIGIT_WORDS, GRAMMARS, plan, synthesize
 
 SHIPPED = Path(__file__).parents[1] / "examples/data/spoken_digits"
 SETS = ("train", "dev", "test_seen", "test_voice", "test_accent", "test_noise", "test_flite")
@@ -132,6 +132,24 @@ def test_missing_espeak_says_how_to_install_it(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="apt install espeak-ng.*brew install espeak-ng"):
         synthesize(tmp_path / "out", "digits", **SMALL)
     assert not (tmp_path / "out").exists()
+
+
+def test_command_says_what_is_wrong_in_one_line(tmp_path, capsys):
+    assert synthesis.main([str(tmp_path / "out"), "--train", "-1"]) == 1
+    assert capsys.readouterr().err == "synthesize: num_train must not be negative, got -1\n"
+    with pytest.raises(SystemExit) as error:
+        synthesis.main([str(tmp_path / "out"), "--task", "poems"])
+    assert error.value.code == 2 and "invalid choice: 'poems'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_interrupted_command_is_status_130(tmp_path, monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(synthesis, "synthesize", interrupted)
+    assert synthesis.main([str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "\nsynthesize: interrupted\n"
 
 
 # What is made

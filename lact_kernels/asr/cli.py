@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-COMMANDS = ("synth", "train", "evaluate", "transcribe", "stream")
+COMMANDS = ("train", "evaluate", "transcribe", "stream")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
