@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from examples import asr_corpus
 from examples import synthesize as synthesis
-from examples.synthesize import COMMAND_WORDS, DIGIT_WORDS, GRAMMARS, plan, synthesize
+from examples.asr_corpus import COMMAND_WORDS, DIGIT_WORDS, GRAMMARS, VOICES, plan
+from examples.synthesize import synthesize
 from lact_kernels.asr.audio import read_audio
 from lact_kernels.asr.manifest import read_manifest
 
@@ -61,10 +63,10 @@ def test_digits_are_strings_of_three_to_seven():
 
 def test_no_sentence_comes_about_in_two_ways():
     listed = list(sentences("SENTENCE", GRAMMARS["commands"]))
-    assert len(set(listed)) == len(listed) == synthesis._count("SENTENCE", GRAMMARS["commands"])
+    assert len(set(listed)) == len(listed) == asr_corpus._count("SENTENCE", GRAMMARS["commands"])
 
 
-@pytest.mark.parametrize("task", synthesis.TASKS)
+@pytest.mark.parametrize("task", asr_corpus.TASKS)
 def test_no_sentence_is_in_two_sets(task):
     sets = planned(task)
     assert sets.keys() == set(SETS)
@@ -201,12 +203,12 @@ def test_interrupted_run_goes_on_where_it_was(tmp_path, monkeypatch):
 
 
 def test_file_has_its_name_only_when_it_is_whole(tmp_path):
-    def pieces():
+    def waveforms():
         yield torch.zeros(16000)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        synthesis._write(tmp_path / "x.flac", pieces(), "flac")
+        synthesis._write(tmp_path / "x.flac", waveforms(), "flac")
     assert not (tmp_path / "x.flac").exists()
 
 
@@ -256,14 +258,14 @@ def test_without_flite_its_set_is_left_out(tmp_path, monkeypatch, caplog):
 
 @needs_espeak
 def test_voice_that_espeak_refuses(tmp_path, monkeypatch):
-    monkeypatch.setitem(synthesis.VOICES, "dev", ("nowhere+f1",))
+    monkeypatch.setitem(VOICES, "dev", ("nowhere+f1",))
     with pytest.raises(OSError, match="-v nowhere[+]f1.*voice does not exist"):
         synthesize(tmp_path, "digits", **SMALL)
 
 
 @needs_espeak
 def test_voice_that_espeak_would_replace(tmp_path, monkeypatch):
-    monkeypatch.setitem(synthesis.VOICES, "dev", ("en-us+nobody",))
+    monkeypatch.setitem(VOICES, "dev", ("en-us+nobody",))
     with pytest.raises(FileNotFoundError, match="without the voices nobody"):
         synthesize(tmp_path / "out", "digits", **SMALL)
     assert not (tmp_path / "out").exists()
