@@ -353,7 +353,7 @@ def test_a_transcript_that_is_interrupted_leaves_nothing(model, recording, tmp_p
         yield SEGMENTS[0]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(transcription, "transcribe_file", interrupted)
+    monkeypatch.setattr(transcribe, "transcribe_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(transcribe, model, recording, "--output-dir", tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []

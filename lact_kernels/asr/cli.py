@@ -1,12 +1,13 @@
 """`lact-asr`: speech recognisers from the command line."""
 
 import argparse
-import importlib
 import sys
 import warnings
 from collections.abc import Sequence
 
-COMMANDS = ("train", "evaluate", "transcribe", "stream")
+from lact_kernels.asr.commands import evaluate, stream, train, transcribe
+
+COMMANDS = {"train": train, "evaluate": evaluate, "transcribe": transcribe, "stream": stream}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,8 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name in COMMANDS:
-        module = importlib.import_module(f"lact_kernels.asr.commands.{name}")
+    for name, module in COMMANDS.items():
         command = commands.add_parser(name, help=module.HELP, description=module.__doc__)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
@@ -38,7 +38,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"lact-asr: {error}", file=sys.stderr)
         return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,1 +1,1 @@
-"""The commands of `lact-asr`. Importing one imports nothing heavy, so that its help is quick."""
+"""The commands of `lact-asr`: each module adds its arguments to a parser, and runs with what was parsed."""

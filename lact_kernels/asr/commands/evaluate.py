@@ -5,7 +5,14 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
+import lact_kernels
 from lact_kernels.asr.commands.transcribe import add_decoder_arguments, load, positive
+from lact_kernels.asr.evaluation import evaluate_set, table
+from lact_kernels.asr.files import written_whole
+from lact_kernels.asr.manifest import Utterance, read_utterances
+from lact_kernels.asr.text import normalize_text
 
 HELP = "measure word and character error rates"
 
@@ -33,9 +40,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check_files(args)
-
-    from lact_kernels.asr.evaluation import evaluate_set, table
-
     sets = _read_sets(args.sets, args.limit)
     recogniser, decoder = load(args)
     results, lines = {}, []
@@ -56,11 +60,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _report(args: argparse.Namespace, device, results: dict) -> str:
-    import torch
-
-    import lact_kernels
-
+def _report(args: argparse.Namespace, device: torch.device, results: dict) -> str:
     report = {
         "model": args.model,
         "beam": args.beam,
@@ -84,10 +84,8 @@ def _check_files(args: argparse.Namespace) -> None:
             raise FileNotFoundError(f"{out} cannot be written: it is a folder, or in none")
 
 
-def _read_sets(arguments: list[str], limit: int | None) -> dict[str, list]:
+def _read_sets(arguments: list[str], limit: int | None) -> dict[str, list[Utterance]]:
     """Utterances by the name of the set, all of them before any is recognised."""
-    from lact_kernels.asr.manifest import read_utterances
-
     paths = {}
     for argument in arguments:
         name, path = _name_and_path(argument)
@@ -113,9 +111,7 @@ def _name_and_path(argument: str) -> tuple[str, Path]:
     return path.stem if path.is_file() else path.resolve().name, path
 
 
-def _line(name: str, utterance, hypothesis: str | None) -> str:
-    from lact_kernels.asr.text import normalize_text
-
+def _line(name: str, utterance: Utterance, hypothesis: str | None) -> str:
     entry = {
         "set": name,
         "audio_filepath": utterance.path,
@@ -127,7 +123,5 @@ def _line(name: str, utterance, hypothesis: str | None) -> str:
 
 
 def _write(path: str, text: str) -> None:
-    from lact_kernels.asr.files import written_whole
-
     with written_whole(path) as file:
         file.write(text)

@@ -17,7 +17,12 @@ import wave
 from array import array
 from collections.abc import Iterable, Iterator
 
+import numpy as np
+import torch
+
+from lact_kernels.asr.audio import StreamResampler, audio_blocks
 from lact_kernels.asr.commands.transcribe import add_decoder_arguments, load, positive
+from lact_kernels.asr.transcription import Transcriber
 
 HELP = "recognise speech while it arrives"
 SAMPLES = {"s16le": ("<i2", 1 / 32768), "f32le": ("<f4", 1.0)}  # NumPy's type, its unit
@@ -60,9 +65,6 @@ def run(args: argparse.Namespace) -> int:
         )
     args.threads = args.threads or 1  # a frame at a time is too little work to be shared
     recogniser, decoder = load(args)
-
-    from lact_kernels.asr.transcription import Transcriber
-
     config = recogniser.model.config
     transcriber = Transcriber(recogniser, decoder)
     show = _show_on_terminal if sys.stdout.isatty() else _show_lines
@@ -123,8 +125,6 @@ class _Interrupts:
 
 def _from_file(args: argparse.Namespace, rate: int) -> Iterator[tuple]:
     """When each piece has been spoken, and its samples."""
-    from lact_kernels.asr.audio import audio_blocks
-
     begin, heard = time.perf_counter(), 0
     for samples in audio_blocks(args.source, rate, args.piece_ms / 1000):
         heard += len(samples)
@@ -139,11 +139,6 @@ def _from_file(args: argparse.Namespace, rate: int) -> Iterator[tuple]:
 
 def _from_stdin(args: argparse.Namespace, rate: int) -> Iterator[tuple]:
     """When each piece was read, and its samples."""
-    import numpy as np
-    import torch
-
-    from lact_kernels.asr.audio import StreamResampler
-
     read, channels, orig, (dtype, scale) = _opened(args)
     resampler = StreamResampler(orig, rate)
     frame_size = channels * np.dtype(dtype).itemsize

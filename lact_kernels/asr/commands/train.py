@@ -4,6 +4,21 @@ import argparse
 import ast
 import sys
 
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from lact_kernels.asr.config import LaCTASRConfig
+from lact_kernels.asr.pretrained import load_recogniser
+from lact_kernels.asr.text import build_tokenizer, tokenizer_from_vocabulary
+from lact_kernels.asr.training import (
+    TrainingOptions,
+    new_model,
+    processes,
+    read_training_set,
+    train,
+    usable,
+)
+
 HELP = "train a recogniser"
 OPTIONS = {
     "epochs": (int, "passes over the utterances"),
@@ -66,21 +81,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-    from transformers.utils.logging import disable_progress_bar
-
-    from lact_kernels.asr.config import LaCTASRConfig
-    from lact_kernels.asr.pretrained import load_recogniser
-    from lact_kernels.asr.text import build_tokenizer, tokenizer_from_vocabulary
-    from lact_kernels.asr.training import (
-        TrainingOptions,
-        new_model,
-        processes,
-        read_training_set,
-        train,
-        usable,
-    )
-
     disable_progress_bar()  # of checkpoints, which are written at once
     if args.threads:
         torch.set_num_threads(args.threads)

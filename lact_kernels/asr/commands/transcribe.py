@@ -7,21 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+import soundfile
+import torch
+from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
+
+from lact_kernels.asr.decoding import BeamDecoder, GreedyDecoder
+from lact_kernels.asr.files import written_whole
+from lact_kernels.asr.formats import as_json, as_srt, as_text, as_vtt
+from lact_kernels.asr.pretrained import Recogniser, load_recogniser
+from lact_kernels.asr.transcription import Decoder, transcribe_file
+
 HELP = "transcribe recordings"
 EXTENSIONS = {"text": ".txt", "json": ".json", "srt": ".srt", "vtt": ".vtt"}
-SUFFIXES = {
-    ".wav",
-    ".flac",
-    ".ogg",
-    ".oga",
-    ".opus",
-    ".mp3",
-    ".aif",
-    ".aiff",
-    ".au",
-    ".caf",
-    ".w64",
-}
+SUFFIXES = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .au .caf .w64".split())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +82,7 @@ def add_decoder_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=positive, metavar="N", help="of PyTorch on a CPU")
 
 
-def load(args: argparse.Namespace):
+def load(args: argparse.Namespace) -> tuple[Recogniser, Decoder]:
     """The recogniser and the decoder that these arguments ask for.
 
     Raises:
@@ -96,13 +95,6 @@ def load(args: argparse.Namespace):
     for file in filter(None, (args.lexicon, args.lm)):
         if not Path(file).is_file():
             raise FileNotFoundError(f"there is no file {file}")
-
-    import torch
-    from transformers.utils.logging import disable_progress_bar
-
-    from lact_kernels.asr.decoding import BeamDecoder, GreedyDecoder
-    from lact_kernels.asr.pretrained import load_recogniser
-
     if args.threads:
         torch.set_num_threads(args.threads)
     available = torch.cuda.is_available()
@@ -160,8 +152,6 @@ def _outputs(recordings: dict[Path, Path], args: argparse.Namespace) -> list[Pat
 @contextlib.contextmanager
 def _opened(output: Path | None) -> Iterator[TextIO]:
     """A file that is there when it is complete; or standard output."""
-    from lact_kernels.asr.files import written_whole
-
     if output is None:
         yield sys.stdout
         return
@@ -170,12 +160,9 @@ def _opened(output: Path | None) -> Iterator[TextIO]:
         yield file
 
 
-def _transcribe(recogniser, decoder, path: Path, format: str, out: TextIO) -> None:
-    from tqdm import tqdm
-
-    from lact_kernels.asr.formats import as_json, as_srt, as_text, as_vtt
-    from lact_kernels.asr.transcription import transcribe_file
-
+def _transcribe(
+    recogniser: Recogniser, decoder: Decoder, path: Path, format: str, out: TextIO
+) -> None:
     heard = []
     # Where the text itself runs over the terminal, it is the progress.
     hidden = True if out.isatty() else None  # None: where standard error is no terminal
@@ -198,8 +185,6 @@ def _transcribe(recogniser, decoder, path: Path, format: str, out: TextIO) -> No
 
 def _duration(path: Path) -> int | None:
     """Whole seconds, for the progress alone: None for what will fail on reading."""
-    import soundfile
-
     try:
         return round(soundfile.info(path).duration)
     except soundfile.SoundFileError:
