@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import lact_kernels
-from lact_kernels.asr.commands.transcribe import add_decoder_arguments, load, positive
+from lact_kernels.asr.commands.recogniser import add_decoder_arguments, load, positive
 from lact_kernels.asr.evaluation import evaluate_set, table
 from lact_kernels.asr.files import written_whole
 from lact_kernels.asr.manifest import Utterance, read_utterances

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from lact_kernels.asr.audio import StreamResampler, audio_blocks
-from lact_kernels.asr.commands.transcribe import add_decoder_arguments, load, positive
+from lact_kernels.asr.commands.recogniser import add_decoder_arguments, load, positive
 from lact_kernels.asr.transcription import Transcriber
 
 HELP = "recognise speech while it arrives"
