@@ -174,64 +174,45 @@ class LaCTASRConfig(PretrainedConfig):
         return cls(**NAMED[name] | overrides)
 
 
-_WITHOUT_SUBSAMPLING = {
-    "inter_multi": 1,
-    "window_size": 4096,
-    "lact_chunk_size": 4096,
-    "use_muon": True,
-    "use_momentum": True,
-    "learnable_ttt_scale": True,
-    "qkv_silu": True,
-    "fast_weight_lr": 0.001,
-    "look_ahead": 16,
-}
-
-
-def _without_subsampling(
-    hidden_size, num_hidden_layers, num_attn_heads, num_lact_heads, conv_layers, **options
-) -> dict:
-    return _WITHOUT_SUBSAMPLING | {
-        "hidden_size": hidden_size,
-        "num_hidden_layers": num_hidden_layers,
-        "num_attn_heads": num_attn_heads,
-        "num_lact_heads": num_lact_heads,
+def _without_subsampling(conv_layers: int, **options: Any) -> dict[str, Any]:
+    """Options of a model whose frames are those of the log-mel spectrogram, 10 ms."""
+    defaults = {
+        "window_size": 4096,
+        "lact_chunk_size": 4096,
+        "use_muon": True,
+        "fast_weight_lr": 0.001,
+        "look_ahead": 16,
         "conv_kernel_sizes": (3,) * conv_layers,
         "conv_strides": (1,) * conv_layers,
-        **options,
     }
+    return defaults | options
 
 
+# Options that differ from the defaults of `LaCTASRConfig`.
 NAMED = {
-    "tiny": {
-        "hidden_size": 96,
-        "num_hidden_layers": 3,
-        "num_attn_heads": 2,
-        "num_lact_heads": 2,
-        "inter_multi": 2,
-        "window_size": 32,
-        "lact_chunk_size": 32,
-        "use_momentum": False,
-        "attn_qk_norm": False,
-        "intermediate_size": 256,
-    },
-    "stream": {
-        "hidden_size": 384,
-        "num_hidden_layers": 8,
-        "num_attn_heads": 6,
-        "num_lact_heads": 6,
-        "window_size": 128,
-        "lact_chunk_size": 64,
-    },
+    "tiny": dict(
+        hidden_size=96, num_hidden_layers=3, num_attn_heads=2, num_lact_heads=2, inter_multi=2,
+        window_size=32, lact_chunk_size=32, use_momentum=False, attn_qk_norm=False,
+        intermediate_size=256,
+    ),
+    "stream": dict(
+        hidden_size=384, num_hidden_layers=8, num_attn_heads=6, num_lact_heads=6,
+        window_size=128, lact_chunk_size=64,
+    ),
     "base": _without_subsampling(
-        768, 12, 12, 4, 2, w0_w2_low_rank=32, attn_qk_norm=False, rope_theta=1e6
+        conv_layers=2, hidden_size=768, num_hidden_layers=12, num_attn_heads=12, num_lact_heads=4,
+        w0_w2_low_rank=32, attn_qk_norm=False, rope_theta=1e6,
     ),
     "improved": _without_subsampling(
-        1024, 18, 16, 8, 3, attn_qk_norm=True, rope_theta=5e5, dropout=0.15
+        conv_layers=3, hidden_size=1024, num_hidden_layers=18, num_attn_heads=16, num_lact_heads=8,
+        rope_theta=5e5, dropout=0.15,
     ),
     "regularized": _without_subsampling(
-        640, 12, 8, 4, 3, attn_qk_norm=True, rope_theta=5e5, dropout=0.25, vocab_size=29
+        conv_layers=3, hidden_size=640, num_hidden_layers=12, num_attn_heads=8, num_lact_heads=4,
+        rope_theta=5e5, dropout=0.25, vocab_size=29,
     ),
     "large": _without_subsampling(
-        1024, 24, 16, 8, 3, w0_w2_low_rank=32, attn_qk_norm=False, rope_theta=1e6
+        conv_layers=3, hidden_size=1024, num_hidden_layers=24, num_attn_heads=16, num_lact_heads=8,
+        w0_w2_low_rank=32, attn_qk_norm=False, rope_theta=1e6,
     ),
-}
+}  # fmt: skip
