@@ -1,7 +1,7 @@
-"""Speech recognition on LaCT layers: a CTC model, its data and training, transcription and streaming.
+"""Speech recognition with LaCT layers: a CTC model, its data and training, transcription and streaming.
 
-Importing it makes the model known to transformers' Auto classes and pipelines. The command line is
-`lact-asr`.
+Importing this package registers the model with transformers' Auto classes, so that its pipelines can load
+it. The command line is `lact-asr`.
 """
 
 try:

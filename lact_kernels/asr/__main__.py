@@ -1,4 +1,4 @@
-"""`python -m lact_kernels.asr`, which is `lact-asr`: what `accelerate launch -m` can start."""
+"""`python -m lact_kernels.asr` is `lact-asr`, for launchers that start modules: `accelerate launch -m`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Sound files as mono waveforms at the model's sampling rate: whole, in part, or block by block."""
+"""Read sound files as mono waveforms at the model's sampling rate: whole, in part, or block by block."""
 
 import contextlib
 import functools
@@ -13,7 +13,7 @@ from torchaudio.transforms import Resample
 
 SAMPLING_RATE = 16000
 TOLERANCE = 0.05  # seconds that a file may be shorter than its manifest says: durations are rounded
-PIECE = 1 << 20  # frames that are decoded at a time
+BLOCK = 1 << 20  # samples of each channel that are decoded at a time
 
 
 def read_audio(
@@ -22,9 +22,9 @@ def read_audio(
     offset: float = 0.0,
     duration: float | None = None,
 ) -> Tensor:
-    """A file, or `duration` seconds of it from `offset` on, as float32 `[samples]`.
+    """Read a file, or `duration` seconds of it from `offset` on, as float32 `[samples]`.
 
-    Channels are averaged. Only the part asked for is decoded.
+    Channels are averaged. Nothing outside the requested part is decoded.
 
     Raises:
         OSError: the file is missing (FileNotFoundError), broken or empty, or ends more than 50 ms
@@ -44,8 +44,8 @@ def read_audio(
             )
         file.seek(start)
         wanted = None if duration is None else round(duration * rate)
-        pieces = list(_pieces(file, PIECE, wanted))
-    x = torch.cat(pieces) if pieces else torch.empty(0)
+        blocks = list(_decoded(file, BLOCK, wanted))
+    x = torch.cat(blocks) if blocks else torch.empty(0)
     if len(x) == 0:
         raise OSError(f"{path} holds no samples")
     if wanted is not None and len(x) < wanted - TOLERANCE * rate:
@@ -60,20 +60,20 @@ def read_audio(
 def audio_blocks(
     source: str | Path, sampling_rate: int = SAMPLING_RATE, seconds: float = 10.0
 ) -> Iterator[Tensor]:
-    """A file of any length in blocks of about `seconds`, in memory that does not grow with it.
+    """Read a file of any length in blocks of about `seconds`. Memory does not grow with the file.
 
     Args:
         source: a path, or a seekable binary file object.
-        sampling_rate: of the blocks, which together are what `read_audio` returns.
-        seconds: of the file that are decoded at a time.
+        sampling_rate: of the blocks. Concatenated, they are what `read_audio` returns.
+        seconds: how much of the file is decoded at a time.
 
     Raises:
-        OSError: the file is missing or broken, from the block on that cannot be read.
+        OSError: the file is missing or broken. It is raised at the first block that cannot be read.
     """
     with _opened(source) as file:
         stream = StreamResampler(file.samplerate, sampling_rate)
-        for piece in _pieces(file, max(1, round(seconds * file.samplerate))):
-            block = stream.push(piece)
+        for samples in _decoded(file, max(1, round(seconds * file.samplerate))):
+            block = stream.push(samples)
             if len(block):
                 yield block
         rest = stream.finish()
@@ -82,13 +82,14 @@ def audio_blocks(
 
 
 class StreamResampler:
-    """Resamples a signal that arrives in pieces of any size, exactly as if it were whole.
+    """Resample a signal that arrives in blocks of any size, with the result for the whole signal.
 
-    A group of `orig / gcd` samples becomes `new / gcd` samples once the whole groups that the filter
-    reaches into have arrived: from 44.1 to 16 kHz that is 20 ms after its first sample.
+    Samples are resampled in groups: `orig / gcd` of them become `new / gcd`. The filter reaches into the
+    groups around its own, so that a group is resampled when those after it have arrived, too: from 44.1 to
+    16 kHz, 20 ms after its first sample.
 
     Args:
-        orig: sampling rate of the pieces, Hz.
+        orig: sampling rate of the signal, Hz.
         new: sampling rate of the result, Hz.
     """
 
@@ -96,40 +97,40 @@ class StreamResampler:
         self._resample = resampler(orig, new)
         self._orig, self._new = orig // self._resample.gcd, new // self._resample.gcd
         width = 0 if orig == new else self._resample.width
-        self._groups = -(-width // self._orig)  # context on either side
+        self._groups = -(-width // self._orig)  # that the filter reaches into, on each side
         self._context = self._groups * self._orig
         self._begin()
 
     def _begin(self) -> None:
-        self._pending = torch.zeros(self._context)  # a whole signal is padded with zeros, too
+        self._pending = torch.zeros(self._context)  # as `Resample` pads a whole signal
 
     def push(self, x: Tensor) -> Tensor:
-        """The next samples, float32 `[n]`, of any number; returns those that are final, `[m]`."""
+        """Add samples, float32 `[n]`; return the resampled ones that are now known, `[m]`."""
         self._pending = torch.cat((self._pending, x))
         groups = (len(self._pending) - 2 * self._context) // self._orig
         if groups < 1:
             return x.new_empty(0)
         used = groups * self._orig
         y = self._resample(self._pending[: used + 2 * self._context])
-        self._pending = self._pending[used:].clone()  # a view would keep all of it alive
+        self._pending = self._pending[used:].clone()  # a view would keep the whole block in memory
         return y[self._groups * self._new :][: groups * self._new]
 
     def finish(self) -> Tensor:
-        """The last samples; what is pushed after it is another signal."""
+        """End the signal and return its last samples. What is pushed next begins another signal."""
         y = self._resample(self._pending)[self._groups * self._new :]
         self._begin()
         return y
 
 
 @functools.lru_cache(maxsize=16)
-@torch.inference_mode(False)  # for callers with and without it
+@torch.inference_mode(False)  # its filter is shared by callers in and outside of inference mode
 def resampler(orig: int, new: int) -> Resample:
-    """`torchaudio.functional.resample` with a filter that is computed once per process."""
+    """`torchaudio.functional.resample`, with a filter that is computed once per process."""
     return Resample(orig, new)
 
 
-def _pieces(file: soundfile.SoundFile, size: int, frames: int | None = None) -> Iterator[Tensor]:
-    """The next `frames` of a file, or all that it has, as mono pieces of at most `size`."""
+def _decoded(file: soundfile.SoundFile, size: int, frames: int | None = None) -> Iterator[Tensor]:
+    """The next `frames` samples of a file, or all that are left, in mono blocks of at most `size`."""
     left = sys.maxsize if frames is None else frames
     while left > 0:
         x = torch.from_numpy(file.read(min(size, left), dtype="float32", always_2d=True))
@@ -141,7 +142,7 @@ def _pieces(file: soundfile.SoundFile, size: int, frames: int | None = None) -> 
 
 @contextlib.contextmanager
 def _opened(source) -> Iterator[soundfile.SoundFile]:
-    """A sound file whose every failure is an OSError that names it."""
+    """Open a sound file. Whatever fails raises an OSError that names it."""
     if isinstance(source, (str, Path)) and not Path(source).is_file():
         raise FileNotFoundError(f"there is no file {source}")
     try:

@@ -1,4 +1,4 @@
-"""`lact-asr`: speech recognisers from the command line."""
+"""`lact-asr`: train, evaluate and use speech recognisers from the command line."""
 
 import argparse
 import sys
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 130
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read the output has gone: nobody to tell
+        sys.stderr.close()  # the reader of the output is gone: report nothing, at exit neither
         return 1
     except (ImportError, OSError, TypeError, ValueError) as error:
         if args.debug:

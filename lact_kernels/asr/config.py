@@ -1,4 +1,4 @@
-"""`LaCTASRConfig`: sizes and options of a speech recogniser, and the ones that have names."""
+"""`LaCTASRConfig`: sizes and options of a speech recogniser, and named configurations."""
 
 import math
 from collections.abc import Sequence
@@ -13,31 +13,31 @@ from lact_kernels.ops import checks
 class LaCTASRConfig(PretrainedConfig):
     """The configuration of `LaCTForCTC`.
 
-    A frame is what the encoder makes of `prod(conv_strides)` log-mel frames; look-ahead, window and chunk
-    are counted in frames (with `temporal_reduction` r, window and chunk in groups of r frames). With the
-    defaults a frame is 40 ms, the window 10.24 s, and the fast weights learn every 2.56 s.
+    The encoder makes one frame of `prod(conv_strides)` log-mel frames. Look-ahead, window and chunk are
+    counted in these frames (with `temporal_reduction` r, window and chunk in groups of r frames). With the
+    defaults a frame is 40 ms, the window is 10.24 s, and the fast weights are updated every 2.56 s.
 
     Args:
-        vocab_size: tokens, the CTC blank included, which is `pad_token_id`.
+        vocab_size: number of tokens. The CTC blank, `pad_token_id`, is one of them.
         hidden_size: channels of a frame.
-        num_hidden_layers: blocks.
+        num_hidden_layers: number of blocks (LaCT layer and MLP).
         num_attn_heads, num_lact_heads, inter_multi, window_size, lact_chunk_size, qkv_bias, attn_qk_norm,
             qkv_silu, no_v_silu, use_muon, use_momentum, learnable_ttt_scale, ttt_prenorm, ttt_nope,
             w0_w2_low_rank, rope_theta, fw_init_gain, temporal_reduction: as in `LaCTLayer`.
-        fast_weight_lr: learning rate of every frame in the fast weights, before training.
+        fast_weight_lr: learning rate of the fast weights before training, which learns one for each frame.
         hidden_ratio, intermediate_size: width of the MLPs, as in `SwiGLUMLP`.
-        dropout: behind each convolution, each LaCT layer and each MLP.
+        dropout: after each convolution, each LaCT layer and each MLP.
         norm_eps: of the RMS norms.
-        conv_kernel_sizes, conv_strides: of the encoder's convolutions, one number for each. A kernel is not
-            shorter than its stride.
-        look_ahead: frames that a frame's output has heard beyond its own. At least a few: the first outputs
-            of a causal recogniser know nothing yet, and it would spell its guess.
+        conv_kernel_sizes, conv_strides: of the encoder's convolutions, one number for each. A kernel is at
+            least as long as its stride.
+        look_ahead: the output for a frame is computed when so many more frames have been heard. Give it at
+            least a few: at the first frame a causal model has heard nothing, and outputs its prior.
         sampling_rate: samples per second of the waveform.
         n_fft, win_length, hop_length: of the log-mel spectrogram, in samples.
-        n_mels: its bands.
-        num_freq_masks, freq_mask_width: SpecAugment in training: how many masks, of up to so many bands.
-        num_time_masks, time_mask_width: likewise, of up to so many log-mel frames.
-        max_utterance_seconds: the longest utterance of the training.
+        n_mels: number of mel bands.
+        num_freq_masks, freq_mask_width: of SpecAugment: the number of masks, and the most bands of one.
+        num_time_masks, time_mask_width: likewise, and the most log-mel frames of one.
+        max_utterance_seconds: longer utterances are left out of the training.
         pad_token_id, kwargs: as in transformers.
 
     Raises:
@@ -92,7 +92,7 @@ class LaCTASRConfig(PretrainedConfig):
     ):
         for name, value in list(locals().items()):
             if name not in ("self", "kwargs", "__class__"):
-                setattr(self, name, checks.plain(value))  # JSON has no numbers of NumPy
+                setattr(self, name, checks.plain(value))  # JSON cannot hold NumPy's numbers
         self.conv_kernel_sizes = list(map(checks.plain, conv_kernel_sizes))
         self.conv_strides = list(map(checks.plain, conv_strides))
         self._check()
@@ -131,7 +131,7 @@ class LaCTASRConfig(PretrainedConfig):
 
     @property
     def inputs_to_logits_ratio(self) -> int:
-        """Samples of a frame."""
+        """Samples in a frame."""
         return self.hop_length * self.mel_frames_per_frame
 
     @property
@@ -140,12 +140,12 @@ class LaCTASRConfig(PretrainedConfig):
 
     @property
     def seconds_per_update(self) -> float:
-        """Speech from one update of the fast weights to the next."""
+        """Seconds of speech from one update of the fast weights to the next."""
         return self.lact_chunk_size * self.temporal_reduction * self.seconds_per_frame
 
     @property
     def latency_seconds(self) -> float:
-        """The most time from a frame's first sample to the sample that completes its output."""
+        """The time from the first sample of a frame to the sample with which its output can be computed."""
         return (self.look_ahead + self.temporal_reduction) * self.seconds_per_frame
 
     @classmethod
@@ -154,12 +154,12 @@ class LaCTASRConfig(PretrainedConfig):
         name: Literal["tiny", "stream", "base", "improved", "regularized", "large"],
         **overrides: Any,
     ) -> "LaCTASRConfig":
-        """The configuration of this name, with some options changed.
+        """The configuration of this name, with some options overridden.
 
-        - `tiny`: half a million parameters, trained on a laptop's processor in minutes.
-        - `stream`: 16 million, 200 ms from a sound to its letter.
-        - `base`, `improved`, `regularized`, `large`: with frames of 10 ms, a window and a chunk of 4096.
-          A chunk is 40.96 s: on shorter utterances their fast weights never learn, and the model warns.
+        - `tiny`: half a million parameters, trained on the CPU of a laptop in minutes.
+        - `stream`: 16 million parameters, and a latency of 200 ms.
+        - `base`, `improved`, `regularized`, `large`: frames of 10 ms, window and chunk of 4096 frames. A
+          chunk is 40.96 s: on shorter utterances the fast weights are never updated, and the model warns.
 
         Raises:
             ValueError: there is no such name, or no such option.

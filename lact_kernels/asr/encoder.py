@@ -1,4 +1,4 @@
-"""The convolutions that turn log-mel frames into the frames of the model."""
+"""The convolutional encoder, from log-mel frames to the frames of the model."""
 
 import torch
 from torch import Tensor, nn
@@ -9,13 +9,13 @@ from lact_kernels.layers.padding import Padding
 class ConvLayer(nn.Module):
     """Causal convolution, batch norm, ReLU and dropout.
 
-    Groups of `stride` frames become one frame, which sees its group and the `kernel_size - stride`
-    frames before it. Batch statistics are taken over frames that exist: padding never changes them.
+    Each group of `stride` frames becomes one frame, which depends on its group and the `kernel_size - stride`
+    frames before it. Batch statistics leave padding out.
 
     Args:
         in_channels, out_channels: of a frame.
         kernel_size, stride: in frames.
-        dropout: share of outputs set to 0 in training.
+        dropout: probability.
     """
 
     def __init__(
@@ -30,15 +30,15 @@ class ConvLayer(nn.Module):
     def forward(
         self, x: Tensor, lengths: Tensor | None = None, past: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Read whole groups of frames.
+        """Compute whole groups of frames.
 
         Args:
-            x: `[B, T, in_channels]`, where the stride divides T.
-            lengths: int64 `[B]`, how many outputs of a row exist; None for all.
-            past: `[B, kernel_size - stride, in_channels]`, the frames before; zeros if there are none.
+            x: `[B, T, in_channels]`; the stride divides T.
+            lengths: int64 `[B]`, the number of outputs in each row that are not padding; None for all.
+            past: `[B, kernel_size - stride, in_channels]`, the frames before x; None for zeros.
 
         Returns:
-            `[B, T / stride, out_channels]`, and the last frames, the `past` of the next call.
+            `[B, T / stride, out_channels]`, and the last frames of x: `past` of the next call.
         """
         if past is None:
             past = x.new_zeros(x.shape[0], self.context, x.shape[2])
@@ -81,12 +81,13 @@ class ConvEncoder(nn.Module):
     def forward(
         self, x: Tensor, lengths: Tensor | None = None, past: list[Tensor] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """Read whole groups of log-mel frames.
+        """Compute whole groups of log-mel frames.
 
         Args:
-            x: `[B, T, in_channels]`, where the product of the strides divides T.
-            lengths: int64 `[B]`, how many of the encoder's frames exist in each row; None for all.
-            past: what the last call returned; None at the start.
+            x: `[B, T, in_channels]`; the product of the strides divides T.
+            lengths: int64 `[B]`, the number of the encoder's frames in each row that are not padding; None
+                for all.
+            past: what the last call returned; None at the start of a recording.
 
         Returns:
             `[B, T / product of strides, out_channels]`, and the `past` of the next call.

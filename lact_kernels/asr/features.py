@@ -1,4 +1,4 @@
-"""Log-mel frames of a waveform, each from samples that have been heard."""
+"""Causal log-mel frames of a waveform, and their masks in training."""
 
 import functools
 from collections.abc import Iterable
@@ -15,13 +15,13 @@ FLOOR = 1e-6  # added to the power of a band
 
 
 class LogMel(nn.Module):
-    """`log(power of each mel band + 1e-6)`, normalised by the mean and deviation of the training speech.
+    """`log(power of each mel band + 1e-6)`, normalised with the statistics of the training speech.
 
-    Frame t is made of the `n_fft` samples up to sample `hop_length * (t + 1)`, zeros before the first:
-    it is known as soon as its hop is heard. It is computed in float32, whatever the dtype of the model.
+    Frame t is computed from the `n_fft` samples up to sample `hop_length * (t + 1)`, with zeros before the
+    recording, so that no frame waits for later samples. The dtype is float32, whatever the model's is.
 
     Buffers:
-        mean, std: `[n_mels]`, of the logarithms. Training measures them; 0 and 1 at first.
+        mean, std: `[n_mels]`, of the logarithms. 0 and 1 until training measures them.
     """
 
     def __init__(self, config: LaCTASRConfig):
@@ -43,11 +43,11 @@ class LogMel(nn.Module):
         nn.init.ones_(self.std)
 
     def forward(self, waveform: Tensor, context: Tensor | None = None) -> Tensor:
-        """Whole hops of samples as normalised frames.
+        """Normalised frames of a waveform of whole hops.
 
         Args:
             waveform: `[B, T * hop_length]`, in -1 .. 1.
-            context: `[B, n_fft - hop_length]`, the samples before it; zeros if there are none.
+            context: `[B, n_fft - hop_length]`, the samples before it; None for zeros.
 
         Returns:
             float32 `[B, T, n_mels]`.
@@ -55,7 +55,7 @@ class LogMel(nn.Module):
         return (self.log_mel(waveform, context) - self.mean.float()) / self.std.float()
 
     def log_mel(self, waveform: Tensor, context: Tensor | None = None) -> Tensor:
-        """The same without the normalisation."""
+        """As `forward`, without the normalisation."""
         if not waveform.shape[1]:
             return waveform.new_zeros(waveform.shape[0], 0, self.n_mels, dtype=torch.float32)
         waveform = waveform.float()
@@ -73,10 +73,10 @@ class LogMel(nn.Module):
 
     @torch.no_grad()
     def measure(self, waveforms: Iterable[Tensor]) -> None:
-        """Take mean and deviation from these waveforms, tensors `[samples]`.
+        """Set mean and standard deviation to those of these waveforms, tensors `[samples]`.
 
         Raises:
-            ValueError: they have no whole hop of samples together.
+            ValueError: no waveform is as long as a hop.
         """
         count, total, squares = 0, 0, 0
         for waveform in waveforms:
@@ -92,11 +92,11 @@ class LogMel(nn.Module):
 
 
 @functools.lru_cache(maxsize=8)
-@torch.inference_mode(False)  # a training may come after the evaluation that has made it
+@torch.inference_mode(False)  # cached tensors may be used in a training later
 def _mel_spectrogram(sampling_rate, n_fft, win_length, hop_length, n_mels, device):
-    """Its window and filters belong to no model: `model.to(bfloat16)` must not round them.
+    """The transform. It is no part of the model, as `model.to(bfloat16)` would round its window and filters.
 
-    They are numbers also while a program is traced, where tensors that are made have none.
+    It is made outside of dispatch modes: while a program is traced, its tensors would be fake.
     """
     with _disable_current_modes():
         transform = torchaudio.transforms.MelSpectrogram(
@@ -106,9 +106,9 @@ def _mel_spectrogram(sampling_rate, n_fft, win_length, hop_length, n_mels, devic
 
 
 class SpecAugment(nn.Module):
-    """SpecAugment's masks in training (arXiv 1904.08779): bands and frames set to their mean, 0.
+    """SpecAugment (arXiv 1904.08779) in training: random bands and spans of frames are set to 0, their mean.
 
-    Each row of `[B, T, n_mels]` gets masks of its own, from PyTorch's global generator.
+    Each row of `[B, T, n_mels]` has its own masks, drawn from PyTorch's global generator.
     """
 
     def __init__(self, config: LaCTASRConfig):

@@ -1,4 +1,4 @@
-"""Files that are there when they are complete."""
+"""Files that appear under their name when they are complete."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from typing import TextIO
 
 @contextlib.contextmanager
 def written_whole(path: str | Path) -> Iterator[TextIO]:
-    """A text file to write, under another name until all of it is written; nothing is left if that fails."""
+    """Open a text file for writing. It gets its name when it is complete; after an error nothing is left."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:

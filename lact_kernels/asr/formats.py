@@ -1,6 +1,6 @@
-"""Segments as text, JSON and subtitles.
+"""Write segments as text, JSON or subtitles.
 
-All but JSON write a segment as soon as it comes.
+Text and subtitles are generators: each segment is written as soon as it arrives. JSON needs them all.
 """
 
 import html
@@ -20,7 +20,7 @@ def as_text(segments: Iterable[Segment]) -> Iterator[str]:
 
 
 def as_json(segments: Iterable[Segment], file: str, duration: float) -> str:
-    """One line: an object with the file, its seconds, its text, and segments and words with times."""
+    """A JSON object on one line: the file, its duration and text, and segments and words with their times."""
     segments = list(segments)
     result = {
         "file": file,
@@ -56,7 +56,7 @@ class _Subtitle(NamedTuple):
 
 
 def _subtitles(segments: Iterable[Segment]) -> Iterator[_Subtitle]:
-    """Segments, the long ones in several."""
+    """A subtitle for each segment, and several for a long one."""
     for segment in segments:
         words: list[Word] = []
         for word in segment.words:
@@ -72,7 +72,7 @@ def _text(words: list[Word]) -> str:
 
 
 def _rounded(item: Word | Segment) -> dict:
-    """A tuple as an object, its numbers with three decimals."""
+    """The fields as a dict, numbers rounded to three decimals."""
     return {
         name: round(value, 3) if isinstance(value, float) else value
         for name, value in item._asdict().items()

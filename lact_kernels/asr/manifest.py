@@ -1,4 +1,4 @@
-"""Lists of recordings with their texts: JSON-lines manifests, and folders laid out like LibriSpeech."""
+"""Lists of recordings with their texts: JSON-lines manifests, and folders in the layout of LibriSpeech."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Utterance:
-    """A part of a sound file and what is said in it, as the corpus writes it."""
+    """A part of a sound file, and what is said in it in the spelling of the corpus."""
 
     path: str
     text: str
@@ -27,20 +27,20 @@ class Utterance:
 
 
 def read_utterances(path: str | Path) -> list[Utterance]:
-    """A manifest if `path` is a file, a LibriSpeech folder if it is a folder."""
+    """Read a manifest if `path` is a file, or a folder in the layout of LibriSpeech."""
     return read_librispeech(path) if Path(path).is_dir() else read_manifest(path)
 
 
 def read_manifest(path: str | Path) -> list[Utterance]:
-    """Utterances of a JSON-lines manifest as NeMo has them, in its order.
+    """Read the utterances of a JSON-lines manifest, the format of NeMo, in their order.
 
-    Each line is an object with `audio_filepath` (absolute, or relative to the manifest), `duration`
-    in seconds and `text`, and if need be `offset` in seconds and `speaker`. Other keys and blank
-    lines do not count.
+    Each line is an object with `audio_filepath` (absolute, or relative to the manifest), `duration` in
+    seconds and `text`, and optionally `offset` in seconds and `speaker`. Other keys and blank lines are
+    ignored.
 
     Raises:
         FileNotFoundError: there is no manifest.
-        ValueError: a line that is not like that, named with its number; or no utterance at all.
+        ValueError: a line is not such an object (the message has its number), or there is no utterance.
     """
     path = Path(path)
     utterances = []
@@ -50,7 +50,7 @@ def read_manifest(path: str | Path) -> list[Utterance]:
                 continue
             try:
                 utterances.append(_utterance(json.loads(line), path.parent))
-            except ValueError as error:  # also what is no JSON, and no UTF-8
+            except ValueError as error:  # invalid JSON or UTF-8 included
                 raise ValueError(f"{path}, line {number}: {error}; got {line!r:.200}") from error
     if not utterances:
         raise ValueError(f"{path} has no utterances")
@@ -58,9 +58,9 @@ def read_manifest(path: str | Path) -> list[Utterance]:
 
 
 def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
-    """Writes what `read_manifest` reads, all of it or nothing.
+    """Write a manifest for `read_manifest`. It appears under its name when it is complete.
 
-    Files in the manifest's folder or below are named relative to it, so that it can be moved.
+    Paths in the manifest's folder or below are written relative to it, so that the folder can be moved.
     """
     path = Path(path).absolute()
     with written_whole(path) as file:
@@ -69,10 +69,10 @@ def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
 
 
 def read_librispeech(folder: str | Path) -> list[Utterance]:
-    """Utterances of `speaker/chapter/*.trans.txt`, in `folder` or any depth below, sorted by path.
+    """Read the utterances of `speaker/chapter/*.trans.txt` at any depth below `folder`, sorted by path.
 
-    Each line of a transcript is "ID TEXT", its recording `ID.flac` beside it. Durations are read
-    from the recordings; one that is missing or broken is logged and left out.
+    Each line of a transcript is "ID TEXT", and its recording is `ID.flac` beside it. Durations are read from
+    the recordings. A recording that is missing or broken is logged and left out.
 
     Raises:
         FileNotFoundError: there is no folder.
@@ -134,7 +134,7 @@ def _seconds(entry: dict, key: str, default: float | None = None) -> float:
     value = entry.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{key} must be a number of seconds, got {value!r}")
-    if not 0 <= value < math.inf:  # nor NaN, which JSON in Python has
+    if not 0 <= value < math.inf:  # NaN, which Python's JSON reads, fails too
         raise ValueError(f"{key} must be finite and not negative, got {value!r}")
     return float(value)
 

@@ -1,4 +1,4 @@
-"""A recogniser as a folder: model, tokenizer, feature extractor and the words it was trained on."""
+"""A recogniser as a folder: model, tokenizer, feature extractor and the words of the training text."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +13,12 @@ WORDS = "words.txt"
 
 
 class Recogniser(NamedTuple):
-    """What recognises speech.
+    """A model, and what turns its outputs into text.
 
     Attributes:
         model: in evaluation mode.
-        tokenizer: between text and tokens; its pad token is the CTC blank.
-        words: the words of the training text, for a lexicon; empty if they are not known.
+        tokenizer: converts between text and tokens. Its pad token is the CTC blank.
+        words: the words of the training text, for the lexicon of a beam search; empty if unknown.
     """
 
     model: LaCTForCTC
@@ -29,7 +29,7 @@ class Recogniser(NamedTuple):
 def save_recogniser(
     folder: str | Path, model: LaCTForCTC, tokenizer: PreTrainedTokenizer, words: Sequence[str]
 ) -> None:
-    """Write the folder that `load_recogniser` and `pipeline("automatic-speech-recognition")` read."""
+    """Write a folder that `load_recogniser` and `pipeline("automatic-speech-recognition")` read."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     Wav2Vec2FeatureExtractor(
@@ -41,11 +41,11 @@ def save_recogniser(
 def load_recogniser(
     folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Recogniser:
-    """Read such a folder.
+    """Read the folder of a recogniser.
 
     Raises:
         FileNotFoundError: there is no model in it.
-        ValueError, OSError: what is there cannot be read.
+        ValueError, OSError: its files cannot be read, or do not belong together.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
