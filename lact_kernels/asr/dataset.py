@@ -1,7 +1,7 @@
 """Utterances as training examples: reading, augmentation, batches of similar length.
 
-What is random about an example comes from the seed and the number of its draw alone: it is the same
-with any number of worker processes, and after a resume.
+All randomness of an example comes from the seed and the number of its draw, so that it does not depend on
+the number of worker processes, nor on whether the training was interrupted.
 """
 
 import logging
@@ -22,23 +22,23 @@ from lact_kernels.asr.manifest import Utterance
 
 logger = logging.getLogger(__name__)
 
-IGNORED = -100  # a label that is not there, for transformers
+IGNORED = -100  # label of padding, in transformers
 GAP_SECONDS = (0.1, 0.5)  # silence between joined utterances
-POOL = 50  # batches whose utterances are sorted by length together
+POOL = 50  # number of batches whose utterances are sorted by length together
 
 Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of a waveform, drawn uniformly from ranges. None turns one off.
+    """Random changes of a waveform, drawn uniformly from ranges. None turns a change off.
 
     Args:
-        speeds: one of these factors on the speed, by resampling: the pitch changes too.
+        speeds: the speech is resampled to one of these speeds, which changes its pitch, too.
         gain_db: gain, dB.
-        lead_seconds: digital silence before the speech, seconds.
-        tail_seconds: digital silence after it, seconds.
-        snr_db: white noise on speech and silence; the ratio is that of the speech to it, dB.
+        lead_seconds: digital silence added before the speech.
+        tail_seconds: digital silence added after it.
+        snr_db: white noise is added to speech and silence, with this signal-to-noise ratio in the speech.
     """
 
     speeds: tuple[float, ...] | None = (0.9, 1.0, 1.1)
@@ -48,7 +48,7 @@ class Augmentation:
     snr_db: Range | None = (10.0, 35.0)
 
     def __call__(self, x: Tensor, sampling_rate: int, generator: torch.Generator) -> Tensor:
-        """A waveform `[samples]`, changed, as `[other number of samples]`."""
+        """The augmented waveform, of another number of samples than `x [samples]`."""
         if self.speeds:
             speed = self.speeds[_integer(len(self.speeds), generator)]
             x = resampler(round(speed * sampling_rate), sampling_rate)(x)
@@ -67,22 +67,23 @@ class Augmentation:
 
 
 class SpeechDataset(Dataset):
-    """Draws of utterances: number `epoch * len(self) + index` is an utterance as that epoch hears it.
+    """Training examples of utterances, each augmented in its own way in each epoch.
 
-    A recording that cannot be read is logged once, and the next one that can takes its place.
+    Item `epoch * len(self) + i`, a "draw", is utterance i with the augmentation of that epoch. A recording
+    that cannot be read is logged once, and replaced by the next one that can.
 
     Args:
-        utterances: their texts are tokenized as they are.
+        utterances: with normalised texts, which are tokenized as they are.
         tokenizer: of `lact_kernels.asr.text`.
         sampling_rate: of the examples, Hz.
-        augmentation: of each example; None leaves it as it is recorded.
-        join_seconds: if above 0, random other utterances of the speaker follow, with silence
-            between them, while the sum (before augmentation) stays below. Models that adapt
-            need long recordings of one speaker.
-        seed: of all that is random.
+        augmentation: of each example; None for none.
+        join_seconds: if above 0, other utterances of the same speaker are appended in random order, with
+            silence between them, as long as the result (before augmentation) is shorter than this. To learn
+            to adapt to a speaker, a model needs long recordings of one.
+        seed: of everything random.
 
     Raises:
-        ValueError: no utterances, or none has a speaker and they are to be joined.
+        ValueError: there are no utterances, or `join_seconds` is given and no utterance has a speaker.
     """
 
     def __init__(
@@ -115,19 +116,19 @@ class SpeechDataset(Dataset):
         return len(self.utterances)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """The examples of epoch 0 in order; draws themselves have no end."""
+        """The examples of epoch 0 in order. (Python's default would not end, as any draw is an item.)"""
         return map(self.__getitem__, range(len(self)))
 
     @property
     def num_broken(self) -> int:
-        """Recordings that could not be read so far, in any worker process."""
+        """How many recordings could not be read so far, in all worker processes."""
         return int(self._broken.sum())
 
     def __getitem__(self, draw: int) -> dict[str, Tensor]:
         """`input_values` float32 `[samples]` and `labels` int64 `[n]`.
 
         Raises:
-            OSError: no recording at all can be read.
+            OSError: none of the recordings can be read.
         """
         generator = _generator(self.seed, draw)
         index, waveform = self._first_readable(draw % len(self))
@@ -160,7 +161,7 @@ class SpeechDataset(Dataset):
     def _join(
         self, index: int, waveform: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, list[str]]:
-        """The utterance and others of its speaker in random order, up to the first that is too long."""
+        """Append others of its speaker in random order, up to the first with which it would be too long."""
         others = self._of_speaker.get(self.utterances[index].speaker, [])
         parts, texts = [waveform], [self.utterances[index].text]
         samples = len(waveform)
@@ -186,19 +187,20 @@ def keep_usable(
     min_seconds: float = 0.1,
     max_seconds: float = 30.0,
 ) -> tuple[list[Utterance], dict[str, int]]:
-    """The utterances that can be trained on, and how many are left out for which reason.
+    """Select the utterances that can be trained on, and count the others by reason.
 
     Args:
         utterances: candidates.
         tokenizer: of `lact_kernels.asr.text`.
-        seconds_per_frame: of the model's output; times the highest speed if that is changed.
+        seconds_per_frame: of the model's output, multiplied by the highest speed of the augmentation.
         min_seconds: shorter ones are left out.
         max_seconds: longer ones are left out.
 
     Returns:
-        The kept, and counts that are not 0: of "shorter than ..." and "longer than ..." utterances,
-        of those "without text" and with "more labels than frames" (CTC needs a frame for each label
-        and one between two equal ones), and of the "unknown tokens (kept)" in utterances that stay.
+        The utterances that are kept, and the counts that are not 0: utterances that are "shorter than ..." or
+        "longer than ...", "without text", or have "more labels than frames" (CTC needs a frame for each
+        label and another one between two equal labels), and the "unknown tokens (kept)" in those that are
+        kept.
     """
     kept, counts = [], Counter()
     for utterance in utterances:
@@ -219,16 +221,16 @@ def keep_usable(
 
 
 class LengthBucketSampler(Sampler[int]):
-    """Draws of every utterance once per epoch, those of a batch of similar length.
+    """Draw every utterance once per epoch, so that the utterances of a batch have similar lengths.
 
-    Batches are any `batch_size` draws that follow one another, as `DataLoader(batch_size=...)` makes
-    them. Utterances are shuffled, sorted by length within pools of 50 batches, and the batches
-    are shuffled. If they do not fill the last batch, it is of any lengths.
+    A batch is `batch_size` consecutive draws, as `DataLoader(batch_size=...)` takes them. Utterances are
+    shuffled and sorted by length within pools of 50 batches; then the batches are shuffled. A last batch that
+    is not full has utterances of any length.
 
     Args:
         lengths: of the utterances, in any unit.
         batch_size: at least 1.
-        seed: with the epoch it decides the order.
+        seed: seed and epoch decide the order.
     """
 
     def __init__(self, lengths: Sequence[float], batch_size: int, seed: int = 0):
@@ -258,7 +260,7 @@ class LengthBucketSampler(Sampler[int]):
 
 
 def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Examples as a batch: `input_values` and `attention_mask` `[B, samples]`, `labels` `[B, n]`."""
+    """Pad examples to a batch: `input_values` and `attention_mask` `[B, samples]`, `labels` `[B, n]`."""
     waveforms = [example["input_values"] for example in examples]
     labels = [example["labels"] for example in examples]
     exists = [torch.ones(len(x), dtype=torch.int64) for x in waveforms]
@@ -270,7 +272,7 @@ def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _generator(*key: int) -> torch.Generator:
-    """A generator of its own for each key of whole numbers that are not negative."""
+    """The generator of a key, a tuple of integers that are not negative. Other keys give other streams."""
     seed = np.random.SeedSequence(key).generate_state(1, np.uint64).item()
     return torch.Generator().manual_seed(seed)
 

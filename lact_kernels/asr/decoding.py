@@ -1,4 +1,4 @@
-"""From log-probabilities to tokens, from tokens to words, and back to the frames they were said in."""
+"""From log-probabilities to tokens and words, and from tokens to the frames in which they were said."""
 
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -16,11 +16,11 @@ from lact_kernels.asr.text import write_lexicon
 if TYPE_CHECKING:
     from torchaudio.models.decoder import CTCDecoderLM
 
-IMPOSSIBLE = -1e4  # a log-probability that nothing outweighs, and that can be added up
+IMPOSSIBLE = -1e4  # log-probability of what must not be; finite, so that sums of it have no NaN
 
 
 class GreedyDecoder:
-    """The most likely token of every frame, without repeats and blanks.
+    """Greedy decoding: the most likely token of each frame, without repetitions and blanks.
 
     Args:
         tokenizer: its pad token is the blank.
@@ -35,20 +35,21 @@ class GreedyDecoder:
 
 
 class BeamDecoder:
-    """The best sequence of given words, found by the beam search of flashlight-text.
+    """Beam search for the most likely sequence of given words, by flashlight-text.
 
     Args:
         tokenizer: of characters, or of whole words.
-        words: all that may be said.
-        beam_size: hypotheses that are kept from frame to frame.
-        lm: a language model over words: a file of KenLM, or torchaudio's `CTCDecoderLM`.
-        lm_weight: what its logarithms count.
-        word_score: added for each word of several tokens; positive against words left out.
+        words: the lexicon. No other word is recognised.
+        beam_size: number of hypotheses that are kept from frame to frame.
+        lm: a language model over words: a KenLM file, or torchaudio's `CTCDecoderLM`.
+        lm_weight: factor on its log-probabilities.
+        word_score: added to the score for each word, with a tokenizer of characters; raise it if words are
+            missing from the results.
 
     Raises:
         ImportError: flashlight-text is missing.
         FileNotFoundError: there is no such language model.
-        ValueError: no words, words that the tokens cannot spell, or a language model that cannot be read.
+        ValueError: there are no words, tokens cannot spell one, or the language model cannot be read.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class BeamDecoder:
         if isinstance(lm, (str, Path)) and not Path(lm).is_file():
             raise FileNotFoundError(f"there is no language model {lm}")
         if self._delimiter is None:
-            # A search for words of one token each is one without a lexicon, in which other tokens cannot be.
+            # Where each word is a token, the search needs no lexicon: other tokens are made impossible.
             said = tokenizer.convert_tokens_to_ids([tokenizer.pad_token, *self._words])
             self._forbidden = torch.ones(len(tokenizer), dtype=torch.bool)
             self._forbidden[said] = False
@@ -79,12 +80,12 @@ class BeamDecoder:
         )
 
     def __call__(self, log_probs: Tensor) -> list[int]:
-        """Tokens of a segment, `[T, V]`, between words the delimiter."""
+        """Tokens of a segment, `[T, V]`, with the delimiter between words."""
         log_probs = log_probs.to("cpu", torch.float32)
         if self._delimiter is None:
             log_probs = log_probs.masked_fill(self._forbidden, IMPOSSIBLE)
             return self._best(log_probs).tokens.tolist()
-        # The search knows a word at the delimiter behind it, also the last one, which mostly has none.
+        # A word is complete at the delimiter after it. The last word mostly has none: add a frame with one.
         end = torch.full_like(log_probs[:1], IMPOSSIBLE)
         end[:, self._delimiter] = 0
         words = self._best(torch.cat([log_probs, end])).words
@@ -122,7 +123,7 @@ class BeamDecoder:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "words.txt")
             if self._delimiter is None:
-                # Without it the language model would number the words in an order of its own.
+                # With this file the language model numbers words as the tokenizer does.
                 path.write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8")
                 options |= {"lexicon": None, "lm_dict": str(path)}
             else:
@@ -137,7 +138,7 @@ class BeamDecoder:
 
 
 class TokenSpan(NamedTuple):
-    """Frames `start` to `end - 1` of a token, and the mean of its probabilities in them."""
+    """A token is in frames `start` to `end - 1`; `score` is its mean probability in them."""
 
     start: int
     end: int
@@ -145,15 +146,15 @@ class TokenSpan(NamedTuple):
 
 
 def align(log_probs: Tensor, tokens: Sequence[int], blank: int = 0) -> list[TokenSpan]:
-    """The most likely frames of each token.
+    """Forced alignment: the most likely frames of each token.
 
     Args:
         log_probs: `[T, V]`.
         tokens: what was said, without blanks.
-        blank: the token of CTC.
+        blank: the CTC blank.
 
     Raises:
-        ValueError: there are not as many frames as tokens and blanks between equal ones.
+        ValueError: there are fewer frames than tokens, with a blank between any two equal ones.
     """
     if not tokens:
         return []
@@ -167,18 +168,18 @@ def align(log_probs: Tensor, tokens: Sequence[int], blank: int = 0) -> list[Toke
 
 
 def collapse(tokens: Iterable[int], blank: int) -> list[int]:
-    """What a path of one token for each frame says: each run of a token once, without blanks."""
+    """The CTC collapse of a path of one token per frame: each run of a token once, without blanks."""
     return [token for token, _ in groupby(tokens) if token != blank]
 
 
 def delimiter_of(tokenizer: PreTrainedTokenizer) -> int | None:
-    """The token between words; None if every token is a word."""
+    """The token between words; None if each token is a word."""
     token = tokenizer.word_delimiter_token
     return None if token is None else tokenizer.convert_tokens_to_ids(token)
 
 
 def word_places(tokenizer: PreTrainedTokenizer, tokens: Sequence[int]) -> list[slice]:
-    """Where each word is among the tokens."""
+    """The slice of the tokens that each word has."""
     delimiter = delimiter_of(tokenizer)
     if delimiter is None:
         return [slice(i, i + 1) for i in range(len(tokens))]
@@ -188,9 +189,9 @@ def word_places(tokenizer: PreTrainedTokenizer, tokens: Sequence[int]) -> list[s
 
 
 def text_of(tokenizer: PreTrainedTokenizer, tokens: Sequence[int]) -> str:
-    """Decoded tokens as words with one space between them.
+    """The words of decoded tokens, with a space between them.
 
-    Equal neighbours are two tokens here; `tokenizer.decode` would take them for one.
+    `tokenizer.decode(tokens)` would collapse equal neighbours, which are two tokens here.
     """
     words = (tokens[place] for place in word_places(tokenizer, tokens))
     return " ".join(tokenizer.decode(word, group_tokens=False) for word in words)

@@ -1,4 +1,4 @@
-"""Word and character error rates of a recogniser, with intervals that say how far to trust them."""
+"""Word and character error rates of a recogniser, with confidence intervals."""
 
 import logging
 import time
@@ -26,20 +26,20 @@ from lact_kernels.asr.transcription import Decoder
 logger = logging.getLogger(__name__)
 
 READERS = 2  # threads that read recordings
-BATCHES_AHEAD = 2  # that are read while one is recognised
-BATCH_SECONDS = 320  # of a batch, padding included; a longer recording is heard in pieces
-MIN_SPEAKERS = 10  # an interval over fewer of them says nothing
+BATCHES_AHEAD = 2  # are read while one is recognised
+BATCH_SECONDS = 320  # of a batch, padding included; a longer recording is streamed
+MIN_SPEAKERS = 10  # below, an interval over speakers would mean nothing
 
 
 class ErrorRate(NamedTuple):
-    """Errors over all utterances, as a share of what should have been said.
+    """The error rate of a set of utterances.
 
     Attributes:
-        rate: errors per reference unit; above 1 if more is inserted than was said.
-        low, high: its 95% interval; None if there is nothing to resample.
-        substitutions, deletions, insertions: the errors.
-        units: words or characters of the references.
-        utterances: how many.
+        rate: errors per word (or character) of the references. Insertions can raise it above 1.
+        low, high: its 95% confidence interval; None if there is nothing to resample.
+        substitutions, deletions, insertions: numbers of errors.
+        units: number of words or characters in the references.
+        utterances: their number.
     """
 
     rate: float
@@ -65,21 +65,21 @@ def error_rate(
     resamples: int = 1000,
     seed: int = 0,
 ) -> ErrorRate:
-    """Errors of the best alignments, and a bootstrap interval.
+    """The word or character error rate, with a bootstrap confidence interval.
 
-    The interval is between the 2.5% and 97.5% quantiles of `sum of errors / sum of reference units` over sets
-    that are drawn from the utterances, with replacement. Errors of one speaker go together: give `groups`
-    to draw whole speakers, or the interval is too narrow.
+    Sets of utterances are drawn with replacement; the interval is from the 2.5% to the 97.5% quantile of
+    their error rates, `sum of errors / sum of reference units`. Errors of the same speaker are correlated:
+    give `groups` to draw whole speakers, otherwise the interval is too narrow.
 
     Args:
         references, hypotheses: texts, one of each per utterance. Either may be empty.
-        unit: "word", or "char" with spaces counted.
-        groups: the speaker of each utterance; None draws utterances.
-        resamples: sets that are drawn; 0 for no interval.
+        unit: "word", or "char", which counts spaces, too.
+        groups: the speaker of each utterance; None to draw utterances.
+        resamples: number of sets that are drawn; 0 for no interval.
         seed: of the draws.
 
     Raises:
-        ValueError: another unit, different numbers of texts, or references without any word.
+        ValueError: another unit, different numbers of texts, or no word in the references.
     """
     if len(references) != len(hypotheses) or (
         groups is not None and len(groups) != len(references)
@@ -107,17 +107,16 @@ def transcribe_utterances(
     batch_size: int = 16,
     progress: bool = True,
 ) -> list[str | None]:
-    """What the recogniser hears in each utterance, in their order; None where a recording is broken.
+    """The recognised text of each utterance, in their order; None for a broken recording, which is logged.
 
-    Utterances of similar length share a batch, the longest first: if memory does not suffice, that shows
-    at once. Broken recordings are logged.
+    Utterances of similar length share a batch. The longest come first, to show a lack of memory at once.
 
     Args:
         recogniser: on any device.
-        utterances: their texts are not looked at.
-        decoder: from log-probabilities `[T, V]` to token ids; None for `GreedyDecoder`.
-        batch_size: utterances at once, at most.
-        progress: show a bar on a terminal.
+        utterances: their texts are not used.
+        decoder: maps log-probabilities `[T, V]` to tokens; None for a `GreedyDecoder`.
+        batch_size: the most utterances of a batch.
+        progress: show a progress bar on a terminal.
     """
     model, tokenizer, _ = recogniser
     decoder = decoder or GreedyDecoder(tokenizer)
@@ -141,16 +140,16 @@ def evaluate_set(
     resamples: int = 1000,
     progress: bool = True,
 ) -> tuple[dict[str, Any], list[str | None]]:
-    """Error rates on utterances whose texts are normalised first, and what was heard.
+    """Error rates on a set of utterances, whose texts are normalised first.
 
     Returns:
-        The hypotheses of `transcribe_utterances`, and before them what JSON can hold: `wer` and `cer`, the
-        fields of `ErrorRate`; `resampled`, "speakers" if all utterances have one and they are 10 or more,
-        else "utterances"; `skipped` recordings, which are broken; `seconds` of speech; and
-        `real_time_factor`, the time that reading, model and decoder took for a second of speech.
+        A dict for JSON, and the hypotheses of `transcribe_utterances`. The dict has `wer` and `cer`, the
+        fields of `ErrorRate`; `resampled`, which is "speakers" if all utterances have one and there are at
+        least 10 of them, else "utterances"; `skipped`, the number of broken recordings; `seconds` of speech;
+        and `real_time_factor`, seconds that reading, model and decoder took per second of speech.
 
     Raises:
-        ValueError: the texts have no words, or no recording that has some can be read.
+        ValueError: no text has words, or no recording whose text has words can be read.
     """
     references = [normalize_text(u.text) for u in utterances]
     if not any(references):
@@ -194,7 +193,7 @@ def evaluate(
     decoder: Decoder | None = None,
     **options: Any,
 ) -> dict[str, dict[str, Any]]:
-    """The result of `evaluate_set`, which has the same options, for each set by its name."""
+    """The result of `evaluate_set` for each set, by its name. Options are passed on."""
     return {
         name: evaluate_set(recogniser, utterances, decoder, **options)[0]
         for name, utterances in sets.items()
@@ -202,7 +201,7 @@ def evaluate(
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Results of `evaluate` as plain text, a line for each set. Intervals are of 95%."""
+    """Results of `evaluate` as a plain-text table, a row for each set, with 95% intervals."""
     head = "set", "utts", "skipped", "seconds", "WER %", "sub", "del", "ins", "CER %", "RTF"
     rows = [head, *(_cells(name, result) for name, result in results.items())]
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -273,7 +272,9 @@ def _interval(
         return None, None
     rng = np.random.default_rng(seed)
     rates = np.empty(resamples)
-    for i in range(resamples):  # one at a time: a matrix of all draws would not fit for large sets
+    for i in range(
+        resamples
+    ):  # one by one: for large sets a matrix of all draws would not fit in memory
         drawn = rng.integers(n, size=n)
         rates[i] = errors[drawn].sum() / max(units[drawn].sum(), 1)  # all drawn texts may be empty
     low, high = np.quantile(rates, (0.025, 0.975)).tolist()
@@ -283,7 +284,7 @@ def _interval(
 def _read_ahead(
     utterances: Sequence[Utterance], batch_size: int, sampling_rate: int
 ) -> Iterator[tuple[list[int], list[Tensor | None]]]:
-    """Batches as indices and waveforms. Threads read a few batches ahead, and no more."""
+    """Batches of indices and waveforms. Threads read `BATCHES_AHEAD` batches in advance."""
     with ThreadPoolExecutor(READERS) as pool:
         ahead = deque()
         for indices in _batches(utterances, batch_size):
@@ -297,7 +298,7 @@ def _read_ahead(
 
 
 def _batches(utterances: Sequence[Utterance], batch_size: int) -> Iterator[list[int]]:
-    """Indices, the longest utterances first: with the first of a batch the size of the batch is known."""
+    """Batches of indices, longest utterances first, so that the first of a batch bounds how many fit."""
     order = sorted(range(len(utterances)), key=lambda i: utterances[i].duration, reverse=True)
     start = 0
     while start < len(order):
@@ -320,7 +321,7 @@ def _log_probs(model: LaCTForCTC, waveforms: Sequence[Tensor]) -> list[Tensor]:
     """Log-probabilities of each waveform's frames, float32 `[T, V]` on the CPU."""
     config = model.config
     if len(waveforms) == 1 and len(waveforms[0]) > BATCH_SECONDS * config.sampling_rate:
-        stream = FrameStream(model)  # the same frames, in memory that does not grow
+        stream = FrameStream(model)  # the same frames with less memory
         return [torch.cat([stream.push(waveforms[0]), stream.finish()]).cpu()]
     nothing = torch.empty(0, dtype=torch.int64)
     batch = collate([{"input_values": x, "labels": nothing} for x in waveforms])

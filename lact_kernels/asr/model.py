@@ -1,4 +1,4 @@
-"""`LaCTForCTC`: from a waveform to the logits of CTC, through blocks of LaCT layers."""
+"""`LaCTForCTC`: a CTC model of LaCT layers, from waveforms to logits."""
 
 import contextlib
 import math
@@ -27,20 +27,20 @@ from lact_kernels.layers import LaCTCache, LaCTLayer
 from lact_kernels.layers.lact import BASE_LR
 from lact_kernels.layers.mlp import SwiGLUMLP
 
-# Arguments of `LaCTLayer` that a configuration has under the same name.
+# The options of a configuration that `LaCTLayer` has under the same name.
 LAYER_OPTIONS = set(signature(LaCTLayer).parameters) & set(signature(LaCTASRConfig).parameters)
-IMPOSSIBLE = -1e4  # the logit of every token but the blank where there is no frame
+IMPOSSIBLE = -1e4  # logit of all tokens but the blank in frames of padding
 
 
 class EncoderState(NamedTuple):
-    """What a model carries from one piece of a recording to the next: convolutions, windows, fast weights."""
+    """What is carried from one part of a recording to the next: convolutions, windows, fast weights."""
 
     conv: list[Tensor]
     cache: LaCTCache
 
 
 class LaCTASRBlock(GradientCheckpointingLayer):
-    """A LaCT layer and an MLP, each behind a norm, with dropout, beside a residual."""
+    """A LaCT layer and an MLP, each with a norm before it, dropout after it and a residual connection."""
 
     def __init__(self, config: LaCTASRConfig, layer_idx: int):
         super().__init__()
@@ -61,18 +61,17 @@ class LaCTASRBlock(GradientCheckpointingLayer):
 class LaCTForCTC(PreTrainedModel):
     """A speech recogniser: log-mel, SpecAugment in training, convolutions, LaCT blocks, CTC.
 
-    It reads waveforms, so that it works in `pipeline("automatic-speech-recognition")`, with a
-    `Wav2Vec2FeatureExtractor` that only pads. Everything is causal but for `look_ahead` frames:
-    padding never changes a result, and `FrameStream` gives the frames of one pass from pieces of any
-    size.
+    Its inputs are waveforms, so that it works in `pipeline("automatic-speech-recognition")` with a
+    `Wav2Vec2FeatureExtractor` that only pads. It is causal but for a look-ahead of `look_ahead` frames:
+    padding never changes a result, and `FrameStream` computes the same frames from blocks of any size.
 
-    A warning says so if a chunk is longer than `max_utterance_seconds`: then no utterance reaches an
-    update of its fast weights.
+    It warns if a chunk is longer than `max_utterance_seconds`: no utterance would reach an update of the fast
+    weights.
 
     Attributes:
-        sequence_mesh: a 1-D `DeviceMesh`, or None. With one, its ranks are all given the same recordings;
-            each computes the features and convolutions of all, and the blocks of a piece. All get all
-            logits, and the same loss.
+        sequence_mesh: a 1-D `DeviceMesh`, or None. With one, all its ranks are given the same recordings.
+            Each computes features and convolutions of all of them, and the blocks for its part of every
+            sequence. All ranks return all logits, and the same loss.
     """
 
     sequence_mesh: DeviceMesh | None = None
@@ -82,7 +81,7 @@ class LaCTForCTC(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LaCTASRBlock"]
-    _skip_keys_device_placement = ["cache"]  # its layers keep each its own
+    _skip_keys_device_placement = ["cache"]  # each layer's cache stays on the layer's device
 
     def __init__(self, config: LaCTASRConfig):
         super().__init__(config)
@@ -105,13 +104,13 @@ class LaCTForCTC(PreTrainedModel):
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes: accelerate may keep its parameters elsewhere until they are needed."""
+        """Where the model computes. Accelerate may keep its parameters elsewhere until they are needed."""
         hook = getattr(self.ctc_head, "_hf_hook", None)
         device = getattr(hook, "execution_device", None)
         return super().device if device is None else torch.device(device)
 
     def get_input_embeddings(self) -> None:
-        """There are none, as it reads waveforms."""
+        """None: the inputs are waveforms."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -130,24 +129,24 @@ class LaCTForCTC(PreTrainedModel):
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
     ) -> CausalLMOutput:
-        """Read whole utterances.
+        """Compute whole utterances.
 
         Args:
             input_values: `[B, samples]`, waveforms in -1 .. 1.
-            attention_mask: `[B, samples]`, bool or integers, 0 behind the end of a row; None if all rows
-                are of this length.
-            labels: int64 `[B, n]`, the tokens of each row, -100 behind their end: adds the CTC `loss`,
-                per token, the mean over rows.
-            output_hidden_states: return the inputs of all blocks, and the last output; with a
-                `sequence_mesh` those of this rank's piece.
+            attention_mask: `[B, samples]`, bool or integers, 0 for the padding at the end of a row; None if
+                there is none.
+            labels: int64 `[B, n]`, the tokens of each row, followed by padding of -100. With labels, the CTC
+                `loss` is returned: per token, averaged over rows.
+            output_hidden_states: return the inputs of all blocks, and the output of the last norm; with a
+                `sequence_mesh`, those of this rank's part.
 
         Returns:
-            `logits [B, ceil(samples / inputs_to_logits_ratio), vocab_size]`, in which frames behind the end
-            of a row are blank for sure. Hidden states are not shifted: logit i comes of place
-            i + look_ahead, which has heard all that it may.
+            `logits [B, ceil(samples / inputs_to_logits_ratio), vocab_size]`. In frames of padding, the blank
+            has the probability 1. Hidden states are not shifted by the look-ahead: the logits of frame i are
+            computed from hidden state i + look_ahead.
 
         Raises:
-            TypeError, ValueError: an argument of a wrong type, dtype, shape or value.
+            TypeError, ValueError: an argument has a wrong type, dtype, shape or value.
         """
         lengths = _lengths(input_values, attention_mask)
         ratio, shift = self.config.inputs_to_logits_ratio, self.config.look_ahead
@@ -186,20 +185,20 @@ class LaCTForCTC(PreTrainedModel):
         *,
         ends: bool = True,
     ) -> tuple[Tensor, EncoderState | None]:
-        """Normalised log-mel frames through convolutions and blocks.
+        """Convolutions and blocks, on normalised log-mel frames.
 
-        Nothing sees what comes after it, so rows that end earlier need no mask: silence follows them, and
-        whatever is computed there reaches no frame before it.
+        All of it is causal, so that rows that end earlier need no mask: silence follows them, and what is
+        computed there reaches no frame before it.
 
         Args:
             frames: `[B, T * mel_frames_per_frame, n_mels]`.
-            num_frames: int64 `[B]`, how many of the T frames exist in each row; None for all.
-            state: go on behind an earlier piece, and keep the state; None for whole recordings.
-            ends: the recording ends here: silence (mean features) follows, `look_ahead` frames and what
-                fills a group of `temporal_reduction`.
+            num_frames: int64 `[B]`, how many of the T frames in each row are not padding; None for all.
+            state: of the part of the recording before this one; None for whole recordings.
+            ends: the recording ends here. Silence (mean features) is appended: `look_ahead` frames, and what
+                completes a group of `temporal_reduction`.
 
         Returns:
-            `[B, T (+ silence), C]`, and the next `state`.
+            `[B, T (+ silence), C]`, and the `state` for the next part.
         """
         past, cache = (None, None) if state is None else state
         x, past = self._convolve(frames, num_frames, past, ends)
@@ -231,7 +230,7 @@ class LaCTForCTC(PreTrainedModel):
         hidden_states: list[Tensor] | None = None,
         pieces: SequencePieces | None = None,
     ) -> Tensor:
-        """The blocks; their inputs and the last output are appended to `hidden_states`."""
+        """Blocks and last norm. Their inputs and the last output are appended to `hidden_states`."""
         for layer in self.layers:
             if hidden_states is not None:
                 hidden_states.append(x)
@@ -250,7 +249,7 @@ class LaCTForCTC(PreTrainedModel):
                 f" end of a row, got {wrong[0]}"
             )
         log_probs = logits.float().log_softmax(dim=-1).transpose(0, 1)  # [T, B, V]
-        with torch.backends.cudnn.flags(enabled=False):  # cuDNN's is not deterministic
+        with torch.backends.cudnn.flags(enabled=False):  # whose CTC loss is not deterministic
             return F.ctc_loss(
                 log_probs,
                 labels.masked_select(exists),
@@ -262,7 +261,7 @@ class LaCTForCTC(PreTrainedModel):
 
 
 def warn_if_never_updated(config: LaCTASRConfig, seconds: float) -> None:
-    """Warn if no utterance of this length reaches an update of the fast weights."""
+    """Warn if an utterance of this length is too short for an update of the fast weights."""
     if config.seconds_per_update >= seconds:
         warnings.warn(
             f"the fast weights never learn: they are updated every {config.seconds_per_update:.2f} s"
@@ -274,7 +273,7 @@ def warn_if_never_updated(config: LaCTASRConfig, seconds: float) -> None:
 
 
 def _lengths(input_values: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """How many samples each row has, int64 `[B]`."""
+    """The number of samples in each row, int64 `[B]`."""
     if not isinstance(input_values, Tensor) or not input_values.is_floating_point():
         raise TypeError("input_values must be a floating-point tensor [B, samples]")
     if input_values.ndim != 2:
@@ -297,7 +296,7 @@ def _lengths(input_values: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 @contextlib.contextmanager
 def _same_draws(mesh: DeviceMesh | None, device: torch.device) -> Iterator[None]:
-    """All ranks of the mesh draw the same random numbers, from a seed of the first."""
+    """Within it, all ranks of the mesh draw the same random numbers: the first rank chooses the seed."""
     if mesh is None:
         yield
         return

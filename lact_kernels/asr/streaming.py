@@ -1,4 +1,4 @@
-"""`FrameStream`: a recording that arrives in pieces, as the frames of one pass."""
+"""`FrameStream`: frame by frame, the output of a recording that arrives in blocks."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from lact_kernels.asr.model import EncoderState, LaCTForCTC
 from lact_kernels.layers import LaCTCache
 
-BLOCK_SECONDS = 20  # the most that is computed at once: memory does not grow with a piece
+BLOCK_SECONDS = 20  # longer blocks are computed in parts of this length, to bound the memory
 
 
 class FrameStream:
@@ -14,18 +14,18 @@ class FrameStream:
 
         stream = FrameStream(model)
         for samples in microphone:
-            log_probs = stream.push(samples)        # [frames, vocab_size], those that are now known
+            log_probs = stream.push(samples)        # [frames, vocab_size], the frames that are now known
         log_probs = stream.finish()
 
-    Pieces of any size give the frames of the whole recording in one pass. The stream carries the samples
-    that do not fill a frame, the convolutions' last frames, the windows and the fast weights; its memory
-    does not grow.
+    With blocks of any size, these are the frames that one pass over the whole recording gives. The stream
+    keeps the samples that do not fill a frame, the last frames of the convolutions, the attention windows and
+    the fast weights. Its memory does not grow.
 
     Args:
         model: in evaluation mode.
 
     Attributes:
-        num_frames: how many frames have come out.
+        num_frames: number of frames that have been returned.
 
     Raises:
         ValueError: the model is in training mode.
@@ -38,28 +38,30 @@ class FrameStream:
         self.model = model
         self.num_frames = 0
         self._group = config.inputs_to_logits_ratio * config.temporal_reduction
-        self._block = max(int(BLOCK_SECONDS * config.sampling_rate) // self._group, 1) * self._group
-        self._waiting = torch.zeros(0)  # samples that do not fill a group
+        self._longest = (
+            max(int(BLOCK_SECONDS * config.sampling_rate) // self._group, 1) * self._group
+        )
+        self._waiting = torch.zeros(0)  # samples of an incomplete group
         self._context = torch.zeros(1, model.features.context)  # the samples before them
         self._state = EncoderState(None, LaCTCache())
-        self._num_heard = 0  # frames
-        self._to_drop = config.look_ahead  # outputs that come before the first frame's
+        self._num_heard = 0  # frames whose samples have been computed
+        self._to_drop = config.look_ahead  # outputs that precede that of the first frame
         self._finished = False
 
     @property
     def seconds(self) -> float:
-        """Speech whose frames have come out."""
+        """Seconds of speech whose frames have been returned."""
         return self.num_frames * self.model.config.seconds_per_frame
 
     def push(self, samples: Tensor) -> Tensor:
-        """Hear `samples`, a float tensor `[n]` in -1 .. 1, n >= 0.
+        """Add `samples`, a float tensor `[n]` in -1 .. 1, n >= 0.
 
         Returns:
             float32 `[frames, vocab_size]`, on the model's device.
 
         Raises:
-            TypeError, ValueError: no such tensor.
-            RuntimeError: the recording was finished.
+            TypeError, ValueError: another type, dtype or shape.
+            RuntimeError: the recording has been finished.
         """
         if not isinstance(samples, Tensor) or not samples.is_floating_point():
             raise TypeError("samples must be a floating-point tensor [n]")
@@ -70,11 +72,11 @@ class FrameStream:
         waiting = torch.cat([self._waiting, samples.to("cpu", torch.float32)])
         whole = len(waiting) // self._group * self._group
         self._waiting = waiting[whole:].clone()
-        blocks = waiting[:whole].split(self._block)
-        return torch.cat([self._empty(), *(self._hear(b, ends=False) for b in blocks if len(b))])
+        parts = waiting[:whole].split(self._longest)
+        return torch.cat([self._empty(), *(self._hear(x, ends=False) for x in parts if len(x))])
 
     def finish(self) -> Tensor:
-        """The recording ends: the last frames, `[frames, vocab_size]`."""
+        """End the recording, and return its last frames, `[frames, vocab_size]`."""
         if self._finished:
             return self._empty()
         if not self._num_heard and not len(self._waiting):
@@ -97,7 +99,7 @@ class FrameStream:
         self._num_heard += samples.shape[1] // model.config.inputs_to_logits_ratio
         x = frames[0, self._to_drop :]
         self._to_drop -= frames.shape[1] - x.shape[0]
-        x = x[: self._num_heard - self.num_frames]  # what fills a group at the end is no frame
+        x = x[: self._num_heard - self.num_frames]  # at the end a group is filled up with silence
         self.num_frames += x.shape[0]
         return model.ctc_head(x).float().log_softmax(dim=-1)
 

@@ -1,6 +1,6 @@
 """Texts as CTC labels: normalisation, and tokenizers of characters or of whole words.
 
-Id 0 is always `<pad>`, which is the CTC blank.
+Token 0 is always `<pad>`, and serves as the CTC blank.
 """
 
 import json
@@ -17,24 +17,27 @@ APOSTROPHES = dict.fromkeys(map(ord, "’‘ʼ´`"), "'")
 
 
 def normalize_text(text: str) -> str:
-    """Words of lower-case letters, combining marks, digits and apostrophes, one space between them.
+    """Reduce a text to words of lower-case letters, combining marks, digits and apostrophes.
 
-    Compatible characters are made one (NFKC), apostrophes straight, everything else a space.
+    The text is brought into Unicode's form NFKC, apostrophes are made straight, and every other character
+    becomes a space. Words are separated by one space.
     """
-    text = text.translate(APOSTROPHES)  # NFKC makes an acute accent a space and a mark,
-    text = unicodedata.normalize("NFKC", text).lower().translate(APOSTROPHES)  # and has one in ŉ
+    text = text.translate(APOSTROPHES)  # before NFKC, which makes ´ a space and a combining mark,
+    text = (
+        unicodedata.normalize("NFKC", text).lower().translate(APOSTROPHES)
+    )  # and after: ŉ has one
     kept = (c if c == "'" or unicodedata.category(c)[0] in "LMN" else " " for c in text)
     words = "".join(kept).split()
     return " ".join(word for word in words if any(map(str.isalnum, word)))  # no lone apostrophe
 
 
 def words_of(texts: Iterable[str]) -> list[str]:
-    """The words of the texts, each once, sorted."""
+    """The different words of the texts, sorted."""
     return sorted({word for text in texts for word in text.split()})
 
 
 def write_lexicon(path: str | Path, words: Iterable[str]) -> None:
-    """Each word with its spelling in character tokens, as torchaudio's `ctc_decoder` reads it."""
+    """Write words with their spelling in character tokens, for torchaudio's `ctc_decoder`."""
     lines = (f"{word}\t{' '.join(word)} {DELIMITER}\n" for word in words)
     Path(path).write_text("".join(lines), encoding="utf-8")
 
@@ -42,10 +45,10 @@ def write_lexicon(path: str | Path, words: Iterable[str]) -> None:
 class WordCTCTokenizer(Wav2Vec2CTCTokenizer):
     """Whole words as CTC tokens, where `Wav2Vec2CTCTokenizer` has characters and a delimiter.
 
-    Offsets "of characters" are those of words.
+    Where transformers speaks of the offsets of characters, these are offsets of words.
 
     Args:
-        vocab_file: JSON object from words and special tokens to ids.
+        vocab_file: JSON object that maps words and special tokens to ids.
     """
 
     def __init__(
@@ -60,12 +63,12 @@ class WordCTCTokenizer(Wav2Vec2CTCTokenizer):
 
     @property
     def word_delimiter_token(self) -> None:
-        """None, without the complaint of the base class."""
+        """None; the property of the base class would log an error."""
         return None
 
     def _add_tokens(self, new_tokens, special_tokens: bool = False) -> int:
-        # The base class adds every token of several characters, so that it is found inside of a text.
-        # Words are found between spaces: inside of longer words they must not be found.
+        # The base class registers tokens of several characters as added tokens, which are found anywhere in a
+        # text. Words must be found between spaces only, not inside of longer words.
         if not special_tokens:
             new_tokens = [token for token in new_tokens if str(token) not in self.encoder]
         return super()._add_tokens(new_tokens, special_tokens) if new_tokens else 0
@@ -74,7 +77,7 @@ class WordCTCTokenizer(Wav2Vec2CTCTokenizer):
         return text.split()
 
     def convert_tokens_to_string(self, tokens, *args, **kwargs) -> dict:
-        kwargs["spaces_between_special_tokens"] = True  # between all tokens, in fact
+        kwargs["spaces_between_special_tokens"] = True  # which puts spaces between all tokens
         return super().convert_tokens_to_string(tokens, *args, **kwargs)
 
     @staticmethod
@@ -88,12 +91,12 @@ class WordCTCTokenizer(Wav2Vec2CTCTokenizer):
 def build_tokenizer(
     texts: Iterable[str], unit: Literal["char", "word"] = "char"
 ) -> Wav2Vec2CTCTokenizer:
-    """A tokenizer of the characters ("char") or words ("word") that occur in the texts.
+    """Make a tokenizer of the characters ("char") or words ("word") that occur in the texts.
 
-    Texts are taken as they are: normalise them first, here and wherever they are tokenized.
+    Texts are taken as they are. Normalise them before, here and wherever they are tokenized.
 
     Raises:
-        ValueError: another unit, or texts without any word.
+        ValueError: another unit, or there is no word in the texts.
     """
     if unit not in ("char", "word"):
         raise ValueError(f"unit must be 'char' or 'word', got {unit!r}")
@@ -109,11 +112,11 @@ def build_tokenizer(
 
 
 def tokenizer_from_vocabulary(path: str | Path) -> Wav2Vec2CTCTokenizer:
-    """The tokenizer of a JSON object from tokens to ids: of characters if it has `|`, else of words.
+    """Make a tokenizer from a JSON object of tokens and ids: of characters if it has `|`, else of words.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: `<pad>` is not 0, `<unk>` or all else is missing, or the ids are not 0, 1, 2, ...
+        ValueError: `<pad>` is not 0, there is no `<unk>` or no other token, or the ids are not 0, 1, 2, ...
     """
     try:
         vocabulary = json.loads(Path(path).read_bytes())

@@ -1,4 +1,4 @@
-"""Training of a recogniser with transformers' Trainer: it can be killed at any moment and goes on."""
+"""Train a recogniser with transformers' Trainer. A training can be killed at any moment and continued."""
 
 import json
 import logging
@@ -41,32 +41,31 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 SETTINGS = "training.json"
-STATISTICS_UTTERANCES = 200  # from which the mean and deviation of the features are measured
+STATISTICS_UTTERANCES = 200  # for the mean and standard deviation of the features
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How to train. What changes the result is remembered, so that a resume cannot mix two trainings.
+    """How to train. Options that change the result are saved, so that another training cannot be continued.
 
     Args:
         epochs: passes over the training utterances.
         batch_size: utterances of a step on one device.
-        gradient_accumulation_steps: steps whose gradients make one update.
-        learning_rate: of AdamW at its highest; it rises over `warmup_steps` updates, and falls as a cosine.
+        gradient_accumulation_steps: steps whose gradients are added up for an update.
+        learning_rate: peak learning rate of AdamW, reached after `warmup_steps`; it decays as a cosine.
         warmup_steps, weight_decay, max_grad_norm: as in `transformers.TrainingArguments`.
-        save_steps: updates from one checkpoint to the next. The development set is evaluated then.
-        logging_steps: updates from one line of the log to the next; it divides `save_steps`.
+        save_steps: updates between two checkpoints. With each, the development set is evaluated.
+        logging_steps: updates between two lines of the log; it divides `save_steps`.
         join_seconds: join utterances of a speaker up to this length: see `SpeechDataset`.
         augmentation: of the training utterances; None for none.
         bf16: mixed precision with bfloat16.
-        gradient_checkpointing: compute blocks again in the backward, instead of keeping what is in them.
+        gradient_checkpointing: recompute blocks in the backward instead of keeping their activations.
         seed: of weights, order, augmentation and dropout.
         workers: processes that read and augment. They have no effect on the result.
-        sequence_parallel: N devices compute the blocks of each recording together, every one a piece of it.
-            Of P devices, P / N groups have a batch each: an update is of `batch_size *
-            gradient_accumulation_steps * P / N` utterances. The development set is dealt to all P as ever.
-        fsdp: share weights and the optimizer's state out to the devices (FSDP2), instead of keeping all on
-            each. It needs GPUs.
+        sequence_parallel: N devices share each recording: every one computes the blocks for its part. P
+            devices are P / N such groups with a batch each, so that an update sees `batch_size *
+            gradient_accumulation_steps * P / N` utterances. The development set is distributed to all P.
+        fsdp: shard weights and optimizer state over the devices (FSDP2). It needs GPUs.
     """
 
     epochs: int = 20
@@ -149,31 +148,31 @@ def train(
 ) -> Recogniser:
     """Train a recogniser, and save it in the folder `out` for `load_recogniser`.
 
-    Checkpoints are kept in `out/checkpoints`, with the curves for TensorBoard. Called again with the same
-    settings after it was killed, it goes on behind the last one, and computes what it would have computed.
-    Ctrl-C and SIGTERM end the step, save a checkpoint and raise KeyboardInterrupt.
+    Checkpoints are kept in `out/checkpoints`, with the curves for TensorBoard. After a training was killed,
+    the same call continues it from the last checkpoint, with the results it would have had. Ctrl-C and
+    SIGTERM complete the step, save a checkpoint and raise KeyboardInterrupt.
 
-    Processes that `torchrun` or `accelerate launch` has started train together. All make the same call, and
-    go on as so many as before.
+    Processes that `torchrun` or `accelerate launch` has started train together. All of them make the same
+    call, and the training is continued with the same number of them.
 
     Args:
         out: a folder, made if it is missing.
-        model: what to train, changed in place: `new_model`, or the model of a recogniser. Unless it has the
-            mean and deviation of its features, they are measured. With `fsdp` its weights stay shared out,
-            and the recogniser has a model of its own.
+        model: trained in place: from `new_model`, or the model of a recogniser. If the mean and standard
+            deviation of its features are not set, they are measured. With `fsdp` its weights stay sharded,
+            and the recogniser that is returned has another model.
         tokenizer: from `lact_kernels.asr.text`, of the model's `vocab_size`.
-        train_set: utterances whose texts are normalised; `usable` has seen them.
-        dev_set: the same, to choose the best checkpoint by word error rate; empty for the last one.
+        train_set: utterances that `usable` has selected, with normalised texts.
+        dev_set: the same. The best checkpoint is chosen by its word error rate; if empty, the last one is.
         options: how to train.
 
     Returns:
         The recogniser.
 
     Raises:
-        ValueError: no training utterances, `out` holds a training with other settings, or `processes` does
-            not allow the options.
+        ValueError: there are no training utterances, `out` holds a training with other settings, or
+            `processes` does not allow the options.
         OSError: no recording can be read.
-        KeyboardInterrupt: it was interrupted; the same call goes on.
+        KeyboardInterrupt: the training was interrupted. The same call continues it.
     """
     out, options, config = Path(out), options or TrainingOptions(), model.config
     state = processes(options)
@@ -220,7 +219,7 @@ def train(
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         finally:
-            model.sequence_mesh = None  # each process goes its own way
+            model.sequence_mesh = None  # from here on, processes do not call it together
     if trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt(
             f"stopped after step {trainer.state.global_step}, to be gone on with"
@@ -236,13 +235,13 @@ def train(
 
 
 def processes(options: TrainingOptions) -> PartialState:
-    """Those that train together: what `torchrun` or `accelerate launch` has started, or this one alone.
+    """The processes that train together: started by `torchrun` or `accelerate launch`, or this one alone.
 
     Raises:
-        ValueError: they are not of the number or on the devices that the options need.
+        ValueError: the options need another number of processes, or GPUs.
     """
     on_cpu = not torch.accelerator.is_available()
-    state = PartialState(cpu=on_cpu)  # which finds the other processes of a CPU only if it is told
+    state = PartialState(cpu=on_cpu)  # on a CPU it finds the other processes only if told so
     n = options.sequence_parallel
     if state.num_processes % n:
         raise ValueError(
@@ -259,15 +258,15 @@ def processes(options: TrainingOptions) -> PartialState:
 
 
 def new_model(config: LaCTASRConfig, seed: int = 0) -> LaCTForCTC:
-    """A model with the random weights of this seed, the same on every process."""
+    """A model with random weights from this seed, the same in every process."""
     torch.manual_seed(seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `train` says it with the utterances' own length
+        warnings.simplefilter("ignore")  # `train` warns with the lengths of the utterances
         return LaCTForCTC(config)
 
 
 def read_training_set(paths: Sequence[str | Path]) -> list[Utterance]:
-    """The utterances of manifests and LibriSpeech folders, with their texts normalised."""
+    """Read the utterances of manifests and LibriSpeech folders, and normalise their texts."""
     utterances = [u for path in paths for u in read_utterances(path)]
     return [replace(u, text=normalize_text(u.text)) for u in utterances]
 
@@ -278,7 +277,7 @@ def usable(
     config: LaCTASRConfig,
     options: TrainingOptions,
 ) -> tuple[list[Utterance], dict[str, int]]:
-    """`keep_usable` for a model of this configuration and the fastest speed it is trained with."""
+    """`keep_usable` for a model of this configuration, at the highest speed of the augmentation."""
     speeds = options.augmentation.speeds if options.augmentation else None
     return keep_usable(
         utterances,
@@ -291,7 +290,7 @@ def usable(
 def _settings(
     model: LaCTForCTC, options: TrainingOptions, train_set: Sequence[Utterance]
 ) -> dict[str, Any]:
-    """All that decides the result, as JSON has it."""
+    """Everything that decides the result, as JSON represents it."""
     settings = asdict(options)
     del settings["workers"]
     settings["config"] = model.config.to_diff_dict()
@@ -302,7 +301,7 @@ def _settings(
 
 
 def _by_main(state: PartialState, function: Callable[[], Any]) -> Any:
-    """What the function returns on the main process, or raises there, on all of them."""
+    """Call the function on the main process. All processes return its result, or raise its exception."""
     answer = [None, None]
     if state.is_main_process:
         try:
@@ -317,7 +316,7 @@ def _by_main(state: PartialState, function: Callable[[], Any]) -> Any:
 
 
 def _prepare(out: Path, settings: dict[str, Any]) -> str | None:
-    """Make the folder, and find the checkpoint to go on from, which a kill may have left unfinished."""
+    """Make the folder, and find the checkpoint to continue from. Incomplete ones are removed."""
     file, checkpoints = out / SETTINGS, out / CHECKPOINTS
     if file.is_file():
         before = {"sequence_parallel": 1, "fsdp": False}  # of a version without these options
@@ -332,7 +331,7 @@ def _prepare(out: Path, settings: dict[str, Any]) -> str | None:
     with written_whole(file) as text:
         json.dump(settings, text, indent=1)
     while (checkpoint := get_last_checkpoint(checkpoints)) is not None:
-        try:  # the state of the trainer is written last
+        try:  # a checkpoint is complete if it has this file, which is written last
             json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
             break
         except (OSError, ValueError):
@@ -341,20 +340,20 @@ def _prepare(out: Path, settings: dict[str, Any]) -> str | None:
 
 
 def _measure_features(model: LaCTForCTC, dataset: SpeechDataset) -> None:
-    """Mean and deviation of the features, from utterances spread over the set, as training hears them."""
+    """Measure mean and standard deviation of the features, on augmented utterances spread over the set."""
     step = max(len(dataset) // STATISTICS_UTTERANCES, 1)
     model.features.measure(dataset[i]["input_values"] for i in range(0, len(dataset), step))
 
 
 def _share_buffers(model: LaCTForCTC, num_processes: int) -> None:
-    """The main process's statistics of batch norms to all, which have those of their own batches."""
+    """Give all processes the batch-norm statistics of the main one. Each has those of its own batches."""
     if num_processes > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
 def _whole(model: LaCTForCTC) -> LaCTForCTC:
-    """A model whose weights are shared out, as one that every process has for itself."""
+    """A copy of a model with sharded weights that is whole on every process."""
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     whole = new_model(model.config).to(model.device, model.dtype)
     whole.load_state_dict(state)
@@ -362,10 +361,10 @@ def _whole(model: LaCTForCTC) -> LaCTForCTC:
 
 
 class _SpeechTrainer(Trainer):
-    """Trainer with batches of similar length, which are those of a whole group if ranks share recordings.
+    """Trainer with batches of similar lengths, one for each group of ranks that share recordings.
 
     Args:
-        autocast: bfloat16 as it is without FSDP. Trainer's own, with FSDP, would round weights and waveforms.
+        autocast: to bfloat16. With FSDP, Trainer's own `bf16` would round weights and waveforms.
     """
 
     def __init__(self, *args, autocast: bool, **kwargs):
@@ -384,7 +383,7 @@ class _SpeechTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         loader, n = super().get_train_dataloader(), self._sequence_parallel
         if n > 1:
-            shard = loader.batch_sampler  # Accelerate's, which deals whole batches to the processes
+            shard = loader.batch_sampler  # Accelerate's, which distributes whole batches
             shard.num_processes //= n
             shard.process_index //= n
         return loader
@@ -393,7 +392,7 @@ class _SpeechTrainer(Trainer):
         return super().get_total_train_batch_size(args) // self._sequence_parallel
 
     def evaluation_loop(self, *args, **kwargs):
-        """Each process evaluates recordings of its own, on the model that the main process saves."""
+        """Evaluate other recordings on each process, with the buffers that the main process saves."""
         _share_buffers(self.model, self.args.world_size)
         mesh, self.model.sequence_mesh = self.model.sequence_mesh, None
         try:
@@ -410,7 +409,7 @@ class _SpeechTrainer(Trainer):
 
 
 class _Epochs(TrainerCallback):
-    """Tells the sampler the epoch, however deep accelerate has wrapped it."""
+    """Tells the sampler the epoch, which Accelerate's wrappers may not pass on."""
 
     def __init__(self, sampler: LengthBucketSampler):
         self.sampler = sampler
@@ -420,20 +419,21 @@ class _Epochs(TrainerCallback):
 
 
 class _Interruption(TrainerCallback):
-    """Ctrl-C and SIGTERM end the training behind the step, with a checkpoint; a second one at once.
+    """Within it, Ctrl-C and SIGTERM end the training after the step, with a checkpoint; a second one at once.
 
-    The signals are caught within a `with` block. Whichever of the processes gets one, all end behind the same
-    step.
+    Whichever process gets the signal, all of them end after the same step.
     """
 
     def __init__(self, num_processes: int):
         self.asked = False
-        # Of gloo, so that nobody waits for a GPU.
+        # On gloo, so that asking the others does not wait for a GPU.
         self._group = dist.new_group(backend="gloo") if num_processes > 1 else None
         self._handlers = {}
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # else signals are not ours
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # signal handlers work in no other thread
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._ask)
         return self

@@ -1,4 +1,4 @@
-"""A recording of any length as segments of words with their times."""
+"""Transcribe a recording of any length: segments of words with their times."""
 
 from collections.abc import Callable, Iterator
 from itertools import groupby
@@ -24,7 +24,7 @@ Decoder = Callable[[Tensor], list[int]]
 
 
 class Word(NamedTuple):
-    """A word, its seconds from the start of the recording, and its mean probability."""
+    """A word, its times in seconds from the start of the recording, and its mean probability."""
 
     text: str
     start: float
@@ -33,7 +33,7 @@ class Word(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Words without a long pause, from the first one's start to the last one's end, in seconds."""
+    """Words without a long pause between them. Times, in seconds, are those of the first and last word."""
 
     start: float
     end: float
@@ -42,27 +42,27 @@ class Segment(NamedTuple):
 
 
 class Transcriber:
-    """Samples of one recording in, segments out as soon as they are final.
+    """Transcribe one recording as it arrives: push samples, get the segments that are final.
 
         transcriber = Transcriber(recogniser)
         for samples in microphone:
             segments = transcriber.push(samples)
-            print(transcriber.partial)              # what the unfinished segment reads so far
+            print(transcriber.partial)              # the text of the unfinished segment so far
         segments = transcriber.finish()
 
-    A segment ends at a pause, or, when it gets too long, in the longest silence of its second half.
-    Silence is where the most likely token is the blank or the word delimiter. Only the log-probabilities
-    of the unfinished segment are kept, and of the silence before it no more than a pause: memory does not
-    grow, and the size of pieces changes nothing.
+    A segment ends at a pause or, when it gets too long, in the longest silence of its second half. Silence is
+    where the most likely token is the blank or the word delimiter. The transcriber keeps the
+    log-probabilities of the unfinished segment and at most a pause of the silence before it, so that memory
+    does not grow. The result does not depend on how the recording is cut into blocks.
 
     Args:
         recogniser: model and tokenizer.
-        decoder: from log-probabilities `[T, V]` to tokens; greedy if there is none.
-        pause_seconds: silence that ends a segment.
+        decoder: maps log-probabilities `[T, V]` to tokens; None for a `GreedyDecoder`.
+        pause_seconds: a silence of this length ends a segment.
         max_segment_seconds: the longest segment.
 
     Raises:
-        ValueError: a pause that is not positive, or segments that are not longer.
+        ValueError: `pause_seconds` is not positive, or not less than `max_segment_seconds`.
     """
 
     def __init__(
@@ -90,24 +90,24 @@ class Transcriber:
         self._first = 0  # its first frame, counted from the start of the recording
         self._frames: list[Tensor] = []  # log-probabilities, each [V]
         self._likely: list[int] = []  # the most likely token of each frame
-        self._silence = 0  # frames at its end
+        self._silence = 0  # silent frames at its end
 
     @property
     def partial(self) -> str:
-        """What the unfinished segment reads so far, whatever the decoder will make of it."""
+        """The text of the unfinished segment so far, decoded greedily. The final one may differ."""
         return text_of(self._tokenizer, collapse(self._likely, self._blank))
 
     def push(self, samples: Tensor) -> list[Segment]:
-        """Hear `samples`, a float tensor `[n]` in -1 .. 1, n >= 0; returns segments that are final now.
+        """Add `samples`, a float tensor `[n]` in -1 .. 1, n >= 0; return the segments that are final now.
 
         Raises:
-            TypeError, ValueError: no such tensor.
-            RuntimeError: the recording was finished.
+            TypeError, ValueError: another type, dtype or shape.
+            RuntimeError: the recording has been finished.
         """
         return self._hear(self._stream.push(samples))
 
     def finish(self) -> list[Segment]:
-        """The recording ends: the last segments."""
+        """End the recording, and return its last segments."""
         segments = self._hear(self._stream.finish())
         return segments + self._take(len(self._frames))
 
@@ -115,7 +115,7 @@ class Transcriber:
         log_probs = log_probs.cpu()
         segments = []
         for frame, token in zip(log_probs, log_probs.argmax(dim=1).tolist()):
-            self._frames.append(frame.clone())  # a view would keep the whole piece alive
+            self._frames.append(frame.clone())  # a view would keep the whole block in memory
             self._likely.append(token)
             self._silence = self._silence + 1 if token in self._silent else 0
             if self._silence == len(self._frames):
@@ -127,7 +127,7 @@ class Transcriber:
         return segments
 
     def _best_cut(self) -> int:
-        """The middle of the longest silence in the second half; the end if there is none."""
+        """Where to cut: the middle of the longest silence in the second half, or the end if there is none."""
         half = len(self._likely) // 2
         groups = groupby(
             range(half, len(self._likely)), key=lambda i: self._likely[i] in self._silent
@@ -139,7 +139,7 @@ class Transcriber:
         return longest[len(longest) // 2]
 
     def _take(self, n: int) -> list[Segment]:
-        """The first n frames as a segment, if anything was said in them."""
+        """Remove the first n frames, and return them as a segment if there are words in them."""
         segments = self._segments(torch.stack(self._frames[:n])) if n else []
         self._drop(n)
         return segments
@@ -176,15 +176,15 @@ def transcribe_file(
     *,
     progress: Callable[[float], object] | None = None,
 ) -> Iterator[Segment]:
-    """Segments of a sound file of any length, as soon as they are final.
+    """Transcribe a sound file of any length; segments are yielded as soon as they are final.
 
     Args:
         recogniser, decoder: as for a `Transcriber`.
         path: of the file.
-        progress: called with the seconds of each block that was heard; all together are the file's.
+        progress: called with the duration of each block that has been transcribed, in seconds.
 
     Raises:
-        OSError: the file is missing or broken, from the block on that cannot be read.
+        OSError: the file is missing or broken. It is raised at the first block that cannot be read.
     """
     transcriber = Transcriber(recogniser, decoder)
     rate = recogniser.model.config.sampling_rate

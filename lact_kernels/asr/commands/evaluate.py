@@ -25,15 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SET",
         help="a manifest (JSON lines) or a folder in the layout of LibriSpeech; NAME=PATH names it",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the results")
+    parser.add_argument("--json", metavar="FILE", help="write the results to this file")
     parser.add_argument(
         "--hypotheses", metavar="FILE", help="write references and hypotheses, as JSON lines"
     )
     parser.add_argument(
-        "--batch-size", type=positive, default=16, metavar="N", help="utterances at once (16)"
+        "--batch-size", type=positive, default=16, metavar="N", help="utterances of a batch (16)"
     )
     parser.add_argument(
-        "--limit", type=positive, metavar="N", help="utterances of each set, spread over it"
+        "--limit", type=positive, metavar="N", help="take N utterances of each set, spread over it"
     )
     add_decoder_arguments(parser)
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         wer, cer = (100 * result[kind]["rate"] for kind in ("wer", "cer"))
         print(f"{name}: WER {wer:.1f}%, CER {cer:.1f}%", file=sys.stderr, flush=True)
         lines += map(_line, [name] * len(utterances), utterances, hypotheses)
-        # After each set: what is finished stays, whatever happens to the next one.
+        # Written after each set, so that its results survive a failure in the next one.
         if args.json:
             _write(args.json, _report(args, recogniser.model.device, results))
         if args.hypotheses:
@@ -76,7 +76,7 @@ def _report(args: argparse.Namespace, device: torch.device, results: dict) -> st
 
 
 def _check_files(args: argparse.Namespace) -> None:
-    """What a typing error breaks must not break after an hour."""
+    """Find wrong paths now, and not after an hour of computing."""
     if not Path(args.model, "config.json").is_file():
         raise FileNotFoundError(f"{args.model} is not the folder of a recogniser")
     for out in filter(None, (args.json, args.hypotheses)):
@@ -85,7 +85,7 @@ def _check_files(args: argparse.Namespace) -> None:
 
 
 def _read_sets(arguments: list[str], limit: int | None) -> dict[str, list[Utterance]]:
-    """Utterances by the name of the set, all of them before any is recognised."""
+    """The utterances of each set, by its name. All are read before any is recognised."""
     paths = {}
     for argument in arguments:
         name, path = _name_and_path(argument)
@@ -98,7 +98,7 @@ def _read_sets(arguments: list[str], limit: int | None) -> dict[str, list[Uttera
     for name, path in paths.items():
         utterances = read_utterances(path)
         n = min(limit or len(utterances), len(utterances))
-        # Neighbours have the same speaker: the first n would be few voices.
+        # Neighbours often have the same speaker: the first n would be of few speakers.
         sets[name] = [utterances[i * len(utterances) // n] for i in range(n)]
     return sets
 

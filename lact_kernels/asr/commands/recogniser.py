@@ -12,31 +12,33 @@ from lact_kernels.asr.transcription import Decoder
 
 
 def add_decoder_arguments(parser: argparse.ArgumentParser) -> None:
-    """How to recognise, for every command that does."""
+    """The options of decoder and device."""
     parser.add_argument(
         "--beam",
         type=positive,
         metavar="N",
-        help="beams of a search for words of the training text",
+        help="search for words of the training text with a beam of N hypotheses",
     )
     parser.add_argument(
-        "--lexicon", metavar="FILE", help="other words for the search: the first of each line"
+        "--lexicon", metavar="FILE", help="other words for the search, the first of each line"
     )
     parser.add_argument(
-        "--lm", metavar="FILE", help="a KenLM language model over words for the search"
+        "--lm", metavar="FILE", help="a KenLM language model of words for the search"
     )
-    parser.add_argument("--lm-weight", type=float, default=2.0, metavar="X", help="of it (2)")
+    parser.add_argument(
+        "--lm-weight", type=float, default=2.0, metavar="X", help="of the model (2)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--threads", type=positive, metavar="N", help="of PyTorch on a CPU")
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads of PyTorch on a CPU")
 
 
 def load(args: argparse.Namespace) -> tuple[Recogniser, Decoder]:
-    """The recogniser and the decoder that these arguments ask for.
+    """The recogniser and the decoder that the arguments choose.
 
     Raises:
         FileNotFoundError: there is no such model, lexicon or language model.
         ImportError: a package that they need is missing.
-        ValueError: arguments that do not fit, or files that cannot be read.
+        ValueError: arguments contradict each other, or files cannot be read.
     """
     if (args.lexicon or args.lm) and not args.beam:
         raise ValueError("--lexicon and --lm need --beam: a greedy decoder knows no words")
@@ -49,7 +51,7 @@ def load(args: argparse.Namespace) -> tuple[Recogniser, Decoder]:
     if args.device == "cuda" and not available:
         raise ValueError("there is no CUDA device")
     device = "cuda" if available and args.device != "cpu" else "cpu"
-    disable_progress_bar()  # for the weights, which are there at once
+    disable_progress_bar()  # of loading the weights, which takes no time
     recogniser = load_recogniser(args.model, device)
     if not args.beam:
         return recogniser, GreedyDecoder(recogniser.tokenizer)

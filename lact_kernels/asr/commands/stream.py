@@ -3,8 +3,8 @@
     arecord -f S16_LE -r 16000 -t raw | lact-asr stream MODEL
     ffmpeg -i URL -f wav - | lact-asr stream MODEL
 
-On a terminal one line shows what is understood so far. Elsewhere each line is a finished segment, with
-the times of its words.
+On a terminal, the last line shows the unfinished segment so far. Elsewhere each line is a finished segment,
+with the times of its words.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from lact_kernels.asr.commands.recogniser import add_decoder_arguments, load, po
 from lact_kernels.asr.transcription import Transcriber
 
 HELP = "recognise speech while it arrives"
-SAMPLES = {"s16le": ("<i2", 1 / 32768), "f32le": ("<f4", 1.0)}  # NumPy's type, its unit
+SAMPLES = {"s16le": ("<i2", 1 / 32768), "f32le": ("<f4", 1.0)}  # NumPy's dtype, and the scale
 CLEAR_LINE = "\r\x1b[K"
 
 
@@ -50,10 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=40,
         metavar="MS",
-        help="audio that is read at once (40)",
+        help="length of the blocks that are read (40)",
     )
     parser.add_argument(
-        "--fast", action="store_true", help="read the file as fast as it is understood"
+        "--fast", action="store_true", help="read a file as fast as it is recognised"
     )
     add_decoder_arguments(parser)
 
@@ -63,15 +63,15 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(
             "standard input is a terminal: name a file, or pipe audio into this command"
         )
-    args.threads = args.threads or 1  # a frame at a time is too little work to be shared
+    args.threads = args.threads or 1  # a frame is too little work for several threads
     recogniser, decoder = load(args)
     config = recogniser.model.config
     transcriber = Transcriber(recogniser, decoder)
     show = _show_on_terminal if sys.stdout.isatty() else _show_lines
-    pieces = _from_stdin if args.source == "-" else _from_file
+    blocks = _from_stdin if args.source == "-" else _from_file
     heard, busy, delays = 0, 0.0, array("d")
     with _Interrupts() as interrupts:
-        for arrival, samples in interrupts.until(pieces(args, config.sampling_rate)):
+        for arrival, samples in interrupts.until(blocks(args, config.sampling_rate)):
             begin = time.perf_counter()
             show(transcriber.push(samples), transcriber.partial)
             end = time.perf_counter()
@@ -85,10 +85,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Interrupts:
-    """Ctrl-C ends the waiting for the next piece, but not the work on one: the recording can be finished.
+    """Ctrl-C ends the input, but not the work on a block, so that the recording can be finished.
 
     Attributes:
-        happened: whether there was one.
+        happened: whether Ctrl-C was pressed.
     """
 
     def __init__(self):
@@ -101,21 +101,21 @@ class _Interrupts:
     def __exit__(self, *_) -> None:
         signal.signal(signal.SIGINT, self._before)
 
-    def until(self, pieces: Iterable) -> Iterator:
-        """The pieces that come before an interrupt."""
-        pieces = iter(pieces)
+    def until(self, blocks: Iterable) -> Iterator:
+        """The blocks that arrive before Ctrl-C."""
+        blocks = iter(blocks)
         while not self.happened:
             try:
                 self._waiting = True
-                piece = next(pieces, None)
+                block = next(blocks, None)
             except KeyboardInterrupt:
                 self.happened = True
                 return
             finally:
                 self._waiting = False
-            if piece is None:
+            if block is None:
                 return
-            yield piece
+            yield block
 
     def _handle(self, *_) -> None:
         self.happened = True
@@ -124,13 +124,13 @@ class _Interrupts:
 
 
 def _from_file(args: argparse.Namespace, rate: int) -> Iterator[tuple]:
-    """When each piece has been spoken, and its samples."""
+    """The time at which each block has been spoken, and its samples."""
     begin, heard = time.perf_counter(), 0
     for samples in audio_blocks(args.source, rate, args.piece_ms / 1000):
         heard += len(samples)
         arrival = time.perf_counter()
         if not args.fast:
-            # A piece that is late was there before: the delay counts what waits.
+            # A block that is read late has been waiting. The delay counts from when it was spoken.
             ahead = begin + heard / rate - arrival
             arrival += ahead
             time.sleep(max(ahead, 0))
@@ -138,13 +138,13 @@ def _from_file(args: argparse.Namespace, rate: int) -> Iterator[tuple]:
 
 
 def _from_stdin(args: argparse.Namespace, rate: int) -> Iterator[tuple]:
-    """When each piece was read, and its samples."""
+    """The time at which each block was read, and its samples."""
     read, channels, orig, (dtype, scale) = _opened(args)
     resampler = StreamResampler(orig, rate)
     frame_size = channels * np.dtype(dtype).itemsize
     while data := read(max(orig * args.piece_ms // 1000, 1) * frame_size):
         arrival = time.perf_counter()
-        whole = len(data) // frame_size * frame_size  # the input may end within a sample
+        whole = len(data) // frame_size * frame_size  # the input may end in the middle of a sample
         x = np.frombuffer(data[:whole], dtype).reshape(-1, channels).astype(np.float32) * scale
         if not np.isfinite(x).all():
             raise OSError(
@@ -155,7 +155,7 @@ def _from_stdin(args: argparse.Namespace, rate: int) -> Iterator[tuple]:
 
 
 def _opened(args: argparse.Namespace):
-    """How to read n bytes of standard input, its channels, its sampling rate and its samples."""
+    """Standard input: a function that reads n bytes, channels, sampling rate, dtype and scale."""
     source = sys.stdin.buffer
     head = source.read(4)
     source = _Rejoined(head, source)
@@ -175,7 +175,7 @@ def _opened(args: argparse.Namespace):
 
 
 class _Rejoined:
-    """Bytes that were read already, and the stream they are from, which cannot be told to go back."""
+    """A stream that cannot seek, with the bytes that have been read from it put back."""
 
     def __init__(self, head: bytes, rest: io.BufferedIOBase):
         self._head, self._rest = head, rest
@@ -192,7 +192,7 @@ def _show_lines(segments: list, partial: str) -> None:
 
 
 def _show_on_terminal(segments: list, partial: str) -> None:
-    """Finished segments, and below them the end of the unfinished one, on a line that is written anew."""
+    """Finished segments, and below them the end of the unfinished one, on a line that is overwritten."""
     lines = "".join(f"{segment.text}\n" for segment in segments)
     width = shutil.get_terminal_size().columns - 1
     print(f"{CLEAR_LINE}{lines}{partial[-width:]}", end="", flush=True)

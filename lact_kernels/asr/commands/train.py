@@ -1,4 +1,4 @@
-"""Train a recogniser on recordings with their texts. Started again after a kill, it goes on."""
+"""Train a recogniser on recordings with their texts. After an interruption the same command continues."""
 
 import argparse
 import ast
@@ -23,16 +23,16 @@ HELP = "train a recogniser"
 OPTIONS = {
     "epochs": (int, "passes over the utterances"),
     "batch_size": (int, "utterances of a step on one device"),
-    "gradient_accumulation_steps": (int, "steps of an update"),
-    "learning_rate": (float, "of AdamW at its highest"),
-    "warmup_steps": (int, "updates in which the learning rate rises"),
+    "gradient_accumulation_steps": (int, "steps whose gradients are added up for an update"),
+    "learning_rate": (float, "peak learning rate of AdamW"),
+    "warmup_steps": (int, "updates until the learning rate reaches its peak"),
     "weight_decay": (float, "of AdamW"),
     "save_steps": (int, "updates between two checkpoints and evaluations of --dev"),
     "logging_steps": (int, "updates between two lines of the log"),
     "join_seconds": (float, "join utterances of a speaker up to this length"),
     "seed": (int, "of weights, order, augmentation and dropout"),
     "workers": (int, "processes that read and augment"),
-    "sequence_parallel": (int, "devices that share each recording; --batch-size is then theirs"),
+    "sequence_parallel": (int, "devices that share each recording, and a batch"),
 }
 
 
@@ -41,7 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = "manifests (JSON lines) or folders in the layout of LibriSpeech"
     parser.add_argument("--train", nargs="+", required=True, metavar="PATH", help=data)
     parser.add_argument(
-        "--dev", nargs="+", default=[], metavar="PATH", help="the same, to choose by"
+        "--dev",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help="the same, to choose the best checkpoint",
     )
     parser.add_argument(
         "--config",
@@ -56,14 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="options of LaCTASRConfig, such as lact_chunk_size=64",
     )
+    parser.add_argument("--unit", choices=("char", "word"), default="char", help="what a token is")
     parser.add_argument(
-        "--unit", choices=("char", "word"), default="char", help="of the vocabulary"
+        "--vocabulary", metavar="FILE", help="a vocab.json, instead of that of the texts"
     )
     parser.add_argument(
-        "--vocabulary", metavar="FILE", help="a vocab.json, instead of the texts' own"
-    )
-    parser.add_argument(
-        "--init", metavar="MODEL", help="go on from a recogniser and its vocabulary"
+        "--init", metavar="MODEL", help="start from a recogniser and its vocabulary"
     )
     for name, (kind, text) in OPTIONS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=text)
@@ -72,16 +74,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gradient-checkpointing", action="store_true", help="less memory, more time"
     )
     parser.add_argument(
-        "--fsdp", action="store_true", help="share the weights out to several GPUs (FSDP2)"
+        "--fsdp", action="store_true", help="shard weights and optimizer state over GPUs (FSDP2)"
     )
     parser.add_argument(
-        "--no-augmentation", action="store_true", help="hear recordings as they are"
+        "--no-augmentation", action="store_true", help="train on the recordings as they are"
     )
-    parser.add_argument("--threads", type=int, help="of PyTorch on a CPU")
+    parser.add_argument("--threads", type=int, help="threads of PyTorch on a CPU")
 
 
 def run(args: argparse.Namespace) -> int:
-    disable_progress_bar()  # of checkpoints, which are written at once
+    disable_progress_bar()  # of writing checkpoints, which takes no time
     if args.threads:
         torch.set_num_threads(args.threads)
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}

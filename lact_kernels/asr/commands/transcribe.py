@@ -30,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output-dir",
         metavar="DIR",
-        help="write a file for each recording, not to standard output",
+        help="write a file for each recording, instead of to standard output",
     )
-    parser.add_argument("--overwrite", action="store_true", help="also files that exist in DIR")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist in DIR")
     add_decoder_arguments(parser)
 
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _recordings(paths: list[str]) -> dict[Path, Path]:
-    """Recordings, and what each is called below the output folder."""
+    """Recordings, and the path of each below the output folder."""
     recordings = {}
     for path in map(Path, paths):
         if not path.is_dir():
@@ -76,7 +76,7 @@ def _recordings(paths: list[str]) -> dict[Path, Path]:
 
 
 def _outputs(recordings: dict[Path, Path], args: argparse.Namespace) -> list[Path | None]:
-    """Where each transcript goes; None is standard output."""
+    """The file of each transcript; None for standard output."""
     if not args.output_dir:
         if len(recordings) > 1 and args.format in ("srt", "vtt"):
             raise ValueError(f"{args.format} of several recordings needs --output-dir")
@@ -92,7 +92,7 @@ def _outputs(recordings: dict[Path, Path], args: argparse.Namespace) -> list[Pat
 
 @contextlib.contextmanager
 def _opened(output: Path | None) -> Iterator[TextIO]:
-    """A file that is there when it is complete; or standard output."""
+    """A file that appears when it is complete, or standard output."""
     if output is None:
         yield sys.stdout
         return
@@ -105,8 +105,8 @@ def _transcribe(
     recogniser: Recogniser, decoder: Decoder, path: Path, format: str, out: TextIO
 ) -> None:
     heard = []
-    # Where the text itself runs over the terminal, it is the progress.
-    hidden = True if out.isatty() else None  # None: where standard error is no terminal
+    # Text on a terminal shows the progress itself. None: tqdm hides the bar if standard error is no terminal.
+    hidden = True if out.isatty() else None
     with tqdm(desc=path.name, total=_duration(path), unit="s", disable=hidden) as bar:
 
         def progress(seconds: float) -> None:
@@ -118,14 +118,14 @@ def _transcribe(
             segments = list(segments)
             out.write(as_json(segments, str(path), sum(heard)))
         else:
-            for piece in {"text": as_text, "srt": as_srt, "vtt": as_vtt}[format](segments):
-                out.write(piece)
+            for text in {"text": as_text, "srt": as_srt, "vtt": as_vtt}[format](segments):
+                out.write(text)
                 out.flush()
     out.flush()
 
 
 def _duration(path: Path) -> int | None:
-    """Whole seconds, for the progress alone: None for what will fail on reading."""
+    """Whole seconds, for the progress bar; None for a file that cannot be read."""
     try:
         return round(soundfile.info(path).duration)
     except soundfile.SoundFileError:
