@@ -272,9 +272,7 @@ def _interval(
         return None, None
     rng = np.random.default_rng(seed)
     rates = np.empty(resamples)
-    for i in range(
-        resamples
-    ):  # one by one: for large sets a matrix of all draws would not fit in memory
+    for i in range(resamples):  # a matrix of all draws at once may be too large for the memory
         drawn = rng.integers(n, size=n)
         rates[i] = errors[drawn].sum() / max(units[drawn].sum(), 1)  # all drawn texts may be empty
     low, high = np.quantile(rates, (0.025, 0.975)).tolist()

@@ -38,9 +38,8 @@ class FrameStream:
         self.model = model
         self.num_frames = 0
         self._group = config.inputs_to_logits_ratio * config.temporal_reduction
-        self._longest = (
-            max(int(BLOCK_SECONDS * config.sampling_rate) // self._group, 1) * self._group
-        )
+        groups = int(BLOCK_SECONDS * config.sampling_rate) // self._group
+        self._longest = max(groups, 1) * self._group  # samples that are computed at once
         self._waiting = torch.zeros(0)  # samples of an incomplete group
         self._context = torch.zeros(1, model.features.context)  # the samples before them
         self._state = EncoderState(None, LaCTCache())

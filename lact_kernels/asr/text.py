@@ -23,9 +23,7 @@ def normalize_text(text: str) -> str:
     becomes a space. Words are separated by one space.
     """
     text = text.translate(APOSTROPHES)  # before NFKC, which makes ´ a space and a combining mark,
-    text = (
-        unicodedata.normalize("NFKC", text).lower().translate(APOSTROPHES)
-    )  # and after: ŉ has one
+    text = unicodedata.normalize("NFKC", text).lower().translate(APOSTROPHES)  # and after, for ŉ
     kept = (c if c == "'" or unicodedata.category(c)[0] in "LMN" else " " for c in text)
     words = "".join(kept).split()
     return " ".join(word for word in words if any(map(str.isalnum, word)))  # no lone apostrophe

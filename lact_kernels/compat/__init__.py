@@ -1,4 +1,4 @@
-"""Signatures that people already call, computed by `lact_kernels`. To migrate, replace an import."""
+"""Signatures of other packages, computed by `lact_kernels`. To migrate, change an import."""
 
 from lact_kernels.compat.flash_attn import (
     flash_attn_func,

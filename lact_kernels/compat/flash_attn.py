@@ -1,7 +1,8 @@
-"""Functions of flash-attn 2.8 as they are called, where they are causal attention in a window.
+"""flash-attn 2.8's functions, for causal attention in a window.
 
-Each computes what flash-attn's function of its name computes, or raises `NotImplementedError` for an
-option that asks for something else. The defaults do: they are flash-attn's, whose `causal` is False.
+Each function has the signature, the defaults and the results of flash-attn's function of the same name. An
+option that asks for anything but causal attention raises `NotImplementedError`. The default does so, too:
+flash-attn's `causal` is False.
 """
 
 from typing import Literal, overload
@@ -21,7 +22,7 @@ __all__ = [
     "flash_attn_with_kvcache",
 ]
 
-# The options that have no counterpart here, and what to do without them.
+# Options that are not supported, and what to do instead.
 INSTEAD = {
     "dropout_p": "pass 0.0",
     "softcap": "pass 0.0, or keep flash-attn for a model that was trained with it",
@@ -73,25 +74,25 @@ def flash_attn_func(
     *,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """`lact_kernels.window_attn`, called as flash-attn's function of this name is.
+    """`lact_kernels.window_attn` with the signature of flash-attn's function.
 
     Args:
         q: queries `[B, Tq, Hq, D]`; float16, bfloat16, float32, or float64 (eager backend only).
-        k: keys `[B, Tk, Hkv, D]`. The last query stands at the last key. `Hkv` divides `Hq`; query head
-            h reads key head `h // (Hq // Hkv)`.
+        k: keys `[B, Tk, Hkv, D]`. The last query is aligned with the last key. `Hkv` divides `Hq`; query
+            head h reads key head `h // (Hq // Hkv)`.
         v: values `[B, Tk, Hkv, Dv]`.
         dropout_p: 0.0.
         softmax_scale: factor on the scores, `D ** -0.5` by default.
-        causal: True, except where `window_size` alone has the same effect.
-        window_size: `(left, right)`. A query sees itself and the `left` tokens before it, so that
-            `window_attn` calls this `window_size = left + 1`; a negative `left` is no limit. With
-            `causal` any `right` is accepted, and as in flash-attn it has no effect. Without `causal`
-            it must be 0, unless there is at most one query, which has no later keys.
+        causal: must be True, unless `window_size` alone makes the attention causal.
+        window_size: `(left, right)`. A query sees itself and the `left` tokens before it, which is
+            `window_size = left + 1` in `window_attn`; with a negative `left`, all of them. With `causal`,
+            `right` has no effect, as in flash-attn. Without `causal` it must be 0, unless there is at most
+            one query, which has no later keys.
         softcap: 0.0.
         alibi_slopes: None.
-        deterministic: accepted for its name; the backward is deterministic either way.
-        return_attn_probs: also return lse, and where flash-attn returns the probabilities that its
-            dropout left, an empty tensor `[0]`, as it does without dropout.
+        deterministic: has no effect, as the backward is always deterministic.
+        return_attn_probs: also return lse, and an empty tensor `[0]`, which is what flash-attn returns as
+            probabilities without dropout.
         backend: as in `window_attn`.
 
     Returns:
@@ -100,14 +101,14 @@ def flash_attn_func(
         k and v.
 
     What differs from flash-attn:
-        A query before the first key, of which there are `Tq - Tk`, has the output 0 in both, but the
-        lse -inf here and +inf there. Gradients flow through lse too, which flash-attn drops. float32,
-        float64, `Dv` other than `D` and empty batches are errors there and work here.
+        Where there are more queries than keys, the first `Tq - Tk` queries see no key. Their output is 0 in
+        both, but their lse is -inf here and +inf there. Gradients flow through lse, too; flash-attn has
+        none for it. float32, float64, `Dv` other than `D` and empty batches work here and are errors there.
 
     Raises:
-        NotImplementedError: an option set to anything else than said above. The message names it.
-        TypeError: an argument of the wrong type, or a tensor of the wrong dtype.
-        ValueError: a wrong shape, device or value. Both name the argument.
+        NotImplementedError: an option has a value that is not allowed above. The message names it.
+        TypeError: an argument has the wrong type, or a tensor the wrong dtype.
+        ValueError: a wrong shape, device or value. The messages of both name the argument.
 
     Source: the signature is that of github.com/Dao-AILab/flash-attention at v2.8.3.
     """
@@ -156,9 +157,9 @@ def flash_attn_qkvpacked_func(
     *,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """`flash_attn_func` of queries, keys and values that are one tensor, `qkv [B, T, 3, H, D]`.
+    """`flash_attn_func` for queries, keys and values in one tensor, `qkv [B, T, 3, H, D]`.
 
-    It is read in place, and its gradient is one tensor too. Options, result, errors and differences
+    The tensor is not copied, and its gradient is one tensor, too. Options, result, errors and differences
     from flash-attn are those of `flash_attn_func`.
     """
     checks.check_floating("qkv", qkv, "[B, T, 3, H, D]")
@@ -228,21 +229,22 @@ def flash_attn_varlen_func(
     *,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-    """`flash_attn_func` of N sequences laid end to end, none of which sees another.
+    """`flash_attn_func` for N sequences that are packed end to end, and do not see one another.
 
     Args:
         q: queries `[total_q, Hq, D]`.
         k: keys `[total_k, Hkv, D]`.
         v: values `[total_k, Hkv, Dv]`.
         cu_seqlens_q: int32 `[N+1]`, the borders of the sequences in q. It starts at 0, does not descend
-            and ends at total_q, where flash-attn leaves outputs undefined behind the last border. Each
-            call reads it to check this, as in `window_attn`: on the CPU nothing waits for that.
-        cu_seqlens_k: int32 `[N+1]`, the borders in k and v. In each sequence the last query stands at
-            the last key, whichever there are more of.
-        max_seqlen_q: the most queries of a sequence, an int or a tensor `[]`. The kernels do not need it;
-            where it is at most 1, no query has later keys, and any `causal` and `window_size` are
-            accepted. Only then is it read, which waits for the device of a tensor.
-        max_seqlen_k: the most keys of a sequence, not needed either.
+            and ends at total_q. (flash-attn accepts less, and leaves the outputs after the last border
+            undefined.) Each call reads the values to check this, as `window_attn` does, which waits for
+            the device unless they are on the CPU.
+        cu_seqlens_k: int32 `[N+1]`, the borders in k and v. In each sequence the last query is aligned with
+            the last key, whether there are more queries or more keys.
+        max_seqlen_q: the most queries of a sequence, an int or a tensor `[]`. The kernels do not need it.
+            If it is at most 1, no query has later keys, and any `causal` and `window_size` are accepted. A
+            tensor is read, which waits for its device, only where this decides.
+        max_seqlen_k: the most keys of a sequence. Not needed either.
         block_table: None.
 
     The other options, errors and differences from flash-attn are those of `flash_attn_func`.
@@ -330,23 +332,23 @@ def flash_attn_with_kvcache(
     *,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Write new keys and values into the cache, then `lact_kernels.window_attn_with_kvcache` over it.
+    """Write new keys and values into a cache, and compute `lact_kernels.window_attn_with_kvcache` on it.
 
     Args:
         q: queries `[B, Tq, Hq, D]` of the last Tq tokens of each row; dtypes as in `flash_attn_func`.
-        k_cache: keys `[B, S, Hkv, D]`, changed in place where k is given. `Hkv` divides `Hq`.
+        k_cache: keys `[B, S, Hkv, D]`, changed in place if k is given. `Hkv` divides `Hq`.
         v_cache: values `[B, S, Hkv, Dv]`, likewise.
-        k: keys `[B, n, Hkv, D]` of the next n tokens, in the dtype of the cache.
-        v: their values `[B, n, Hkv, Dv]`, given with k or not at all.
+        k: keys `[B, n, Hkv, D]` of n new tokens, in the dtype of the cache.
+        v: their values `[B, n, Hkv, Dv]`. k and v are given together or not at all.
         rotary_cos, rotary_sin: None.
-        cache_seqlens: how many tokens each row has in the cache, before k: int32 `[B]`, or an int for
-            all rows, or that in a tensor `[]`. The new tokens go to the slots behind them, and the
-            queries stand at the last tokens, new ones included. Needed with k; without it the default
-            is S.
+        cache_seqlens: the number of tokens of each row that are in the cache before this call: int32 `[B]`,
+            or an int, or a tensor `[]`, for all rows. New tokens are written into the slots after them, and
+            the queries are aligned with the last tokens, new ones included. Required with k; otherwise the
+            default is S.
         cache_batch_idx, cache_leftpad, block_table: None.
         softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`.
-        rotary_interleaved: of no effect without `rotary_cos`, in flash-attn as well.
-        num_splits: accepted for its name; how the work is split follows from the shapes.
+        rotary_interleaved: has no effect without `rotary_cos`.
+        num_splits: has no effect, as the shapes decide how the work is split.
         return_softmax_lse: also return lse.
         backend: as in `window_attn`.
 
@@ -355,17 +357,17 @@ def flash_attn_with_kvcache(
         `[B, Hq, Tq]`, float32 (float64 for float64 inputs). There is no backward.
 
     What differs from flash-attn:
-        An input that needs a gradient is an error, where flash-attn returns outputs without one. A
-        cache of more rows than q has is an error. Tokens beyond the cache's S slots are an error on the
-        CPU. Elsewhere the values of a tensor are not read on the host, so that nothing waits and CUDA
-        graphs can be recorded; there such tokens replace the oldest ones as in a ring buffer, and a row
-        that still needs those gives NaN. The lse of a query without keys is -inf, not +inf.
+        An input that requires a gradient is an error; flash-attn returns outputs without one. A cache of
+        more rows than q has is an error. More tokens than the cache has slots are an error on the CPU. On
+        other devices the host does not read the values of a tensor, so that it never waits and CUDA graphs
+        can be recorded. There such tokens overwrite the oldest ones, as in a ring buffer, and a row whose
+        queries need those gets NaN. The lse of a query that sees no key is -inf, not +inf.
 
     Raises:
-        NotImplementedError: an option set to anything else than said above. The message names it.
-        TypeError: an argument of the wrong type, or a tensor of the wrong dtype.
-        ValueError: a wrong shape, device or value, or an input that needs a gradient. All of them are
-            raised before anything is written.
+        NotImplementedError: an option has a value that is not allowed above. The message names it.
+        TypeError: an argument has the wrong type, or a tensor the wrong dtype.
+        ValueError: a wrong shape, device or value, or an input that requires a gradient. Nothing has been
+            written when an error is raised.
 
     Source: the signature is that of github.com/Dao-AILab/flash-attention at v2.8.3.
     """
@@ -400,16 +402,16 @@ def flash_attn_with_kvcache(
 
 
 def _window(causal: bool, window_size: tuple[int, int], most_queries: int | Tensor) -> int | None:
-    """`window_attn`'s `window_size`, for `causal` and the inclusive `(left, right)` of flash-attn.
+    """`window_attn`'s `window_size` for flash-attn's `causal` and `window_size`, a pair `(left, right)`.
 
-    `most_queries` is of a sequence, and read only where the answer depends on it.
+    `most_queries`, of a sequence, is read only if the answer depends on it.
     """
     checks.check_flag("causal", causal)
     is_pair = isinstance(window_size, (tuple, list)) and len(window_size) == 2
     left, right = map(checks.plain, window_size) if is_pair else (None, None)
     if not checks.is_int(left) or not checks.is_int(right):
         raise TypeError(f"window_size must be a pair of ints (left, right), got {window_size!r}")
-    # Queries are aligned at the end: one alone stands at the last key, with none to its right.
+    # Queries are aligned at the end: a single one is at the last key, and has no later keys.
     if not (causal or right == 0 or most_queries <= 1):
         raise NotImplementedError(
             f"causal=False with window_size={(left, right)} lets queries see later keys, which is"
@@ -419,7 +421,7 @@ def _window(causal: bool, window_size: tuple[int, int], most_queries: int | Tens
 
 
 def _check_longest(name: str, length: int | Tensor) -> None:
-    """`length` is an int, or as it comes out of `lengths.max()`. It is not read."""
+    """Check the type: an int, or a tensor `[]` as `lengths.max()` returns it. The value is not read."""
     if not isinstance(length, Tensor):
         checks.check_int(name, length)
     elif length.ndim or length.is_floating_point() or length.dtype == torch.bool:
@@ -430,7 +432,7 @@ def _check_longest(name: str, length: int | Tensor) -> None:
 
 
 def _check_supported(dropout_p: float = 0.0, softcap: float = 0.0, **options) -> None:
-    """Raise for the first option that is not off. The two numbers are off unless they are above 0."""
+    """Raise for the first option that is in use: a number above 0, or anything but None."""
     for name, number in {"dropout_p": dropout_p, "softcap": softcap}.items():
         number = checks.check_finite_number(name, number)
         options[name] = number if number > 0 else None
@@ -440,7 +442,7 @@ def _check_supported(dropout_p: float = 0.0, softcap: float = 0.0, **options) ->
 
 
 def _check_new_tokens(k: Tensor | None, v: Tensor | None, k_cache: Tensor, v_cache: Tensor) -> None:
-    """Both are what the cache takes, or neither is given."""
+    """Check that k and v fit the cache, or that neither is given."""
     if k is None and v is None:
         return
     checks.check_floating("k", k, "[B, n, Hkv, D]")
@@ -451,12 +453,12 @@ def _check_new_tokens(k: Tensor | None, v: Tensor | None, k_cache: Tensor, v_cac
 
 
 def _check_slots(cache_seqlens: int | Tensor | None, k: Tensor | None, k_cache: Tensor) -> None:
-    """Each row's tokens and those of k have slots, as far as that is known without waiting."""
+    """Check that the cache has slots for all tokens, as far as that is known without waiting."""
     S, n = k_cache.shape[1], 0 if k is None else k.shape[1]
     if cache_seqlens is None and k is not None:
         raise ValueError("cache_seqlens must say where k and v go, got None")
     lengths = [] if cache_seqlens is None else checks.known_values(cache_seqlens)
-    for length in [0, *lengths]:  # of values that are not known, 0 is the least
+    for length in [0, *lengths]:  # lengths that are not known are at least 0
         if length + n > S:
             raise ValueError(
                 f"cache_seqlens is {length} and k has {n} tokens, more than the {S} slots of k_cache"
@@ -464,10 +466,10 @@ def _check_slots(cache_seqlens: int | Tensor | None, k: Tensor | None, k_cache: 
 
 
 def _write(cache: Tensor, new: Tensor, cache_seqlens: int | Tensor) -> None:
-    """Put `new [B, n, ..]` into the slots of `cache [B, S, ..]` behind the tokens of each row."""
+    """Write `new [B, n, ..]` into the slots of `cache [B, S, ..]` after the tokens of each row."""
     B, n = new.shape[:2]
     first = cache_seqlens[:, None] if isinstance(cache_seqlens, Tensor) else cache_seqlens
     slots = first + torch.arange(n, device=cache.device)  # [B, n] or [n]
     rows = torch.arange(B, device=cache.device)[:, None]
-    # Lengths that nobody has read never lead out of the cache.
+    # Lengths on a device are not checked: the remainder keeps the slots within the cache.
     cache[rows, slots.remainder(cache.shape[1])] = new

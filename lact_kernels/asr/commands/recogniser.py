@@ -25,9 +25,7 @@ def add_decoder_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lm", metavar="FILE", help="a KenLM language model of words for the search"
     )
-    parser.add_argument(
-        "--lm-weight", type=float, default=2.0, metavar="X", help="of the model (2)"
-    )
+    parser.add_argument("--lm-weight", type=float, default=2.0, metavar="X", help="of --lm (2)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads of PyTorch on a CPU")
 

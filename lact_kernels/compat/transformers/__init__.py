@@ -1,6 +1,6 @@
-"""Hugging Face `transformers` on `lact_kernels`: attention for its models, and LaCT language models.
+"""For Hugging Face `transformers`: attention for its models, and LaCT language models.
 
-Importing this registers the attention "lact_window_attn". It needs transformers, an optional extra:
+Importing this package registers the attention "lact_window_attn". It needs transformers, an optional extra:
 `pip install "lact-kernels[transformers]"`.
 """
 

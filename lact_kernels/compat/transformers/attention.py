@@ -5,10 +5,10 @@ Importing this module registers the name "lact_window_attn":
     import lact_kernels.compat.transformers
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="lact_window_attn")
 
-Models hand a mask from one place to the next: once per forward pass it is made (`_mask`), and every
-layer gets it along with its queries (`lact_window_attn_forward`). Here a mask is None where all rows are
-full and hold one sequence each, or `[B, S]`, which numbers the sequences of a row: token t of row b is
-of sequence `mask[b, t]`, and 0 is padding. A boolean padding mask is one already.
+A model makes a mask once per forward pass (`_mask`), and passes it to the attention of every layer
+(`lact_window_attn_forward`). Here the mask is None if each row is one sequence without padding. Otherwise it
+is `[B, S]` and numbers the sequences of a row: token t of row b belongs to sequence `mask[b, t]`, and 0 is
+padding. A boolean padding mask is a special case.
 """
 
 import functools
@@ -30,7 +30,7 @@ from lact_kernels.ops.window_attn import check_attention, run_window_attn, windo
 
 NAME = "lact_window_attn"
 
-# The options of some models that have no counterpart here, and what they are.
+# Options of some models that are not supported, and what they are.
 UNSUPPORTED = {
     "softcap": "a soft cap on the scores (attn_logit_softcapping of a config)",
     "s_aux": "attention sinks",
@@ -58,31 +58,31 @@ def lact_window_attn_forward(
     cu_seq_lens_k: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """`lact_kernels.window_attn`, called as the layers of a `transformers` model call their attention.
+    """`lact_kernels.window_attn` with the signature of attention functions in `transformers`.
 
     Args:
         module: the layer that calls. Its `is_causal`, if it has one, must be True.
-        query: `[B, Hq, Tq, D]`; float16, bfloat16, float32, or float64. Read in place, as all three are.
-        key: `[B, Hkv, Tk, D]`, cached ones included; `Hkv` divides `Hq`. The queries are those of the
+        query: `[B, Hq, Tq, D]`; float16, bfloat16, float32, or float64. None of the three is copied.
+        key: `[B, Hkv, Tk, D]`, cached keys included; `Hkv` divides `Hq`. The queries are those of the
             last Tq tokens.
         value: `[B, Hkv, Tk, Dv]`.
-        attention_mask: None, or `[B, S]` with `Tq <= S <= Tk`: 0 for padding, elsewhere the number of
-            the sequence that a token belongs to, which does not descend along the row; True or 1 for
-            all is one sequence. Keys from S on are free slots of a static cache. The values are read
-            once per forward pass, not once per layer, to lay the sequences end to end without the padding.
+        attention_mask: None, or `[B, S]` with `Tq <= S <= Tk`: 0 for padding, else the number of the
+            sequence that the token belongs to. Numbers do not descend along a row; with a single sequence
+            all of them are 1, or True. Keys from S on are free slots of a static cache. The values are read
+            once per forward pass, not in each layer, to pack the sequences end to end without the padding.
         scaling: factor on the scores, `D ** -0.5` by default.
-        sliding_window: tokens that a query sees, itself included, which `window_attn` calls
-            `window_size`. None is full causal attention.
+        sliding_window: how many tokens a query sees, itself included: the `window_size` of `window_attn`.
+            None is full causal attention.
         dropout: 0.0.
         is_causal: True, or None for what `module` says.
-        position_ids: `[B, Tq]` or `[1, Tq]`. Without a mask, and with as many keys as queries, a position
-            that does not ascend begins another sequence of the row.
-        cu_seq_lens_q: int32 `[N+1]`, the borders of packed sequences in the queries, rows laid end to
-            end; given with `cu_seq_lens_k` or not at all. Read as masks are.
-        cu_seq_lens_k: int32 `[N+1]`, the borders in keys and values. In each sequence the last query
-            stands at the last key.
-        kwargs: whatever else models pass, such as `max_length_q`, has no effect on attention, save for
-            `UNSUPPORTED` options, which must be None.
+        position_ids: `[B, Tq]` or `[1, Tq]`. Used if there is no mask and as many keys as queries: where a
+            position does not ascend, another sequence of the row begins.
+        cu_seq_lens_q: int32 `[N+1]`, the borders of packed sequences in the queries of all rows, one row
+            after the other. Given with `cu_seq_lens_k` or not at all, and read once per forward pass.
+        cu_seq_lens_k: int32 `[N+1]`, the borders in keys and values. In each sequence the last query is
+            aligned with the last key.
+        kwargs: other arguments that models pass, such as `max_length_q`, have no effect. Options in
+            `UNSUPPORTED` must be None.
 
     Returns:
         The outputs `[B, Tq, Hq, Dv]` in the dtype of query, 0 at padding, and None in place of the
@@ -90,10 +90,10 @@ def lact_window_attn_forward(
 
     Raises:
         NotImplementedError: attention that is not causal, dropout, a mask of every query and key, an
-            option of `UNSUPPORTED`, a row of tokens with padding between them in a window that is
-            shorter than the row, or a model that has a window but does not tell its attention.
-        TypeError: a tensor of the wrong dtype.
-        ValueError: a wrong shape or value. All three name the argument.
+            option of `UNSUPPORTED`, padding between the tokens of a row that is longer than the window, or
+            a model that has a window but does not pass it to its attention.
+        TypeError: a tensor has the wrong dtype.
+        ValueError: a wrong shape or value. The messages of all three name the argument.
     """
     _check_supported(module, attention_mask, sliding_window, dropout, is_causal, kwargs)
     window = None if sliding_window is ... else sliding_window
@@ -111,7 +111,7 @@ def lact_window_attn_forward(
                 f"attention_mask must have the shape [B, S] with B = {B} and S from Tq = {Tq} to"
                 f" Tk = {Tk}, got {tuple(attention_mask.shape)}"
             )
-        # No query sees a key before this one, so a step of decoding packs a window, not the cache.
+        # No query sees a key before this one: a decoding step packs a window, and not the whole cache.
         first = 0 if window is None else max(0, S - Tq - window + 1)
         k, v = k[:, first:S], v[:, first:S]
         packing = _packing(module, attention_mask, B, Tq, first)
@@ -133,23 +133,23 @@ def lact_window_attn_forward(
 
 
 class _Packing(NamedTuple):
-    """Where the tokens of a batch of rows are, and the borders of sequences when these are packed.
+    """Where the tokens of a batch are, and the borders of its sequences once they are packed.
 
     The borders are on the host.
     """
 
-    queries: tuple[Tensor, Tensor] | None  # row and place in it of each, None: all of all rows
+    queries: tuple[Tensor, Tensor] | None  # row and position in the row of each token; None for all
     keys: tuple[Tensor, Tensor] | None
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
-    has_gaps: bool  # whether padding stands between two tokens of a row
+    has_gaps: bool  # whether there is padding between two tokens of a row
 
 
 def _given_packing(module, q, attention_mask, cu_seq_lens_q, cu_seq_lens_k) -> _Packing:
     if cu_seq_lens_q is None or cu_seq_lens_k is None:
         raise ValueError("cu_seq_lens_q and cu_seq_lens_k must be given together")
     if attention_mask is not None and attention_mask.dtype == torch.bool:
-        # A mask of another dtype is what `_mask` read in position_ids, which say the same.
+        # A mask of integers was made by `_mask` from position_ids, and describes the same sequences.
         raise ValueError("cu_seq_lens_q and an attention_mask with padding exclude each other")
     row = q.flatten(0, 1)[None]
     checks.check_cu_seqlens(cu_seq_lens_q, row, "cu_seq_lens_q")
@@ -171,9 +171,9 @@ def _given_packing(module, q, attention_mask, cu_seq_lens_q, cu_seq_lens_k) -> _
 def _packing(
     module, source: Tensor, B: int, Tq: int, first: int = 0, are_positions: bool = False
 ) -> _Packing | None:
-    """How to pack the last Tq queries, and the keys from `first` on, of a mask `[B, S]`, or of positions.
+    """How to pack the last Tq queries, and the keys from `first` on, by a mask `[B, S]` or by positions.
 
-    None where each row is one sequence without padding. To read the values waits for the device.
+    None if each row is one sequence without padding. Reading the values waits for the device.
     """
 
     def read() -> _Packing | None:
@@ -184,11 +184,11 @@ def _packing(
 
 
 class _Pass:
-    """What the present forward pass of a model has read of tensors, for the layers that share them.
+    """What has been read of tensors in the present forward pass, for the layers that share these tensors.
 
-    A pass begins when a model makes its masks, or when a layer asks for the second time. Between two passes
-    NumPy, `.data` and the kernels of others may change a tensor without a trace, so nothing outlives its
-    pass, and layers of another configuration than the masks were made for read every time.
+    A pass begins when a model makes its masks, or when the same layer asks a second time. Nothing is remembered
+    for longer, as NumPy, `.data` and other kernels can change a tensor without changing its version. Layers
+    whose configuration is not the one that the masks were made for read every time.
     """
 
     def __init__(self):
@@ -199,7 +199,7 @@ class _Pass:
         self._config, self._results = config, WeakTensorKeyDictionary()
 
     def remember(self, module, x: Tensor, call: Hashable, read: Callable[[], Any]) -> Any:
-        """`read()` for this `x` and `call`, or what another layer was given in this pass."""
+        """The result of `read()` for `x` and `call`, remembered if another layer has read it in this pass."""
         is_known = self._config is not None and getattr(module, "config", None) is self._config
         if not is_known or torch.compiler.is_compiling():
             return read()
@@ -237,7 +237,7 @@ def _packing_of(sequences: Tensor, Tq: int) -> _Packing | None:
 
 
 def _pack(x: Tensor, tokens: tuple[Tensor, Tensor] | None) -> Tensor:
-    """`[B, T, H, D]` as one row `[1, n, H, D]` of its tokens."""
+    """The tokens of `[B, T, H, D]` as one row `[1, n, H, D]`."""
     return (x.flatten(0, 1) if tokens is None else x[tokens])[None]
 
 
@@ -291,7 +291,7 @@ def _mask(
     device: torch.device | str | None = None,
     **kwargs,
 ) -> Tensor | None:
-    """The mask of one forward pass, or of its layers with a window: None or `[B, S]`.
+    """Make the mask of a forward pass, or of its layers with a window: None or `[B, S]`.
 
     Args:
         batch_size: B.
@@ -299,15 +299,15 @@ def _mask(
         kv_length: the number of keys, Tk.
         q_offset: the position of the first query.
         kv_offset: the position of the first key.
-        mask_function: who sees whom, made of functions of `transformers.masking_utils`.
-        attention_mask: boolean padding mask `[B, T]` of the tokens so far, True for tokens.
-        cache_position: the positions of the queries, in place of `q_length` and `q_offset`
-            (transformers 4).
+        mask_function: which keys a query sees: functions of `transformers.masking_utils`, combined.
+        attention_mask: boolean padding mask `[B, T]` of the tokens so far, False for padding.
+        cache_position: the positions of the queries. transformers 4 passes them instead of `q_length` and
+            `q_offset`.
 
     Raises:
-        NotImplementedError: a mask function other than causal attention, in a window or not, of rows
-            or of packed sequences.
-        ValueError: an attention mask of fewer tokens than there are keys.
+        NotImplementedError: the mask function is anything but causal attention, with or without a window,
+            of rows or packed sequences.
+        ValueError: the attention mask has fewer tokens than there are keys.
     """
     _PASS.begin(kwargs.get("config"))
     packed = _packed_sequences(mask_function)
@@ -315,30 +315,30 @@ def _mask(
         return (packed + 1).expand(batch_size, -1)
     if cache_position is not None:
         q_length, q_offset, device = len(cache_position), cache_position[0], cache_position.device
-    position = int(q_offset) + q_length  # of the token after the last
-    S = position - kv_offset  # the slots of the cache behind these are free
+    position = int(q_offset) + q_length  # of the next token
+    S = position - kv_offset  # slots of the cache from S on are free
     if attention_mask is None:
         full = S == kv_length
         return None if full else torch.ones(batch_size, S, dtype=torch.bool, device=device)
-    # `generate` makes masks in advance for static caches, and some models pass them here again.
+    # For static caches `generate` makes masks in advance, which are longer. Some models pass them here again.
     mask = attention_mask[:, :position][:, -S:]
     if mask.shape[1] < S:
         raise ValueError(
             f"attention_mask must cover the {position} tokens so far, cached ones included, got"
             f" {tuple(attention_mask.shape)}"
         )
-    # A copy: a checkpoint computes layers again when the caller's buffer may hold the next batch.
+    # A copy: checkpointed layers read it again in the backward, when the buffer may hold the next batch.
     return None if S == kv_length and bool(mask.all()) else mask.clone()
 
 
 def _packed_sequences(mask_function: Callable) -> Tensor | None:
-    """The sequences `[B, T]` that a mask function of supported parts keeps apart, if it keeps any."""
+    """The numbers `[B, T]` of packed sequences in a mask function; None if it has none."""
     if mask_function is causal_mask_function:
         return None
     if getattr(mask_function, "__module__", None) == causal_mask_function.__module__:
         parts = inspect.getclosurevars(mask_function).nonlocals
         match mask_function.__qualname__.split(".")[0]:
-            case "sliding_window_overlay":  # layers say their window themselves
+            case "sliding_window_overlay":  # layers pass their window themselves
                 return None
             case "packed_sequence_mask_function":
                 return parts["packed_sequence_mask"]

@@ -1,4 +1,4 @@
-"""What `position_ids` say to a LaCT model, which counts positions itself: where sequences begin."""
+"""`position_ids` in a LaCT model. It counts positions itself; from these it learns where sequences begin."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from lact_kernels.ops import checks
 
 
 def check_position_ids(position_ids: Tensor, x: Tensor) -> None:
-    """They are integers `[B, T]`, or `[1, T]` for all rows of `x [B, T, ...]`."""
+    """Check that they are integers `[B, T]`, or `[1, T]` for all rows of `x [B, T, ...]`."""
     if not isinstance(position_ids, Tensor):
         raise TypeError(f"position_ids must be a tensor [B, T], got {type(position_ids).__name__}")
     if position_ids.dtype not in (torch.int32, torch.int64):
@@ -30,17 +30,17 @@ def check_position_ids(position_ids: Tensor, x: Tensor) -> None:
 def packed_rows(
     position_ids: Tensor, mask: Tensor | None, shape: tuple[int, int], device: torch.device
 ) -> Padding | None:
-    """Where the sequences of a batch `[B, T]` are, packed end to end; None if each row is one.
+    """How to pack the sequences of a batch `[B, T]` end to end; None if each row is one sequence.
 
-    A position that does not ascend begins another sequence. It waits for what is not on the host.
+    A position that does not ascend begins another sequence. Reading tensors on a device waits for it.
 
     Args:
         position_ids: `[B, T]` or `[1, T]`.
-        mask: `[B, T]`, 0 where there is no token; None if there is one in every place.
+        mask: `[B, T]`, 0 for padding; None if there is none.
         device: of the tokens.
 
     Raises:
-        ValueError: positions that are not counted from 0 in each sequence.
+        ValueError: positions do not count from 0 in each sequence.
     """
     B, T = shape
     positions, places = position_ids.cpu().expand(B, T).flatten(), torch.arange(B * T)
@@ -62,16 +62,16 @@ def packed_rows(
 def check_counted(
     position_ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, before: Sequence[int]
 ) -> None:
-    """Positions are those that the model counts.
+    """Check that positions are those that the model counts.
 
     Args:
         position_ids: `[B, T]` or `[1, T]`.
-        mask: `[B, T]`, 0 where there is no token, or None.
+        mask: `[B, T]`, 0 for padding; None if there is none.
         cu_seqlens: the borders of packed sequences, or None.
-        before: how many tokens each row, or packed sequence, has had.
+        before: the number of earlier tokens of each row, or of each packed sequence.
 
     Raises:
-        ValueError: there is another position.
+        ValueError: a position differs.
     """
     T, before = position_ids.shape[1], torch.tensor(before)[:, None]
     exists = torch.ones(len(before), T, dtype=torch.bool) if mask is None else mask != 0
