@@ -1,16 +1,16 @@
-"""From nothing to a speech recogniser: a corpus, training, evaluation, transcription, streaming, a picture.
+"""Make a speech recogniser from nothing: corpus, training, evaluation, transcription, streaming, a picture.
 
 ```
 python -m examples.asr_demo                     # strings of digits, about 4 minutes on two cores
 python -m examples.asr_demo --task commands     # a grammar of 70 words, about 10 minutes
 ```
 
-Every step is a command, printed before it runs: `examples.synthesize` has espeak-ng speak a corpus, and
-`lact-asr` does the rest. Where espeak-ng is not installed, the digits that the repository has are used. An
-interrupted run goes on where it was. Exit status: 0 if the error on held-out voices and sentences is within
-the limit, 1 if it is not.
+Every step is a command, which is printed before it runs: `examples.synthesize` makes the corpus with
+espeak-ng, and `lact-asr` does the rest. Without espeak-ng, a corpus of digits in the repository is used. The
+same command continues an interrupted run. Exit status: 0 if the word error rate on held-out voices and
+sentences is within the limit, 1 if it is not.
 
-What this shows is that the whole chain works. It says nothing about human speech: see docs/asr.md.
+This shows that all steps work together. It says nothing about human speech: see docs/asr.md.
 """
 
 import argparse
@@ -34,12 +34,12 @@ from lact_kernels.asr.streaming import FrameStream
 from lact_kernels.asr.transcription import Transcriber
 
 SHIPPED = Path(__file__).parent / "data" / "spoken_digits"
-SECONDS = 20  # of the recording that is transcribed and streamed
+SECONDS = 20  # of speech in the recording that is transcribed and streamed
 
 TASKS = {
     "digits": {
         "limit": 0.06,
-        "hears": 12500,  # utterances
+        "hears": 12500,  # utterances that training sees, in all epochs together
         "train": ["--unit", "word", "--save-steps", "300"],
         "decode": [],
     },
@@ -68,7 +68,7 @@ def main() -> int:
     train, dev = corpus / "train.jsonl", corpus / "dev.jsonl"
     with open(train, encoding="utf-8") as lines:
         epochs = round(task["hears"] / sum(1 for _ in lines))
-    # One core trains, the other one reads and augments: a small model does not gain from two threads.
+    # One thread trains while another process reads and augments: a small model is no faster with two threads.
     options = ["--epochs", epochs, "--seed", args.seed, "--threads", 1, *task["train"]]
     _lact_asr("train", model, "--train", train, "--dev", dev, *options)
     results, hypotheses = out / "results.json", out / "hypotheses.jsonl"
@@ -96,7 +96,7 @@ def main() -> int:
 
 
 def _corpus(args: argparse.Namespace, task: dict) -> Path:
-    """The folder of the manifests."""
+    """Make the corpus, and return the folder of its manifests."""
     if shutil.which("espeak-ng"):
         corpus = args.out / f"{args.task}-corpus"
         arguments = [corpus, "--task", args.task, *task.get("synthesize", ())]
@@ -115,7 +115,7 @@ def _lact_asr(*arguments) -> None:
 
 
 def _run(main: Callable[[list[str]], int], program: str, *arguments) -> None:
-    """A command in this process, shown as it would be typed."""
+    """Print a command as it would be typed, and run it in this process."""
     command = [str(x) for x in arguments]
     print(f"\n$ {program} {shlex.join(command)}", flush=True)
     status = main(command)
@@ -124,7 +124,7 @@ def _run(main: Callable[[list[str]], int], program: str, *arguments) -> None:
 
 
 def _recording(manifest: Path, path: Path) -> tuple[Path, str]:
-    """Utterances of one speaker in one file, with pauses, and what they say."""
+    """Join utterances of one speaker, with pauses, into one file. Returns it and the texts."""
     import soundfile
 
     utterances = read_manifest(manifest)
@@ -140,17 +140,17 @@ def _recording(manifest: Path, path: Path) -> tuple[Path, str]:
 
 
 def _streaming_difference(model: str, recording: Path) -> float:
-    """Between pieces of 40 ms and one pass."""
+    """The largest difference between one pass and a stream of blocks of 40 ms."""
     model, x = load_recogniser(model).model, read_audio(recording)
     stream = FrameStream(model)
-    pieces = torch.cat([*(stream.push(piece) for piece in x.split(640)), stream.finish()])
+    streamed = torch.cat([*(stream.push(block) for block in x.split(640)), stream.finish()])
     with torch.no_grad():
         whole = model(x[None]).logits[0].log_softmax(dim=-1)
-    return (pieces - whole).abs().max().item()
+    return (streamed - whole).abs().max().item()
 
 
 def _draw(path: Path, model: str, recording: Path, hypotheses: Path) -> None:
-    """Confusions on the held-out voices, and the alignment of the recording's beginning."""
+    """Draw the confusions on held-out voices, and the alignment of the first segment of the recording."""
     from examples.asr_picture import draw
 
     recogniser = load_recogniser(model)

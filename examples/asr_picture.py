@@ -1,4 +1,4 @@
-"""The picture of a speech recogniser: which words it confuses, and one utterance as it hears it."""
+"""A picture of a speech recogniser: the words it confuses, and the alignment of an utterance."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-AUDIBLE = 0.1  # a token that is never as probable as this gets no line
+AUDIBLE = 0.1  # tokens that are never as probable as this are not drawn
 BLANK = 0
 
 
@@ -21,16 +21,16 @@ def draw(
     tokens: Sequence[str],
     words: Sequence[tuple[str, float, float]],
 ) -> bool:
-    """Write a PNG. False, with a message, when matplotlib is missing.
+    """Write a PNG. Without matplotlib: print a message and return False.
 
     Args:
         path: of the PNG.
-        pairs: (reference, hypothesis) of utterances over a small vocabulary, whose confusions are drawn.
-        log_mel: `[T, n_mels]` on the CPU, the frames of one utterance.
-        seconds_per_mel_frame: their distance.
+        pairs: (reference, hypothesis) of utterances with a small vocabulary, for the confusion matrix.
+        log_mel: `[T, n_mels]` on the CPU, the log-mel frames of one utterance.
+        seconds_per_mel_frame: of log_mel.
         posteriors: `[T', V]` on the CPU, the probabilities of its tokens; token 0 is the CTC blank.
-        seconds_per_frame: their distance.
-        tokens: the V names.
+        seconds_per_frame: of posteriors.
+        tokens: the names of the V tokens.
         words: (word, start, end) of the utterance, in seconds.
 
     Raises:
@@ -71,7 +71,7 @@ def draw(
 
 
 def confusions(pairs: Sequence[tuple[str, str]]) -> tuple[list[str], list[list[int]]]:
-    """Words, and how often each (row) was heard as each (column); last row inserted, last column deleted."""
+    """Words, and how often each (row) was recognised as each (column); the last ones: inserted, deleted."""
     import jiwer
 
     output = jiwer.process_words([said for said, _ in pairs], [heard for _, heard in pairs])
@@ -120,7 +120,7 @@ def _draw_words(axis, words: Sequence[tuple[str, float, float]]) -> None:
 def _draw_posteriors(
     axis, posteriors: Tensor, seconds_per_frame: float, tokens: Sequence[str]
 ) -> None:
-    """A line for each token that is heard at all, in the order of their peaks; without any, for all."""
+    """A line for each token that is audible, in the order of their peaks; if none is, for all tokens."""
     peaks = posteriors.amax(dim=0).tolist()
     shown = [i for i, peak in enumerate(peaks) if i != BLANK and peak >= AUDIBLE]
     shown = shown or [i for i in range(len(peaks)) if i != BLANK]

@@ -1,6 +1,6 @@
-"""A layer with the attributes and parameters of the LaCT authors', computed by the reference.
+"""A layer with the attributes and parameters of the LaCT authors' layer, computed by the reference.
 
-It stands for a model that you have, where their package, FLA and flash-attn are not installed.
+It takes the place of theirs in examples and tests, so that their package, FLA and flash-attn are not needed.
 """
 
 import torch
@@ -17,7 +17,7 @@ class LowRankFastWeight(nn.Module):
 
 
 class LaCTSWIGLULayer(nn.Module):
-    """The options are attributes under the names that the authors gave them."""
+    """Options are attributes with the names of the authors' layer."""
 
     def __init__(self, layer_idx: int, **options):
         super().__init__()

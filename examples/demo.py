@@ -1,16 +1,16 @@
-"""Both operations on a spoken recording: right, stateful, and as cheap as theory says.
+"""Both operations on a recording of speech: results, state and cost.
 
 ```
 python -m examples.demo [--audio PATH] [--out DIR]
 ```
 
-1. turns the recording into log-mel frames and projects them, at random, to the operations' inputs;
-2. runs both operations forward and backward and holds outputs and gradients against float64;
-3. cuts the recording in two, passes the fast weights' state on, and gets the outputs of one call;
-4. measures time against window size and length beside what the needed FLOPs predict.
+1. computes log-mel frames of the recording, and projects them at random to the operations' inputs;
+2. runs both operations forward and backward, and compares outputs and gradients with float64;
+3. cuts the recording in two, passes the state of the fast weights on, and compares with one call;
+4. measures the time for several window sizes and lengths, beside what the needed FLOPs predict.
 
-Everything runs on the GPU if there is one, else on the CPU. Takes one to three minutes on two cores.
-Exit status: 0, 1 when an error is beyond its bound, 2 for bad arguments, 130 after Ctrl-C.
+Everything runs on the GPU if there is one, else on the CPU. It takes one to three minutes on two cores.
+Exit status: 0, 1 if an error exceeds its bound, 2 for wrong arguments, 130 after Ctrl-C.
 """
 
 import argparse
@@ -129,7 +129,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _points(T: int) -> tuple[WindowAttn, BlockCausalTTT]:
-    """Sizes for T frames: 5.12 s of window, an update every 2.56 s, both less for short recordings."""
+    """Sizes for T frames: a window of 5.12 s, an update every 2.56 s, both less for short recordings."""
     window_size = min(512, T // 2)
     chunk_size = min(256, T // 4)
     dims = {"Dk": 64, "Dv": 64, "Dh": 64}
@@ -140,7 +140,7 @@ def _points(T: int) -> tuple[WindowAttn, BlockCausalTTT]:
 
 
 def _backend(point: Point, dtype: torch.dtype, device: torch.device) -> str:
-    """The best backend that runs this point's kind of input here, found by trying."""
+    """The first backend that accepts inputs like this point's, found by trying."""
     tiny = dataclasses.replace(point, T=2, **{point.swept: 1})
     for backend in peers.BACKENDS[point.op, device.type]:
         try:
@@ -152,7 +152,7 @@ def _backend(point: Point, dtype: torch.dtype, device: torch.device) -> str:
 
 
 def _part(inputs: dict[str, Tensor], T: int) -> dict[str, Tensor]:
-    """The first T tokens; fast weights, which have no time axis, as they are."""
+    """The first T tokens of the inputs. Fast weights have no time axis, and stay whole."""
     return {
         name: (x if name.startswith("w") else x[:, :T]).detach().requires_grad_()
         for name, x in inputs.items()
@@ -176,7 +176,7 @@ def _check(point: Point, backend: str, inputs: dict[str, Tensor]) -> bool:
 
 
 def _check_state(point: BlockCausalTTT, inputs: dict[str, Tensor]) -> bool:
-    """One call against two with the state handed on, cut in the middle of a chunk."""
+    """Compare one call with two, cut in the middle of a chunk, where the second continues from the state."""
     T = min(point.T, CHECKED_FRAMES)
     cut = (T * 3 // 5) | 1
     _title(f"block_causal_ttt cut in two at frame {cut}, the state passed on")
@@ -205,9 +205,9 @@ def _call(point: BlockCausalTTT, inputs: dict[str, Tensor], **options):
 
 
 def _drift(point: BlockCausalTTT, inputs: dict[str, Tensor]) -> list[float]:
-    """How far the fast weights are from where they began after each chunk: ||w - w_0|| / ||w_0||.
+    """The change of the fast weights after each chunk, `||w - w_0|| / ||w_0||`.
 
-    The recording is streamed, one chunk a call.
+    The recording is streamed, one chunk per call.
     """
     start = [inputs[name].detach() for name in ("w0", "w1", "w2")]
     norm = sum(w.square().sum() for w in start) ** 0.5

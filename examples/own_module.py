@@ -1,13 +1,13 @@
-"""A module of your own from the two operations, trained to recall what no window can see.
+"""A module of your own from the two operations, trained to recall tokens from outside of the window.
 
 ```
 python -m examples.own_module
 ```
 
-A sequence of random tokens is repeated: after one period every next token is known, but it was seen
-longer ago than the window is wide. Attention alone cannot do better than chance; fast weights, which
-are trained on pairs of neighbouring tokens while the sequence is read, can. Exit status: 0 if they do.
-About 10 seconds on two cores.
+Random tokens are repeated with a period that is longer than the window. After one period every next token
+could be known, but attention in the window cannot do better than chance. Fast weights can: while they read
+the sequence, they are trained on pairs of neighbouring tokens. Exit status: 0 if they do. About 10 seconds on
+two cores.
 """
 
 import math
@@ -25,7 +25,7 @@ STEPS, BATCH = 40, 16
 
 
 class Mixer(nn.Module):
-    """Windowed attention plus, if wanted, fast weights that map a token to the one that followed it."""
+    """Attention in a window and, optionally, fast weights that map a token to the next one."""
 
     def __init__(self, dim: int, heads: int, fast_weights: bool):
         super().__init__()
@@ -46,7 +46,7 @@ class Mixer(nn.Module):
         if self.fast_weights:
             q, v = self.fast_qv(x).unflatten(-1, (2 * self.heads, -1)).chunk(2, dim=2)
             q = F.normalize(q, dim=-1)
-            k = F.pad(q, (0, 0, 0, 0, 1, -1))  # the key of a value is the token before it
+            k = F.pad(q, (0, 0, 0, 0, 1, -1))  # a value's key is the token before it
             lr0, lr1, lr2 = F.softplus(self.rate(x)).chunk(3, dim=-1)  # [B, T, H]
             o = lact_kernels.block_causal_ttt(
                 q, k, v, self.w0, self.w1, self.w2, lr0, lr1, lr2, chunk_size=CHUNK
@@ -56,7 +56,7 @@ class Mixer(nn.Module):
 
 
 def train(fast_weights: bool) -> float:
-    """The last loss on tokens of the second period and later, in nats."""
+    """Train, and return the last loss on tokens of the third period and later, in nats."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Embedding(VOCAB, 64),

@@ -1,4 +1,4 @@
-"""The demo's picture: the recording, what the fast weights made of it, and what it cost."""
+"""The demo's picture: the recording, the change of the fast weights, and the measurements."""
 
 from pathlib import Path
 

@@ -1,13 +1,13 @@
-"""One long sequence on several processes: each holds a piece of it, and computes what one process would.
+"""One long sequence on several processes: each holds a part of it, and computes what one process would.
 
 ```
 torchrun --nproc-per-node 2 examples/sequence_parallel.py
 ```
 
-A LaCT layer reads a sequence forward and backward, once whole in each process and once in pieces. Shown are
-the differences (float64: rounding alone), the tokens that each process holds, and what it has sent. Exit
-status: 0 if outputs, gradients and weights agree to 1e-10, 1 if not. Half a minute on two cores; on GPUs each
-process takes one.
+A LaCT layer computes a sequence forward and backward, once whole in each process and once in parts. Printed
+are the differences (float64: rounding alone), the tokens of each process, and how much it sends. Exit status:
+0 if outputs and gradients agree to 1e-10, 1 if not. Half a minute on two cores. With GPUs, each process uses
+one.
 """
 
 import argparse
@@ -44,11 +44,11 @@ def main(arguments: list[str] | None = None) -> int:
     x = torch.randn(1, options.tokens, HIDDEN, dtype=torch.float64).to(device)
     dy = torch.randn_like(x)
 
-    # The lines that matter. What each rank needs of the others travels within the layer.
+    # The essential lines. Within the layer, ranks send each other what they need.
     pieces = SequencePieces.even(mesh, options.tokens)
     mine = pieces.take(x).requires_grad_()
     y, gradients, seconds = run(layer, mine, pieces.take(dy), pieces=pieces)
-    for gradient in gradients[1:]:  # of the weights, which DDP or FSDP would add up
+    for gradient in gradients[1:]:  # of the weights; DDP or FSDP would add them up
         dist.all_reduce(gradient)
 
     whole = x.requires_grad_()
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(layer: LaCTLayer, x: torch.Tensor, dy: torch.Tensor, **where):
-    """Outputs, gradients of the input and all weights, and the seconds that they took."""
+    """Outputs, gradients of the input and all weights, and the seconds that it took."""
     dist.barrier()
     begin = time.perf_counter()
     y = layer(x, **where)

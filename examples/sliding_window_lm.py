@@ -1,13 +1,13 @@
-"""A sliding-window language model of `transformers` on `window_attn`: one string.
+"""Run a sliding-window language model of `transformers` on `window_attn`, by setting one string.
 
 ```
 python -m examples.sliding_window_lm
 ```
 
-A small Mistral with a window of 64 bytes is made from a configuration (nothing is downloaded), held
-against the library's own attention, trained on this repository's README for some steps, and asked to go
-on in a batch of prompts of different lengths. About 20 seconds on two cores; needs transformers.
-Exit status: 0 if both attentions agree and the loss falls.
+A small Mistral with a window of 64 bytes is made from a configuration (nothing is downloaded), compared with
+transformers' own attention, trained on this repository's README for some steps, and used to generate from a
+batch of prompts of different lengths. About 20 seconds on two cores; needs transformers. Exit status: 0 if
+both attentions agree and the loss falls.
 """
 
 import sys

@@ -18,9 +18,9 @@ MELS = 80
 
 
 def read_audio(path: Path) -> Tensor:
-    """The recording at `path` as one channel at 16 kHz, `[samples]`, whatever its rate and channels.
+    """Read a recording of any rate and number of channels, as one channel at 16 kHz, `[samples]`.
 
-    Raises OSError when the file is missing, unreadable or empty.
+    Raises OSError if the file is missing or cannot be read.
     """
     try:
         import soundfile
@@ -48,7 +48,7 @@ def log_mel(audio: Tensor) -> Tensor:
 def attention_inputs(
     frames: Tensor, point: WindowAttn, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    """q, k, v `[1, T, H, D]`: three random projections of the frames, always the same ones."""
+    """q, k, v `[1, T, H, D]`: three random projections of the frames, from a fixed seed."""
     project = _projection(frames, seed=0)
     sizes = {"q": (point.Hq, point.D), "k": (point.Hkv, point.D), "v": (point.Hkv, point.Dv)}
     return _leaves({name: project(*size).to(dtype) for name, size in sizes.items()}, device)
@@ -57,9 +57,9 @@ def attention_inputs(
 def ttt_inputs(
     frames: Tensor, point: BlockCausalTTT, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    """Everything `block_causal_ttt` reads, as a LaCT layer makes it, from random projections.
+    """All inputs of `block_causal_ttt` as a LaCT layer would make them, from random projections.
 
-    q and k have passed SiLU and have length 1, rates are about 0.001, momentum about a half.
+    q and k are normalised after a SiLU; learning rates are about 0.001, the momentum about 0.5.
     """
     project = _projection(frames, seed=1)
     generator = torch.Generator().manual_seed(2)
@@ -80,7 +80,7 @@ def ttt_inputs(
 
 
 def _projection(frames: Tensor, seed: int):
-    """`project(H, D)`: the frames through the next random matrix, `[1, T, H, D]`."""
+    """A function `project(H, D)`: the frames times the next random matrix, `[1, T, H, D]`."""
     generator = torch.Generator().manual_seed(seed)
 
     def project(H: int, D: int) -> Tensor:

@@ -1,12 +1,12 @@
-"""A recording streamed through LaCT layers in pieces: the outputs of one pass, in constant memory.
+"""Stream a recording through LaCT layers: the outputs of one pass, in constant memory.
 
 ```
 python -m examples.stream [--piece FRAMES]
 ```
 
-A stack of layers reads the log-mel frames of a recording piece by piece, as they would arrive from a
-microphone. A cache carries the window and the fast weights; half-way it is saved, and a fresh one goes
-on from the file. About 15 seconds on two cores. Exit status: 0 if the pieces give the outputs of one pass.
+A stack of layers gets the log-mel frames of a recording in blocks, as they would arrive from a microphone. A
+cache keeps the window and the fast weights. Now and then it is saved, and a new one is loaded from the file.
+About 15 seconds on two cores. Exit status: 0 if the outputs are those of one pass.
 """
 
 import argparse
@@ -52,7 +52,7 @@ class Encoder(nn.Module):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--piece", type=int, default=16, help="frames that arrive at once (16)")
+    parser.add_argument("--piece", type=int, default=16, help="frames of a block (16)")
     piece = parser.parse_args().piece
     if piece < 1:
         parser.error(f"--piece must be at least 1, got {piece}")
@@ -65,9 +65,9 @@ def main() -> int:
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         expected = model(frames)
         cache, outputs, times = LaCTCache(), [], []
-        for part in frames.split(piece, dim=1):
+        for block in frames.split(piece, dim=1):
             start = time.perf_counter()
-            outputs.append(model(part, cache))
+            outputs.append(model(block, cache))
             times.append(time.perf_counter() - start)
             seen = cache.get_seq_length()
             if seen % (64 * piece) == 0:

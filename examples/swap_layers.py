@@ -1,12 +1,12 @@
-"""Our layers in a LaCT model that exists: one call, the same parameters, the same outputs.
+"""Replace the layers of an existing LaCT model: one call, the same parameters, the same outputs.
 
 ```
 python -m examples.swap_layers
 ```
 
-The model is a stand-in with the layers of the LaCT authors' (`examples/authors_layer.py`); with theirs the
-call is the same. Then it generates from a cache, which carries the fast weights along. About 10 seconds.
-Exit status: 0 if all results agree.
+The model has stand-ins for the layers of the LaCT authors (`examples/authors_layer.py`); with theirs the call
+is the same. With our layers it can then compute token by token, with a cache of windows and fast weights.
+About 10 seconds. Exit status: 0 if all results agree.
 """
 
 import sys
@@ -68,8 +68,8 @@ def main() -> int:
 
     cache = LaCTCache()
     with torch.no_grad():
-        pieces = [x[:, : T - 8], *x[:, T - 8 :].split(1, dim=1)]
-        cached = torch.cat([model(piece, past_key_values=cache) for piece in pieces], dim=1)
+        parts = [x[:, : T - 8], *x[:, T - 8 :].split(1, dim=1)]
+        cached = torch.cat([model(part, past_key_values=cache) for part in parts], dim=1)
     cached_error = (cached - expected).abs().max().item()
     print(f"the last 8 tokens one by one with a cache: largest difference {cached_error:.1e}")
     return 0 if max(error, cached_error) < 1e-4 else 1

@@ -1,4 +1,4 @@
-"""A LaCT language model trained by many processes: DDP or FSDP2, whole sequences or pieces of them.
+"""Train a LaCT language model on many processes: DDP or FSDP2, whole sequences or parts of them.
 
 ```
 python -m examples.train_distributed
@@ -6,14 +6,14 @@ torchrun --nproc-per-node 4 -m examples.train_distributed --strategy fsdp2 --seq
 accelerate launch --multi_gpu -m examples.train_distributed --checkpoint DIR
 ```
 
-The task is recall: random tokens come again beyond the reach of the attention window, so that only fast
-weights can remember them. The loss starts at log(16) = 2.77, and is about 0.2 after 200 steps, 20 seconds
-on a core. Of P processes with `--sequence-parallel N`, N compute each sequence together, and P / N share
-the rows of a batch.
+The task is recall: random tokens are repeated at a distance longer than the attention window, so that only
+fast weights can remember them. The loss starts at log(16) = 2.77, and is about 0.2 after 200 steps, 20
+seconds on a core. Of P processes with `--sequence-parallel N`, N compute each sequence together, and P / N
+such groups share the rows of a batch.
 
-With `--checkpoint` the training can be killed at any moment: the same command goes on behind the last
-checkpoint, on any number of processes, with either strategy, and with the losses that were to come but for
-rounding. Ctrl-C ends the step, and saves. Exit status: 0, 2 for bad arguments, 130 after Ctrl-C.
+With `--checkpoint` the training can be killed at any moment. The same command continues from the last
+checkpoint, on any number of processes, with either strategy, and with the same losses up to rounding. Ctrl-C
+completes the step and saves. Exit status: 0, 2 for wrong arguments, 130 after Ctrl-C.
 """
 
 import argparse
@@ -40,7 +40,7 @@ LEARNING_RATE = 1e-2
 
 
 class Recall(Dataset):
-    """Row i: random tokens, which are repeated LENGTH / 2 later. Only the repetition counts."""
+    """Row i: random tokens, and their repetition after LENGTH / 2, which alone has labels."""
 
     def __init__(self, rows: range):
         self.rows = rows
@@ -57,7 +57,7 @@ class Recall(Dataset):
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
-    # It has to be told of a CPU: there it would take each process of torchrun for the only one.
+    # On a CPU, Accelerate finds the other processes of torchrun only if it is told so.
     accelerator = Accelerator(cpu=options.device == "cpu")
     world, pieces = accelerator.num_processes, options.sequence_parallel
     if world % pieces or BATCH % (world // pieces):
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
             flush=True,
         )
-        accelerator.wait_for_everyone()  # the first to end would end the others
+        accelerator.wait_for_everyone()  # the first process to exit would end the others
         return 2
 
     model = _model()
@@ -75,9 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
         shape, names = (world // pieces, pieces), ("data", "sequence")
         mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=names)
         model.sequence_mesh = mesh["sequence"]
-    # Gradients are averaged over all ranks, those of one sequence too: each has the loss of its piece.
+    # Gradients are averaged over all ranks, those of a sequence included: each has the loss of its part.
     if options.strategy == "fsdp2" and world > 1:
-        # PyTorch's own: Accelerate passes FSDP over on a CPU, and gives DDP without a word.
+        # PyTorch's own FSDP2: on a CPU, Accelerate would silently use DDP instead.
         everyone = init_device_mesh(accelerator.device.type, (world,))
         model.to(accelerator.device)
         for module in (*model.model.layers, model):
@@ -161,14 +161,14 @@ def _model() -> LaCTForCausalLM:
         eos_token_id=None,
     )
     model = LaCTForCausalLM(config)
-    # Rates of 1, not of 0.001: so short a training has to see them.
+    # Learning rates of 1, not 0.001: a training as short as this one needs large ones.
     for layer in model.model.layers:
         nn.init.constant_(layer.attn.lr_proj.bias, 7.45)
     return model
 
 
 def _save(folder: Path, accelerator, model: nn.Module, optimizer: Optimizer, step: int) -> None:
-    """Write `folder/step-...`, which gets its name when it is whole, and remove older ones."""
+    """Write `folder/step-...`, which gets its name when it is complete, and remove older ones."""
     partial, whole = folder / "partial", folder / f"step-{step:08d}"
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
@@ -182,7 +182,7 @@ def _save(folder: Path, accelerator, model: nn.Module, optimizer: Optimizer, ste
 
 
 def _load(folder: Path, model: nn.Module, optimizer: Optimizer) -> int:
-    """Go on from the newest checkpoint: how many steps it has done, 0 if there is none."""
+    """Load the newest checkpoint, and return the number of its steps; 0 if there is none."""
     newest = max(folder.glob("step-*"), default=None)
     if newest is None:
         return 0
@@ -194,7 +194,7 @@ def _load(folder: Path, model: nn.Module, optimizer: Optimizer) -> int:
 
 
 class _Interruption:
-    """Within it, Ctrl-C and SIGTERM only ask for an end."""
+    """Within it, Ctrl-C and SIGTERM only set `asked`."""
 
     def __enter__(self) -> "_Interruption":
         self.asked = False

@@ -186,9 +186,9 @@ def _packing(
 class _Pass:
     """What has been read of tensors in the present forward pass, for the layers that share these tensors.
 
-    A pass begins when a model makes its masks, or when the same layer asks a second time. Nothing is remembered
-    for longer, as NumPy, `.data` and other kernels can change a tensor without changing its version. Layers
-    whose configuration is not the one that the masks were made for read every time.
+    A pass begins when a model makes its masks, or when the same layer asks a second time. Nothing is
+    remembered for longer, as NumPy, `.data` and other kernels can change a tensor without changing its
+    version. Layers whose configuration is not the one that the masks were made for read every time.
     """
 
     def __init__(self):
