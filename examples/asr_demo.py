@@ -22,9 +22,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import soundfile
 import torch
 
 from examples import synthesize
+from examples.asr_picture import draw
 from lact_kernels.asr import cli
 from lact_kernels.asr.audio import read_audio
 from lact_kernels.asr.decoding import GreedyDecoder
@@ -125,8 +127,6 @@ def _run(main: Callable[[list[str]], int], program: str, *arguments) -> None:
 
 def _recording(manifest: Path, path: Path) -> tuple[Path, str]:
     """Join utterances of one speaker, with pauses, into one file. Returns it and the texts."""
-    import soundfile
-
     utterances = read_manifest(manifest)
     utterances = [u for u in utterances if u.speaker == utterances[0].speaker]
     parts, texts = [], []
@@ -151,8 +151,6 @@ def _streaming_difference(model: str, recording: Path) -> float:
 
 def _draw(path: Path, model: str, recording: Path, hypotheses: Path) -> None:
     """Draw the confusions on held-out voices, and the alignment of the first segment of the recording."""
-    from examples.asr_picture import draw
-
     recogniser = load_recogniser(model)
     config = recogniser.model.config
     lines = [json.loads(line) for line in hypotheses.read_text().splitlines()]
