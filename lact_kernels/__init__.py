@@ -6,7 +6,11 @@ Right", arXiv 2505.23884). Both run forward and backward on any device; on NVIDI
 Triton. Importing this package imports no Triton and touches no GPU.
 """
 
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
 from lact_kernels.layers import LaCTCache, LaCTLayer
+from lact_kernels.layers.contexts import Context, context_of_pieces
 from lact_kernels.ops.block_causal_ttt import TTTState, TTTTokens, block_causal_ttt
 from lact_kernels.ops.ring_kv_cache import RingKVCache
 from lact_kernels.ops.window_attn import window_attn
@@ -23,3 +27,11 @@ __all__ = [
     "window_attn",
     "window_attn_with_kvcache",
 ]
+
+
+@context_of_pieces.register(DeviceMesh)
+def _context_of_mesh(mesh: DeviceMesh, x: Tensor, cu_seqlens: Tensor | None) -> Context:
+    # Imported when a layer is first given a mesh: it takes a second, and imports Triton.
+    from lact_kernels.distributed import SequencePieces
+
+    return context_of_pieces(SequencePieces.of(mesh, x.shape[1], cu_seqlens), x, None)

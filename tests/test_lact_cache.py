@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lact_kernels.layers.cache
-import lact_kernels.layers.lact
+import lact_kernels.layers.contexts
 from lact_kernels import LaCTCache, LaCTLayer
 from tests.lact_layer_cases import CASES, make_layer, oracle
 
@@ -146,7 +146,7 @@ def test_packed_tokens_of_all_rows_are_a_batch(monkeypatch):
     """They read the ring in place."""
     layer, x, cache = make_layer("paper"), torch.randn(2, T, 32, dtype=torch.float64), LaCTCache()
     read(layer, x[:, : T - 1], [T - 1], cache)
-    monkeypatch.delattr(lact_kernels.layers.cache.LayerCache, "_window_attn_behind_cached")
+    monkeypatch.delattr(lact_kernels.layers.contexts.CachedContext, "_window_attn_over_copies")
     cu_seqlens = torch.tensor([0, 1, 2], dtype=torch.int32)
     with torch.no_grad():
         actual = layer(x[:, -1][None], cache=cache, cu_seqlens=cu_seqlens)
@@ -294,7 +294,7 @@ def test_an_interrupted_call_leaves_a_cache_that_says_so(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(lact_kernels.layers.lact, "block_causal_ttt", interrupt)
+        patch.setattr(lact_kernels.layers.contexts, "block_causal_ttt", interrupt)
         layer(x[:, 8:], cache=cache)
     for use in (
         lambda: layer(x[:, 8:], cache=cache),

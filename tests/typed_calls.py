@@ -115,6 +115,7 @@ def several_devices(mesh: DeviceMesh, x: Tensor, w: Tensor, lr: Tensor, flag: bo
     assert_type(pieces.cu_seqlens, Tensor | None)
     assert_type(pieces.positions("cpu"), Tensor)
     assert_type(pieces.gather(pieces.take(x)), Tensor)
+    assert_type(LaCTLayer(64, 2, 1).forward(x, pieces=pieces), Tensor)
     SequencePieces.even(mesh, "64")  # type: ignore[arg-type]
 
     assert_type(distributed.window_attn(x, x, x, 4, pieces=pieces), Tensor)

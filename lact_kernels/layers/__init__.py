@@ -1,4 +1,4 @@
-"""The LaCT layer, and what it carries from one piece of a sequence to the next."""
+"""The LaCT layer, and what it carries from one call to the next."""
 
 from lact_kernels.layers.cache import LaCTCache
 from lact_kernels.layers.lact import LaCTLayer

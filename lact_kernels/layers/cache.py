@@ -1,4 +1,4 @@
-"""`LaCTCache`: what the LaCT layers of a model carry from one piece of a sequence to the next."""
+"""`LaCTCache`: what the LaCT layers of a model carry from one call to the next, as a sequence goes on."""
 
 import copy
 import operator
@@ -8,15 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from lact_kernels.core.offsets import cu_seqlens_of
-from lact_kernels.ops import checks
 from lact_kernels.ops.autocast import autocast_dtype
 from lact_kernels.ops.block_causal_ttt import TTTState, TTTTokens
-from lact_kernels.ops.checks import Backend
 from lact_kernels.ops.ring_kv_cache import RingKVCache
-from lact_kernels.ops.window_attn import run_window_attn, window_attn
 
 INITIAL_CAPACITY = 256  # tokens of a layer without a window, doubled as needed
 LONG_WINDOW = 2**16  # a ring of more slots begins like this, too
@@ -95,7 +90,10 @@ class LaCTCache:
     def layer(
         self, layer_idx: int | None, options: LayerOptions, lengths: Sequence[int], x: Tensor
     ) -> "LayerCache":
-        """What is cached of the layer `layer_idx`, which reads so many more frames of each row, like x."""
+        """What is cached of the layer `layer_idx`, which is about to read `lengths[b]` more frames of row b.
+
+        It is made if there is none. The device and dtype of the frames are those of x.
+        """
         if layer_idx is None:
             raise ValueError("a cache keeps each layer under its layer_idx: give the layer one")
         if not lengths:
@@ -195,7 +193,10 @@ class LayerCache:
 
     @contextmanager
     def advance(self, lengths: Sequence[int], places: int) -> Iterator[None]:
-        """The time in which a layer reads so many more frames of each row, among so many places."""
+        """Around a call that reads `lengths[b]` more frames of row b, of `places` with the padding.
+
+        One that does not come to its end leaves `interrupted`.
+        """
         self.interrupted = True
         yield
         self.lengths = tuple(map(operator.add, self.lengths, lengths))
@@ -208,7 +209,7 @@ class LayerCache:
         return [-(-length // self.options.temporal_reduction) for length in self.lengths]
 
     def check(self, options: LayerOptions, lengths: Sequence[int], x: Tensor) -> None:
-        """Whether a layer of these options can read so many more frames of each row, like those of x."""
+        """Raise where a layer of these options cannot read on: `lengths[b]` more frames of row b, like x."""
         if options != self.options:
             raise ValueError(f"cache is of a layer of {self.options}, this one has {options}")
         if len(lengths) != len(self.lengths):
@@ -229,66 +230,11 @@ class LayerCache:
                     " only its last piece may end within a group"
                 )
 
-    def window_attn(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seqlens: Tensor | None,
-        lengths: Sequence[int],
-        backend: Backend,
-    ) -> Tensor:
-        """Attention of new tokens to those before them and to one another. Their keys are kept.
+    def make_room(self, k: Tensor, v: Tensor) -> None:
+        """See to it that `kv` has slots for keys `[B, t, H, D]` and values behind those that it has.
 
-        q, k and v are `[B, t, H, D]`, or packed `[1, total, H, D]` with the borders `cu_seqlens`; row b
-        has `lengths[b]` new tokens.
+        A ring of the size of the window; slots for all tokens where there is none, or up to a long one.
         """
-        if (
-            any(self.lengths)
-            and cu_seqlens is None
-            and q.shape[1] == 1
-            and not checks.needs_gradient(q, k, v)
-        ):
-            self._append(k, v, cu_seqlens, lengths)
-            return self.kv.window_attn(q, backend=backend)
-        if any(self.lengths):
-            o = self._window_attn_behind_cached(q, k, v, cu_seqlens, lengths, backend)
-        else:
-            window_size = self.options.window_size
-            o = window_attn(q, k, v, window_size, cu_seqlens=cu_seqlens, backend=backend)
-        self._append(k, v, cu_seqlens, lengths)
-        return o
-
-    def _window_attn_behind_cached(self, q, k, v, cu_seqlens, lengths, backend):
-        """Attention over copies of the cached keys with the new ones behind them, row by row."""
-        window_size = self.options.window_size
-        n = min(self.kv.max_seqlen, self.kv.k.shape[1])
-        most = n if window_size is None else window_size - 1
-        cached = [min(length, most) for length in self.num_tokens]
-
-        def joined(old, new):
-            rows = zip(old, cached, new.flatten(0, 1).split(lengths))
-            return torch.cat([x for row, c, more in rows for x in (row[n - c :], more)])[None]
-
-        k, v = map(joined, self.kv.view(), (k, v))
-        if cu_seqlens is None:
-            cu_seqlens = cu_seqlens_of(lengths)
-        cu_seqlens_k = cu_seqlens_of(map(operator.add, cached, lengths))
-        packed = q.flatten(0, 1)[None]
-        o, _ = run_window_attn(packed, k, v, window_size, None, cu_seqlens, cu_seqlens_k, backend)
-        return o.view(*q.shape[:3], v.shape[3])
-
-    def _append(self, k, v, cu_seqlens, lengths) -> None:
-        k, v = k.detach(), v.detach()
-        counts = None
-        if cu_seqlens is not None:
-            k, v = (pad_sequence(x[0].split(lengths), batch_first=True) for x in (k, v))
-            counts = torch.tensor(lengths, dtype=torch.int32, device=k.device)
-        self._make_room(k, v)
-        self.kv.append(k, v, counts)
-
-    def _make_room(self, k, v) -> None:
-        """A ring of the size of the window; slots for all tokens where there is none, or up to a long one."""
         window_size = size = self.options.window_size
         if window_size is None or window_size > LONG_WINDOW:
             needed = k.shape[1] + (self.kv.max_seqlen if self.kv else 0)
@@ -316,7 +262,7 @@ class LayerCache:
         self.ttt = self.ttt.map(lambda x: x.to(device))
 
     def state_dict(self) -> dict[str, Any]:
-        pending = tuple(piece._asdict() for piece in self.ttt.pending)
+        pending = tuple(tokens._asdict() for tokens in self.ttt.pending)
         return copy.deepcopy(
             {
                 "lengths": self.lengths,
@@ -335,6 +281,6 @@ class LayerCache:
         layer.lengths, layer.places = lengths, state_dict["places"]
         layer.kv = RingKVCache.__new__(RingKVCache)
         vars(layer.kv).update(state_dict["kv"])
-        pending = tuple(TTTTokens(**piece) for piece in ttt["pending"])
+        pending = tuple(TTTTokens(**tokens) for tokens in ttt["pending"])
         layer.ttt = TTTState(**ttt | {"pending": pending})
         return layer

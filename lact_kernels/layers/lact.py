@@ -2,34 +2,31 @@
 
 import math
 import warnings
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from lact_kernels.core.offsets import on_host, packed_offsets
+from lact_kernels.core.offsets import on_host
 from lact_kernels.layers.branch_norm import BranchNorm
-from lact_kernels.layers.cache import LaCTCache, LayerCache, LayerOptions
-from lact_kernels.layers.fast_weight import LowRankFastWeight
-from lact_kernels.layers.padding import (
-    Padding,
-    checked_mask,
-    position_in_sequence,
-    sequence_of_token,
+from lact_kernels.layers.cache import LaCTCache, LayerOptions
+from lact_kernels.layers.contexts import (
+    BatchContext,
+    CachedContext,
+    Context,
+    PackedContext,
+    Pieces,
+    context_of_pieces,
 )
+from lact_kernels.layers.fast_weight import LowRankFastWeight
+from lact_kernels.layers.padding import Padding, checked_mask
 from lact_kernels.layers.rotary import rotary_tables
 from lact_kernels.layers.temporal_reduction import TemporalReduction
 from lact_kernels.ops import checks
-from lact_kernels.ops.block_causal_ttt import block_causal_ttt
 from lact_kernels.ops.branches import branch_qkv
 from lact_kernels.ops.checks import Backend
-from lact_kernels.ops.window_attn import window_attn
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
-    from lact_kernels.distributed import SequencePieces
 
 BASE_LR = 0.001  # of every token before training
 NORM_EPS = 1e-5
@@ -244,7 +241,7 @@ class LaCTLayer(nn.Module):
         attention_mask: Tensor | None = None,
         cache: LaCTCache | None = None,
         cu_seqlens: Tensor | None = None,
-        pieces: "SequencePieces | DeviceMesh | None" = None,
+        pieces: Pieces | DeviceMesh | None = None,
     ) -> Tensor:
         """Mix the tokens of each sequence.
 
@@ -259,10 +256,10 @@ class LaCTLayer(nn.Module):
             cu_seqlens: int32 `[N+1]`, the borders of N sequences laid end to end in one row (`B = 1`),
                 none of which sees another; with a cache they are its rows. On the device of
                 `hidden_states`, where each call waits to read it, or on the CPU, where nothing waits.
-            pieces: which tokens of the sequences these are, of those that the ranks of a mesh hold in
-                contiguous pieces (`lact_kernels.distributed.SequencePieces`, made once for all layers); or
-                the 1-D mesh itself, whose ranks then tell each other in this call how many tokens they have.
-                With `temporal_reduction` it divides the tokens before each piece.
+            pieces: the tokens are this rank's share of sequences that the ranks of a mesh hold in contiguous
+                pieces: `lact_kernels.distributed.SequencePieces`, made once for all layers, or the 1-D mesh
+                itself, whose ranks then tell each other in this call how many tokens they have. With
+                `temporal_reduction` each piece begins at a multiple of it.
 
         Returns:
             `[B, T, C]`. Gradients flow to `hidden_states` and all parameters, not into earlier calls. With
@@ -284,20 +281,29 @@ class LaCTLayer(nn.Module):
         if cache is not None and not isinstance(cache, LaCTCache):
             raise TypeError(f"cache must be a LaCTCache, got {type(cache).__name__}")
         if pieces is not None:
-            return self._mix_piece(hidden_states, attention_mask, cache, cu_seqlens, pieces)
-        if attention_mask is None:
+            for name, value in (("attention_mask", attention_mask), ("cache", cache)):
+                if value is not None:
+                    raise ValueError(
+                        f"{name} and pieces exclude each other, got both: pack what has padding"
+                    )
+            return self._mix(hidden_states, context_of_pieces(pieces, hidden_states, cu_seqlens))
+        x, padding = hidden_states, None
+        if attention_mask is not None:
             if cu_seqlens is not None:
-                checks.check_cu_seqlens(cu_seqlens, hidden_states)
-                cu_seqlens = on_host(cu_seqlens)
-            return self._read(hidden_states, cu_seqlens, cache)
-        if cu_seqlens is not None:
-            raise ValueError("attention_mask and cu_seqlens exclude each other, got both")
-        mask = checked_mask(attention_mask, hidden_states)
-        padding = Padding.of(mask, hidden_states.device)
-        if padding is None:
-            return self._read(hidden_states, None, cache)
-        T, tokens = hidden_states.shape[1], padding.remove(hidden_states)
-        return padding.restore(self._read(tokens, padding.cu_seqlens, cache, T))
+                raise ValueError("attention_mask and cu_seqlens exclude each other, got both")
+            padding = Padding.of(checked_mask(attention_mask, x), x.device)
+        elif cu_seqlens is not None:
+            checks.check_cu_seqlens(cu_seqlens, x)
+            cu_seqlens = on_host(cu_seqlens)
+        if padding is not None:
+            x, cu_seqlens = padding.remove(x), padding.cu_seqlens
+        B, T = x.shape[:2]
+        context = BatchContext(B, T) if cu_seqlens is None else PackedContext(cu_seqlens, T)
+        if cache is None:
+            y = self._mix(x, context)
+        else:
+            y = self._mix_behind(cache, x, context, padding)
+        return y if padding is None else padding.restore(y)
 
     def _check_fits(self, hidden_states: Tensor) -> None:
         """What the projection cannot multiply. One that is wrapped or kept elsewhere may move or cast."""
@@ -313,82 +319,42 @@ class LaCTLayer(nn.Module):
                 f"hidden_states must have the dtype {weight.dtype} of this layer, got {hidden_states.dtype}"
             )
 
-    def _read(
+    def _mix_behind(
         self,
+        cache: LaCTCache,
         x: Tensor,
-        cu_seqlens: Tensor | None,
-        cache: LaCTCache | None,
-        places: int | None = None,
+        context: BatchContext | PackedContext,
+        padding: Padding | None,
     ) -> Tensor:
-        """Find what the cache has of this layer, and read on. `cu_seqlens` are on the host.
-
-        `places` is the length of the rows with their padding, if they had any.
-        """
-        if cache is None:
-            return self._mix(x, cu_seqlens, None, ())
-        lengths = (x.shape[1],) * x.shape[0]
-        if cu_seqlens is not None:
-            offsets = packed_offsets(cu_seqlens, x.shape[1])
-            lengths = tuple(stop - start for start, stop in zip(offsets, offsets[1:]))
-            if len(set(lengths)) == 1:  # a batch
-                rows = x.unflatten(1, (len(lengths), lengths[0]))[0]
-                o = self._read(rows, None, cache, places)
-                return o.flatten(0, 1)[None]
+        """`_mix`, of the next tokens of each row of a cache, which counts the padding that they had."""
+        lengths = context.lengths
+        if context.cu_seqlens is not None and len(set(lengths)) == 1:
+            # Rows of one length are a batch. Single tokens then read the cache in place.
+            rows = x.unflatten(1, (len(lengths), lengths[0]))[0]
+            y = self._mix_behind(cache, rows, BatchContext(*rows.shape[:2]), padding)
+            return y.flatten(0, 1)[None]
         past = cache.layer(self.layer_idx, self._options, lengths, x)
-        with past.advance(lengths, max(lengths) if places is None else places):
-            return self._mix(x, cu_seqlens, past, lengths)
+        with past.advance(lengths, max(lengths) if padding is None else padding.shape[1]):
+            return self._mix(x, CachedContext(past, context))
 
-    def _mix_piece(self, x, attention_mask, cache, cu_seqlens, pieces) -> Tensor:
-        """The layer, on this rank's piece of the sequences."""
-        from torch.distributed.device_mesh import DeviceMesh
-
-        from lact_kernels.distributed import SequencePieces
-
-        for name, value in (("attention_mask", attention_mask), ("cache", cache)):
-            if value is not None:
-                raise ValueError(
-                    f"{name} and pieces exclude each other, got both: pack what has padding"
-                )
-        if not isinstance(pieces, SequencePieces):
-            if not isinstance(pieces, DeviceMesh):
-                raise TypeError(
-                    f"pieces must be SequencePieces or a DeviceMesh, got {type(pieces).__name__}"
-                )
-            pieces = SequencePieces.of(pieces, x.shape[1], cu_seqlens)
-        elif cu_seqlens is not None:
-            raise ValueError("cu_seqlens and pieces exclude each other: pieces have borders")
-        pieces.check_tokens("hidden_states", x)
-        return self._mix(x, pieces.cu_seqlens, None, (), pieces)
-
-    def _mix(
-        self,
-        x: Tensor,
-        cu_seqlens: Tensor | None,
-        past: LayerCache | None,
-        lengths: tuple[int, ...],
-        pieces: "SequencePieces | None" = None,
-    ) -> Tensor:
-        """The layer, on a batch or packed sequences without padding, `[B, T, C]`."""
-        T, borders = x.shape[1], cu_seqlens
+    def _mix(self, x: Tensor, context: Context) -> Tensor:
+        """The layer, on tokens `[B, T, C]` without padding."""
+        T = x.shape[1]
         if self.temporal_conv is not None:
-            x, cu_seqlens = self.temporal_conv(x, cu_seqlens)
-            if pieces is not None:
-                pieces = pieces.of_groups(self.temporal_reduction)
-            lengths = tuple(-(-length // self.temporal_reduction) for length in lengths)
+            x, context, slots = self.temporal_conv(x, context)
 
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         if self.q_norm is not None:
             dtype = self.q_norm.weight.dtype  # wider than that of q under autocast
             q, k = self.q_norm(q.to(dtype)).to(v.dtype), self.k_norm(k.to(dtype)).to(v.dtype)
         wide = torch.float64 if v.dtype == torch.float64 else torch.float32
-        positions = _positions(x, cu_seqlens, past, pieces)
         q, k, fast_q, fast_k, fast_v = branch_qkv(
             q,
             k,
             v,
             self.qk_scale,
             self.qk_offset,
-            *rotary_tables(positions, self.head_dim, self.rope_theta, wide),
+            *rotary_tables(context.positions(x), self.head_dim, self.rope_theta, wide),
             num_attn_heads=self.num_attn_heads,
             num_lact_heads=self.num_lact_heads,
             silu=self.qkv_silu,
@@ -397,29 +363,16 @@ class LaCTLayer(nn.Module):
             backend=self.backend,
         )
         v = v.unflatten(-1, (self.num_attn_heads, self.head_dim))
-        if pieces is not None:
-            from lact_kernels import distributed
-
-            attn = distributed.window_attn(
-                q, k, v, self.window_size, pieces=pieces, backend=self.backend
-            )
-        elif past is None:
-            attn = window_attn(
-                q, k, v, self.window_size, cu_seqlens=cu_seqlens, backend=self.backend
-            )
-        else:
-            attn = past.window_attn(q, k, v, cu_seqlens, lengths, self.backend)
-        ttt = self._train_fast_weights(x, fast_q, fast_k, fast_v, cu_seqlens, past, pieces, wide)
+        attn = context.window_attn(q, k, v, self.window_size, backend=self.backend)
+        ttt = self._train_fast_weights(x, fast_q, fast_k, fast_v, wide, context)
         scale = None
         if self.ttt_scale_proj is not None:
             scale = F.silu(self.ttt_scale_proj(x)).to(v.dtype)
         o = self.o_proj(self.ttt_norm(ttt, attn, scale, self.backend))
-        return o if self.temporal_conv is None else self.temporal_conv.expand(o, T, borders)
+        return o if self.temporal_conv is None else self.temporal_conv.expand(o, T, slots)
 
-    def _train_fast_weights(
-        self, x, q, k, v, cu_seqlens, past, pieces, wide: torch.dtype
-    ) -> Tensor:
-        """The outputs of the fast weights `[B, T, H, D]`, which go on where `past` left them."""
+    def _train_fast_weights(self, x, q, k, v, wide: torch.dtype, context: Context) -> Tensor:
+        """The outputs of the fast weights `[B, T, H, D]`, at learning rates that the tokens x choose."""
         w0, w1, w2 = (
             w.to(wide)
             if isinstance(w, Tensor)
@@ -431,50 +384,20 @@ class LaCTLayer(nn.Module):
         momentum = None
         if self.momentum_proj is not None:
             momentum = self.momentum_proj[0](x).to(wide).sigmoid()
-        tensors = (q, k, v, w0, w1, w2, *rates.unbind(-1))
-        options = dict(
+        return context.block_causal_ttt(
+            q,
+            k,
+            v,
+            w0,
+            w1,
+            w2,
+            *rates.unbind(-1),
             chunk_size=self.lact_chunk_size,
             momentum=momentum,
             muon=self.use_muon,
             prenorm=self.ttt_prenorm,
             backend=self.backend,
         )
-        if pieces is not None:
-            from lact_kernels import distributed
-
-            return distributed.block_causal_ttt(*tensors, pieces=pieces, **options)
-        o = block_causal_ttt(
-            *tensors,
-            cu_seqlens=cu_seqlens,
-            initial_state=None if past is None else past.ttt,
-            return_state=past is not None,
-            **options,
-        )
-        if past is not None:
-            o, state = o
-            past.ttt = state.map(Tensor.detach)
-        return o
-
-
-def _positions(
-    x: Tensor,
-    cu_seqlens: Tensor | None,
-    past: LayerCache | None,
-    pieces: "SequencePieces | None",
-) -> Tensor:
-    """The position of each token in its sequence, `[1, T]` or `[B, T]`."""
-    if pieces is not None:
-        return pieces.positions(x.device)[None]
-    T = x.shape[1]
-    before = None if past is None or past.kv is None else past.kv.seqlens
-    if cu_seqlens is None:
-        positions = torch.arange(T, device=x.device)
-        return positions[None] if before is None else positions + before[:, None]
-    cu_seqlens = cu_seqlens.to(x.device, non_blocking=True)
-    positions = position_in_sequence(cu_seqlens, T)
-    if before is not None:
-        positions = positions + before[sequence_of_token(cu_seqlens, T)]
-    return positions[None]
 
 
 def _check_sizes(hidden_size, num_attn_heads, num_lact_heads, inter_multi) -> None:

@@ -58,10 +58,11 @@ def sequence_of_token(cu_seqlens: Tensor, T: int) -> Tensor:
     return torch.bucketize(tokens, cu_seqlens[1:], right=True)
 
 
-def position_in_sequence(cu_seqlens: Tensor, T: int) -> Tensor:
-    """The position of each of T packed tokens in its sequence, int64 `[T]`."""
-    starts = cu_seqlens[sequence_of_token(cu_seqlens, T)]
-    return torch.arange(T, device=cu_seqlens.device) - starts
+def position_in_sequence(cu_seqlens: Tensor, T: int, before: Tensor | None = None) -> Tensor:
+    """The position of each of T packed tokens in its sequence, behind `before [N]` others; int64 `[T]`."""
+    sequence = sequence_of_token(cu_seqlens, T)
+    positions = torch.arange(T, device=cu_seqlens.device) - cu_seqlens[sequence]
+    return positions if before is None else positions + before[sequence]
 
 
 def checked_mask(mask: Tensor, x: Tensor) -> Tensor:

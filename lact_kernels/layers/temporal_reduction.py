@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lact_kernels.core.offsets import packed_offsets
-from lact_kernels.layers.padding import borders, position_in_sequence, sequence_of_token
+from lact_kernels.layers.contexts import Context
+from lact_kernels.layers.padding import position_in_sequence
 
 
 class TemporalReduction(nn.Conv1d):
@@ -35,34 +35,31 @@ class TemporalReduction(nn.Conv1d):
     def factor(self) -> int:
         return self.stride[0]
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Frames `[B, T, C]`, packed if there are `cu_seqlens`, as tokens `[B, T', C]` and their borders."""
+    def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Context, Tensor | None]:
+        """Frames `[B, T, C]` as tokens `[B, T', C]`, one for each group.
+
+        Returns:
+            The tokens, their context, and for `expand` where each packed frame is among groups that are
+            filled up, int64 `[T]`; None of rows, where every place has its own.
+        """
         r, T = self.factor, x.shape[1]
-        if cu_seqlens is None:
+        context_of_tokens, slots = context.of_groups(r), None
+        if context.cu_seqlens is None:
             groups = F.pad(x, (0, 0, 0, -T % r))
         else:
-            offsets = packed_offsets(cu_seqlens, T)
-            total = sum(-(-(stop - start) // r) for start, stop in zip(offsets, offsets[1:]))
-            groups = x.new_zeros(1, total * r, x.shape[2]).index_copy(
-                1, self._slots(cu_seqlens, T, x.device), x
-            )
-            cu_seqlens = self._borders(cu_seqlens)
-        if not groups.shape[1]:
-            # A convolution of nothing is an error. An empty piece of a sequence must have gradients, though.
-            return groups * self.weight[:, 0, 0] + self.bias, cu_seqlens
-        return super().forward(groups.transpose(1, 2)).transpose(1, 2), cu_seqlens
+            starts = context_of_tokens.cu_seqlens * r
+            borders = context.cu_seqlens.to(x.device, non_blocking=True)
+            before = starts.to(x.device, non_blocking=True)
+            slots = position_in_sequence(borders, T, before)
+            groups = x.new_zeros(1, context_of_tokens.T * r, x.shape[2]).index_copy(1, slots, x)
+        if groups.shape[1]:
+            tokens = super().forward(groups.transpose(1, 2)).transpose(1, 2)
+        else:  # A convolution of nothing is an error. A rank without tokens must have gradients, though.
+            tokens = groups * self.weight[:, 0, 0] + self.bias
+        return tokens, context_of_tokens, slots
 
-    def expand(self, x: Tensor, T: int, cu_seqlens: Tensor | None) -> Tensor:
-        """Tokens `[B, T', C]` as frames `[B, T, C]`; `cu_seqlens` are the borders of the frames."""
-        if cu_seqlens is None:
+    def expand(self, x: Tensor, T: int, slots: Tensor | None) -> Tensor:
+        """Tokens `[B, T', C]` as frames `[B, T, C]`, all those of a group alike. `slots` are of `forward`."""
+        if slots is None:
             return x.repeat_interleave(self.factor, dim=1)[:, :T]
-        return x.index_select(1, self._slots(cu_seqlens, T, x.device) // self.factor)
-
-    def _borders(self, cu_seqlens: Tensor) -> Tensor:
-        return borders((cu_seqlens.diff() + self.factor - 1) // self.factor)
-
-    def _slots(self, cu_seqlens: Tensor, T: int, device: torch.device) -> Tensor:
-        """Where each frame is among groups that are filled up, int64 `[T]`."""
-        cu_seqlens = cu_seqlens.to(device, non_blocking=True)
-        first = self._borders(cu_seqlens)[sequence_of_token(cu_seqlens, T)] * self.factor
-        return first + position_in_sequence(cu_seqlens, T)
+        return x.index_select(1, slots // self.factor)

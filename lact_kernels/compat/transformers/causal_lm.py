@@ -204,7 +204,7 @@ class LaCTModel(LaCTPreTrainedModel):
 
     Attributes:
         sequence_mesh: a 1-D `DeviceMesh`, or None. With one, its ranks are all given the same whole batch,
-            and each computes a piece of every sequence: outputs are those of its own tokens, at `places`.
+            and each computes a shard of every sequence: outputs are those of its own tokens, at `places`.
     """
 
     sequence_mesh: DeviceMesh | None = None
@@ -451,7 +451,7 @@ class LaCTForCausalLM(LaCTPreTrainedModel, GenerationMixin):
                 shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
                 if attention_mask is not None:  # what is computed nowhere predicts nothing
                     shifted = shifted.masked_fill(attention_mask == 0, -100)
-                kwargs |= self._labels_of_piece(shifted, outputs.places, kwargs)
+                kwargs |= self._labels_of_shard(shifted, outputs.places, kwargs)
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
@@ -466,7 +466,7 @@ class LaCTForCausalLM(LaCTPreTrainedModel, GenerationMixin):
             **{CACHE_FIELD: outputs[CACHE_FIELD] if CACHE_FIELD in outputs else None},
         )
 
-    def _labels_of_piece(self, shifted: Tensor, places: Tensor, kwargs: dict) -> dict:
+    def _labels_of_shard(self, shifted: Tensor, places: Tensor, kwargs: dict) -> dict:
         """Arguments of the loss function: this rank's sum, by its share of the batch's labels.
 
         DDP and FSDP take the mean of gradients over all ranks, of which those of a mesh give parts of a sum.

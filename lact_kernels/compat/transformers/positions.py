@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lact_kernels.layers.padding import Padding, borders, position_in_sequence, sequence_of_token
+from lact_kernels.layers.padding import Padding, borders, position_in_sequence
 from lact_kernels.ops import checks
 
 
@@ -77,8 +77,7 @@ def check_counted(
     exists = torch.ones(len(before), T, dtype=torch.bool) if mask is None else mask != 0
     counted = before + exists.cumsum(1) - 1
     if cu_seqlens is not None:
-        counted = position_in_sequence(cu_seqlens, T)
-        counted += before[sequence_of_token(cu_seqlens, T), 0]
+        counted = position_in_sequence(cu_seqlens, T, before[:, 0])
         exists = torch.ones(1, T, dtype=torch.bool)
     places = exists.flatten().nonzero()[:, 0]
     positions = position_ids.expand_as(exists).flatten()[places]
