@@ -14,10 +14,7 @@ except ImportError as error:
     ) from error
 
 from lact_kernels.compat.transformers.attention import lact_window_attn_forward
-from lact_kernels.compat.transformers.causal_lm import (
-    LaCTForCausalLM,
-    LaCTModel,
-    LaCTSWIGLUConfig,
-)
+from lact_kernels.compat.transformers.causal_lm import LaCTForCausalLM, LaCTModel
+from lact_kernels.compat.transformers.config import LaCTSWIGLUConfig
 
 __all__ = ["LaCTForCausalLM", "LaCTModel", "LaCTSWIGLUConfig", "lact_window_attn_forward"]
