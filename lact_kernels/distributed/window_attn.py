@@ -130,28 +130,19 @@ class _Plan(NamedTuple):
 
     @classmethod
     def of(cls, pieces: SequencePieces, window_size: int | None) -> "_Plan":
-        starts = [_sequence_start(pieces, span[0]) for span in pieces.spans]
+        borders, cu_seqlens, wanted = pieces.borders, pieces.cu_seqlens, []
         behind = pieces.num_tokens if window_size is None else window_size - 1
-        halo = TokenExchange(
-            pieces,
-            [
-                [(max(begin, start - behind), start)] if start < stop else []
-                for begin, (start, stop) in zip(starts, pieces.spans)
-            ],
-        )
-        edge = 0
+        for start, stop in pieces.spans:
+            # A border belongs to the sequence that begins there.
+            first = borders[bisect.bisect_right(borders, start) - 1]
+            wanted.append([(max(first, start - behind), start)] if start < stop else [])
+        halo, edge = TokenExchange(pieces, wanted), 0
         if halo.num_tokens:
-            first_stop = pieces.borders[bisect.bisect_right(pieces.borders, pieces.start)]
-            edge = min(behind, min(first_stop, pieces.stop) - pieces.start)
-        borders = pieces.cu_seqlens
-        if borders is None or not edge:
-            return cls(halo, edge, borders, borders)
-        return cls(halo, edge, (borders - edge).clamp_min(0), borders)
-
-
-def _sequence_start(pieces: SequencePieces, position: int) -> int:
-    """Where the sequence begins that a position is in; a border belongs to the sequence that begins there."""
-    return pieces.borders[bisect.bisect_right(pieces.borders, position) - 1]
+            end = borders[bisect.bisect_right(borders, pieces.start)]
+            edge = min(behind, min(end, pieces.stop) - pieces.start)
+        if cu_seqlens is None or not edge:
+            return cls(halo, edge, cu_seqlens, cu_seqlens)
+        return cls(halo, edge, (cu_seqlens - edge).clamp_min(0), cu_seqlens)
 
 
 class _WindowAttn(FirstOrderFunction):
