@@ -1,8 +1,8 @@
-"""`branch_qkv` and `branch_sum`, beside plain PyTorch and torch.compile of it.
+"""`silu_l2norm_rope` and `rms_norm_scale_add`, beside plain PyTorch and torch.compile of it.
 
 ```
 python -m benchmarks.branches                                    # this device's default size
-python -m benchmarks.branches --op branch_sum --seq-len 8192 --no-compile
+python -m benchmarks.branches --op rms_norm_scale_add --seq-len 8192 --no-compile
 ```
 
 Both run with all their options on: forward alone, without autograd, and with the gradients of everything
@@ -12,10 +12,10 @@ together again is not part of the operation.
 Memory bounds them, so their rate is that of needed bytes: what a perfect kernel reads and writes, each
 tensor once. With n bytes in `[B, T, C]`, and in brackets what is small beside it:
 
-    branch_qkv  forward    8 n  q, k, v; five outputs                        (p)
-                backward  11 n  their gradients, q, k, v; dq, dk, dv         (p; dqk_scale, dqk_offset)
-    branch_sum  forward    3 n  attn, ttt; the output                        (p)
-                backward   3 n  dout, which also is dattn, ttt; dttt         (p; dnorm_weight, dscale)
+    silu_l2norm_rope    forward    8 n  q, k, v; five outputs                  (p)
+                        backward  11 n  their gradients, q, k, v; dq, dk, dv   (p; dqk_scale, dqk_offset)
+    rms_norm_scale_add  forward    3 n  attn, ttt; the output                  (p)
+                        backward   3 n  dout, which also is dattn, ttt; dttt   (p; dnorm_weight, dscale)
 
 where p is cos, sin, qk_scale and qk_offset, or norm_weight and scale. The yardstick is the rate at which a
 large tensor is copied, in turn with the variants: bytes read and written. "x base" is the time of ours over
@@ -30,6 +30,7 @@ status: 0, 1 when the gate fails or ours does, 2 for bad arguments, 130 after Ct
 
 import argparse
 import dataclasses
+import importlib
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -44,10 +45,8 @@ from benchmarks.measure import DIFFERENCE_LIMITS, Settings, difference_of, statu
 from benchmarks.registry import MODES, in_float64, output_gradient
 from benchmarks.run import DEFAULTS, DTYPES, positive, settle_device
 from lact_kernels.layers.rotary import rotary_tables
-from lact_kernels.ops import branches as ops
-from reference import branches as reference
 
-OPS = ("branch_qkv", "branch_sum")
+OPS = ("silu_l2norm_rope", "rms_norm_scale_add")
 BACKENDS = {"cpu": "eager", "cuda": "triton"}
 # C channels in Hq heads of the attention, and in Hf of the fast weights.
 SIZES = {
@@ -136,6 +135,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def function(package: str, op: str) -> Callable:
+    """The operation, or its reference: the function of the file that has its name."""
+    return getattr(importlib.import_module(f"{package}.{op}"), op)
+
+
 def make_inputs(
     op: str, shape: dict[str, int], dtype: torch.dtype, device: torch.device
 ) -> tuple[dict[str, Tensor], list[Tensor], dict]:
@@ -147,7 +151,7 @@ def make_inputs(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device=device).to(dtype)
 
-    if op == "branch_qkv":
+    if op == "silu_l2norm_rope":
         leaves = dict(zip("qkv", normal(B, T, 3 * C).chunk(3, dim=-1)))
         leaves |= {"qk_scale": normal(C, 2), "qk_offset": normal(C, 2)}
         positions = torch.arange(T, device=device)[None]
@@ -197,8 +201,8 @@ def gate_passes(op: str, shape: dict[str, int], dtype: torch.dtype, device: torc
     shape = shape | {"T": GATE_TOKENS}
     label = f"gate  {_title(op, shape)}"
     inputs, douts, options = make_inputs(op, shape, dtype, device)
-    plain = partial(getattr(reference, op), **options)
-    ours = partial(getattr(ops, op), **options, backend=BACKENDS[device.type])
+    plain = partial(function("reference", op), **options)
+    ours = partial(function("lact_kernels.ops", op), **options, backend=BACKENDS[device.type])
     cases = ((ours, inputs), (plain, inputs), (plain, in_float64(inputs)))
     try:
         comparisons = compare_all(*(evaluate(f, x, douts, "fwd_bwd") for f, x in cases))
@@ -220,9 +224,12 @@ def measure(
     torch.compiler.reset()
     dtype, device = settings.dtype, settings.device
     inputs, douts, options = make_inputs(op, shape, dtype, device)
-    plain, backend = partial(getattr(reference, op), **options), BACKENDS[device.type]
+    plain, backend = partial(function("reference", op), **options), BACKENDS[device.type]
     ours = f"lact_kernels {backend}"
-    variants = {ours: partial(getattr(ops, op), **options, backend=backend), "plain PyTorch": plain}
+    variants = {
+        ours: partial(function("lact_kernels.ops", op), **options, backend=backend),
+        "plain PyTorch": plain,
+    }
     if with_compile:
         variants["torch.compile"] = torch.compile(plain, dynamic=False)
 
@@ -230,9 +237,9 @@ def measure(
     runs: dict[str, Callable[[], object]] = {}
     expected: dict[str, Tensor] = {}
     needed, dtype_name = needed_bytes(inputs, douts, mode), str(dtype).removeprefix("torch.")
-    for name, function in variants.items():
+    for name, variant in variants.items():
         row = rows[name] = BranchRow(op, name, "T", shape, dtype_name, mode, needed_bytes=needed)
-        run = partial(evaluate, function, inputs, douts, mode)
+        run = partial(evaluate, variant, inputs, douts, mode)
         try:
             result = run()
             if row.ours:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from benchmarks import branches, timing
-from lact_kernels.ops import branches as ops
-from reference import branches as reference
+from lact_kernels.ops import rms_norm_scale_add as ops
+from reference import rms_norm_scale_add as reference
 from tests.commands import assert_refused_before_any_work
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def test_every_variant_has_a_complete_row_in_every_mode(tmp_path, capsys):
     points = {(row["op"], row["mode"], row["variant"]): row for row in rows}
     assert list(points) == [
         (op, mode, variant)
-        for op in ("branch_qkv", "branch_sum")
+        for op in ("silu_l2norm_rope", "rms_norm_scale_add")
         for mode in ("fwd", "fwd_bwd")
         for variant in (OURS, PLAIN)
     ]
@@ -76,7 +76,7 @@ def test_needed_bytes_are_those_of_the_formula(op, dtype):
     _, T, C, Hq, Hf = SHAPE.values()
     size = dtype.itemsize
     n = T * C * size
-    if op == "branch_qkv":
+    if op == "silu_l2norm_rope":
         small, gradients = 4 * T * (C // Hq) + 4 * C * size, 4 * C * size
         forward, backward = 8 * n + small, 11 * n + small + gradients
     else:
@@ -88,7 +88,7 @@ def test_needed_bytes_are_those_of_the_formula(op, dtype):
 
 
 def test_q_k_and_v_are_thirds_of_one_tensor():
-    inputs, _, _ = branches.make_inputs("branch_qkv", SHAPE, torch.float32, CPU)
+    inputs, _, _ = branches.make_inputs("silu_l2norm_rope", SHAPE, torch.float32, CPU)
     places = [inputs[name].data_ptr() for name in "qkv"]
     assert [x - places[0] for x in places] == [0, 4 * 24, 8 * 24]
     assert all(inputs[name].stride() == (40 * 72, 72, 1) for name in "qkv")
@@ -96,15 +96,15 @@ def test_q_k_and_v_are_thirds_of_one_tensor():
 
 def faulty(op, fault):
     """The operation, wrong in one way."""
-    right = getattr(ops, op)
+    right = branches.function("lact_kernels.ops", op)
 
     def run(**options):
         if fault == "crash":
             raise RuntimeError("no such kernel")
         if fault == "gradient":
-            name = "qk_scale" if op == "branch_qkv" else "ttt"
+            name = "qk_scale" if op == "silu_l2norm_rope" else "ttt"
             options[name] = options[name].detach() + 0 * options[name]
-        elif op == "branch_sum":
+        elif op == "rms_norm_scale_add":
             options["eps"] = 1e-2
         else:
             options["silu_v"] = False
@@ -116,7 +116,7 @@ def faulty(op, fault):
 @pytest.mark.parametrize("fault", ["output", "gradient", "crash"])
 @pytest.mark.parametrize("op", branches.OPS)
 def test_nothing_is_timed_when_the_gate_fails(tmp_path, monkeypatch, capsys, op, fault):
-    monkeypatch.setattr(ops, op, faulty(op, fault))
+    monkeypatch.setattr(f"lact_kernels.ops.{op}.{op}", faulty(op, fault))
     monkeypatch.setattr(timing, "interleaved", lambda *_: pytest.fail("something was timed"))
     assert branches.main(arguments(tmp_path)) == 1
     printed = capsys.readouterr()
@@ -126,13 +126,13 @@ def test_nothing_is_timed_when_the_gate_fails(tmp_path, monkeypatch, capsys, op,
 
 
 def test_what_differs_at_full_length_is_not_timed(tmp_path, monkeypatch, capsys):
-    right = reference.branch_sum
+    right = reference.rms_norm_scale_add
 
     def wrong_when_long(attn, *inputs, **options):
         return right(attn, *inputs, **options) * (1 + (attn.shape[1] == 300))
 
-    monkeypatch.setattr(reference, "branch_sum", wrong_when_long)
-    assert branches.main(arguments(tmp_path, "--op", "branch_sum", "--seq-len", "300")) == 0
+    monkeypatch.setattr(reference, "rms_norm_scale_add", wrong_when_long)
+    assert branches.main(arguments(tmp_path, "--op", "rms_norm_scale_add", "--seq-len", "300")) == 0
     status = {row["variant"]: (row["status"], row["p50_ms"]) for row in rows_in(tmp_path)}
     assert status[PLAIN] == ("not timed: differs from ours by 100.0%", None)
     assert status[OURS][0] == "ok"
@@ -141,15 +141,15 @@ def test_what_differs_at_full_length_is_not_timed(tmp_path, monkeypatch, capsys)
 def test_a_failure_of_ours_at_full_length_is_a_row_and_the_exit_status(
     tmp_path, monkeypatch, capsys
 ):
-    right = ops.branch_sum
+    right = ops.rms_norm_scale_add
 
     def fails_when_long(attn, *inputs, **options):
         if attn.shape[1] == 300:
             raise RuntimeError("no such kernel")
         return right(attn, *inputs, **options)
 
-    monkeypatch.setattr(ops, "branch_sum", fails_when_long)
-    assert branches.main(arguments(tmp_path, "--op", "branch_sum", "--seq-len", "300")) == 1
+    monkeypatch.setattr(ops, "rms_norm_scale_add", fails_when_long)
+    assert branches.main(arguments(tmp_path, "--op", "rms_norm_scale_add", "--seq-len", "300")) == 1
     rows = {row["variant"]: row for row in rows_in(tmp_path)}
     assert "no such kernel" in rows[OURS]["status"] and rows[PLAIN]["status"] == "ok"
     assert rows[PLAIN]["ratio_to_baseline"] is rows[PLAIN]["difference"] is None

@@ -1,4 +1,4 @@
-"""`branch_qkv` and `branch_sum` on both backends, against the reference.
+"""`silu_l2norm_rope` and `rms_norm_scale_add` on both backends, against the reference.
 
 Without a GPU the kernels run in Triton's interpreter, in float32 and in tiles so small that few tokens make
 several blocks for each of several programs, and a rest. The tests of tests/emulated run what is compiled
@@ -14,12 +14,16 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from benchmarks.launches import count_launches
-from lact_kernels.autograd import branches as ops
-from lact_kernels.eager import branches as eager
-from lact_kernels.ops.branches import branch_qkv, branch_sum
+from lact_kernels.autograd.rms_norm_scale_add import rms_norm_scale_add_bwd, rms_norm_scale_add_fwd
+from lact_kernels.autograd.silu_l2norm_rope import silu_l2norm_rope_bwd, silu_l2norm_rope_fwd
+from lact_kernels.eager import silu_l2norm_rope as eager
+from lact_kernels.eager import token_blocks
+from lact_kernels.ops.rms_norm_scale_add import rms_norm_scale_add
+from lact_kernels.ops.silu_l2norm_rope import silu_l2norm_rope
 from lact_kernels.triton import configs
-from lact_kernels.triton.layer import branch_qkv as triton_branch_qkv
-from reference import branches as reference
+from lact_kernels.triton.layer import silu_l2norm_rope as triton_silu_l2norm_rope
+from reference.rms_norm_scale_add import rms_norm_scale_add as plain_rms_norm_scale_add
+from reference.silu_l2norm_rope import silu_l2norm_rope as plain_silu_l2norm_rope
 from tests.cases import BACKWARD_OPCHECKS, filled_with_nan
 from tests.tolerance import assert_close_to_float64
 
@@ -42,14 +46,14 @@ class Case:
     silu_v: bool = True
     rotate_fast: bool = True
     rows_of_angles: int = 1
-    scaled: bool = True  # branch_sum
+    scaled: bool = True  # rms_norm_scale_add
     parameter_dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
         return self.reason.replace(" ", "-")
 
     def qkv(self, dtype, device=DEVICE, gradients=True):
-        """Leaves and options of `branch_qkv`; q, k and v are thirds of one projection."""
+        """Leaves and options of `silu_l2norm_rope`; q, k and v are thirds of one projection."""
         B, T, C, D = self.B, self.T, self.C, self.C // self.Hq
         wide = torch.float64 if dtype == torch.float64 else self.parameter_dtype
         tensors = {
@@ -70,7 +74,7 @@ class Case:
         return tensors, {"cos": angles.cos(), "sin": angles.sin(), **options}
 
     def sum(self, dtype, device=DEVICE, gradients=True):
-        """Leaves of `branch_sum`; norms around 1, so that eps is seen where the input is scaled down."""
+        """Leaves of `rms_norm_scale_add`; norms around 1, so that eps counts where the input is small."""
         B, T, C, Hq, Hf = self.B, self.T, self.C, self.Hq, self.Hf
         wide = torch.float64 if dtype == torch.float64 else self.parameter_dtype
         tensors = {
@@ -160,27 +164,27 @@ def check(call, ours, plain, tensors, options):
 
 
 def check_qkv(case, dtype, backend, device=DEVICE):
-    ours = functools.partial(branch_qkv, backend=backend)
-    check(call_qkv, ours, reference.branch_qkv, *case.qkv(dtype, device))
+    ours = functools.partial(silu_l2norm_rope, backend=backend)
+    check(call_qkv, ours, plain_silu_l2norm_rope, *case.qkv(dtype, device))
 
 
 def check_sum(case, dtype, backend, device=DEVICE):
-    ours = functools.partial(branch_sum, backend=backend)
-    check(call_sum, ours, reference.branch_sum, case.sum(dtype, device), {"eps": EPS})
+    ours = functools.partial(rms_norm_scale_add, backend=backend)
+    check(call_sum, ours, plain_rms_norm_scale_add, case.sum(dtype, device), {"eps": EPS})
 
 
 CHECKS = [check_qkv, check_sum]
-both = pytest.mark.parametrize("check", CHECKS, ids=["branch_qkv", "branch_sum"])
+both = pytest.mark.parametrize("check", CHECKS, ids=["silu_l2norm_rope", "rms_norm_scale_add"])
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks for each program: of tokens in the eager backend, of rows in the kernels."""
-    monkeypatch.setattr(eager, "CPU_BLOCK", 96)
-    monkeypatch.setattr(eager, "DEVICE_BLOCK", 96)
+    monkeypatch.setattr(token_blocks, "CPU_BLOCK", 96)
+    monkeypatch.setattr(token_blocks, "DEVICE_BLOCK", 96)
     if DEVICE == "cpu":
         monkeypatch.setattr(configs, "_ROW_TABLE", dict.fromkeys(configs._ROW_TABLE, (32, 4)))
-        monkeypatch.setattr(triton_branch_qkv, "MIN_BLOCKS", 2)
+        monkeypatch.setattr(triton_silu_l2norm_rope, "MIN_BLOCKS", 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -234,10 +238,10 @@ TINY = [
 
 @pytest.mark.parametrize("case", TINY, ids=str)
 def test_gradcheck(case):
-    fn = functools.partial(branch_qkv, backend="eager")
+    fn = functools.partial(silu_l2norm_rope, backend="eager")
     function, leaves = leaves_and_function(call_qkv, fn, *case.qkv(torch.float64, "cpu"))
     torch.autograd.gradcheck(function, leaves)
-    fn = functools.partial(branch_sum, backend="eager", eps=EPS)
+    fn = functools.partial(rms_norm_scale_add, backend="eager", eps=EPS)
     function, leaves = leaves_and_function(call_sum, fn, case.sum(torch.float64, "cpu"), {})
     torch.autograd.gradcheck(function, leaves)
 
@@ -246,7 +250,7 @@ def test_gradcheck(case):
 def test_gradient_of_zeros_is_that_of_the_plain_formula(backend):
     """Rows of zeros and rows so small that only the 1e-5 counts, beside others."""
     results = []
-    for fn in (functools.partial(branch_qkv, backend=backend), reference.branch_qkv):
+    for fn in (functools.partial(silu_l2norm_rope, backend=backend), plain_silu_l2norm_rope):
         torch.manual_seed(0)
         tensors, options = Case("", silu=False, silu_v=False).qkv(torch.float32)
         with torch.no_grad():
@@ -266,7 +270,7 @@ def test_norm_of_zeros_is_finite(backend):
     tensors = Case("", T=3).sum(torch.float32)
     with torch.no_grad():
         tensors["ttt"].zero_()
-    out = branch_sum(**tensors, eps=EPS, backend=backend)
+    out = rms_norm_scale_add(**tensors, eps=EPS, backend=backend)
     assert torch.equal(out, tensors["attn"].flatten(2))
     grads = torch.autograd.grad(out.sum(), list(tensors.values()))
     assert all(torch.isfinite(x).all() for x in grads)
@@ -290,8 +294,10 @@ def test_any_strides(backend):
     def run(copy):
         leaves = [copy(x).requires_grad_() for x in (q, k, v, attn, ttt, scale)]
         turn = {name: copy(x) for name, x in angles.items()}
-        outputs = branch_qkv(*leaves[:3], **tensors, **turn, **options, backend=backend)
-        out = branch_sum(*leaves[3:5], x["norm_weight"], leaves[5], eps=EPS, backend=backend)
+        outputs = silu_l2norm_rope(*leaves[:3], **tensors, **turn, **options, backend=backend)
+        out = rms_norm_scale_add(
+            *leaves[3:5], x["norm_weight"], leaves[5], eps=EPS, backend=backend
+        )
         # A transposed gradient with heads apart, an expanded one, and contiguous ones.
         cotangents = [y.detach().transpose(1, 2).contiguous().transpose(1, 2) for y in outputs]
         cotangents[2:] = [y.detach()[:1, :1].expand_as(y) for y in outputs[2:]]
@@ -307,22 +313,24 @@ def test_thirds_of_a_projection_are_not_copied():
     outputs = []
     forward = count_launches(
         lambda: outputs.extend(
-            call_qkv(functools.partial(branch_qkv, backend="triton"), tensors, options)
+            call_qkv(functools.partial(silu_l2norm_rope, backend="triton"), tensors, options)
         )
     )
     assert forward.total == forward.kernels == 1
     x = Case("").sum(torch.float32)
-    forward = count_launches(lambda: branch_sum(**x, eps=EPS, backend="triton"))
+    forward = count_launches(lambda: rms_norm_scale_add(**x, eps=EPS, backend="triton"))
     assert forward.total == forward.kernels == 1
 
 
 def test_v_stays_itself_without_silu(monkeypatch):
-    given, fn = [], eager.branch_qkv_fwd
-    monkeypatch.setattr(eager, "branch_qkv_fwd", lambda *args: given.extend(args) or fn(*args))
+    given, fn = [], eager.silu_l2norm_rope_fwd
+    monkeypatch.setattr(
+        eager, "silu_l2norm_rope_fwd", lambda *args: given.extend(args) or fn(*args)
+    )
     tensors, options = Case("", silu_v=False).qkv(torch.float32)
     q, k, v = tensors["projection"].chunk(3, dim=-1)
     scale, offset = tensors["qk_scale"], tensors["qk_offset"]
-    fast_v = branch_qkv(q, k, v, scale, offset, **options, backend="eager")[-1]
+    fast_v = silu_l2norm_rope(q, k, v, scale, offset, **options, backend="eager")[-1]
     assert fast_v.data_ptr() == v.data_ptr()
     assert given[2] is None  # no work for it
 
@@ -334,7 +342,7 @@ def test_some_gradients_alone():
     scale, offset = tensors["qk_scale"].detach(), tensors["qk_offset"].detach()
     for index, used in ((0, q), (3, k), (4, v)):
         results = []
-        for fn in (branch_qkv, reference.branch_qkv):
+        for fn in (silu_l2norm_rope, plain_silu_l2norm_rope):
             output = fn(q, k, v, scale, offset, **options)[index]
             results.append(torch.autograd.grad(output.square().sum(), used)[0])
         torch.testing.assert_close(*results)
@@ -350,25 +358,25 @@ def test_opcheck(case, backend):
     q, k, v = (x.detach().requires_grad_() for x in tensors.pop("projection").chunk(3, dim=-1))
     silu_v = options.pop("silu_v")
     args = (q, k, v if silu_v else None, *tensors.values(), *options.values(), backend)
-    torch.library.opcheck(ops.branch_qkv_fwd, args)
-    *outputs, fast_v = ops.branch_qkv_fwd(*args)
+    torch.library.opcheck(silu_l2norm_rope_fwd, args)
+    *outputs, fast_v = silu_l2norm_rope_fwd(*args)
     grads = [torch.ones_like(x) for x in outputs], [torch.ones_like(x) for x in fast_v]
     args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
     backward = {"test_utils": BACKWARD_OPCHECKS}
-    torch.library.opcheck(ops.branch_qkv_bwd, (*grads[0], grads[1], *args), **backward)
+    torch.library.opcheck(silu_l2norm_rope_bwd, (*grads[0], grads[1], *args), **backward)
 
     attn, *rest = case.sum(torch.float32).values()
-    torch.library.opcheck(ops.branch_sum_fwd, (attn, *rest, EPS, backend))
+    torch.library.opcheck(rms_norm_scale_add_fwd, (attn, *rest, EPS, backend))
     rest = [x if x is None else x.detach() for x in rest]
     dout = torch.ones_like(attn).flatten(2)
-    torch.library.opcheck(ops.branch_sum_bwd, (dout, *rest, EPS, backend), **backward)
+    torch.library.opcheck(rms_norm_scale_add_bwd, (dout, *rest, EPS, backend), **backward)
 
 
 def layer(tensors, options, x):
     """Both operations, with something between them."""
-    attn_q, attn_k, fast_q, fast_k, fast_v = call_qkv(branch_qkv, tensors, options)
+    attn_q, attn_k, fast_q, fast_k, fast_v = call_qkv(silu_l2norm_rope, tensors, options)
     attn, ttt = attn_q * attn_k, fast_q * fast_k * fast_v
-    return branch_sum(attn, ttt, x["norm_weight"], x["scale"], eps=EPS)
+    return rms_norm_scale_add(attn, ttt, x["norm_weight"], x["scale"], eps=EPS)
 
 
 @pytest.mark.parametrize("case", OPCHECK, ids=str)
@@ -400,8 +408,8 @@ def test_second_backward_gives_the_same_and_nothing_is_mutated(backend):
     leaves = [*tensors.values(), *x.values()]
     before = [leaf.detach().clone() for leaf in leaves]
     outputs = [
-        *call_qkv(functools.partial(branch_qkv, backend=backend), tensors, options),
-        branch_sum(**x, eps=EPS, backend=backend),
+        *call_qkv(functools.partial(silu_l2norm_rope, backend=backend), tensors, options),
+        rms_norm_scale_add(**x, eps=EPS, backend=backend),
     ]
     cotangents = [torch.randn_like(y) for y in outputs]
     kept = [y.detach().clone() for y in (*outputs, *cotangents)]
@@ -419,7 +427,10 @@ def test_autocast_changes_nothing():
     results = []
     for enabled in (False, True):
         with torch.autocast(DEVICE, torch.bfloat16, enabled=enabled):
-            outputs = [*call_qkv(branch_qkv, tensors, options), branch_sum(**x, eps=EPS)]
+            outputs = [
+                *call_qkv(silu_l2norm_rope, tensors, options),
+                rms_norm_scale_add(**x, eps=EPS),
+            ]
             cotangents = [y.detach() for y in outputs]
             results.append([*outputs, *torch.autograd.grad(outputs, leaves, cotangents)])
     assert all(torch.equal(a, b) for a, b in zip(*results))
@@ -430,8 +441,8 @@ def test_nothing_is_kept_beside_the_inputs():
     tensors, options = Case("").qkv(torch.float32)
     x = Case("").sum(torch.float32)
     with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y) or y, lambda y: y):
-        call_qkv(branch_qkv, tensors, options)
-        branch_sum(**x, eps=EPS)
+        call_qkv(silu_l2norm_rope, tensors, options)
+        rms_norm_scale_add(**x, eps=EPS)
     given = (*tensors.values(), options["cos"], options["sin"], *x.values())
     inputs = {y.untyped_storage().data_ptr() for y in given}
     assert kept and {y.untyped_storage().data_ptr() for y in kept} <= inputs
@@ -503,20 +514,20 @@ BAD_SUM = [
 
 
 @pytest.mark.parametrize("changed,error,message", BAD_QKV)
-def test_bad_input_of_branch_qkv(changed, error, message):
+def test_bad_input_of_silu_l2norm_rope(changed, error, message):
     with pytest.raises(error, match=message):
-        branch_qkv(**qkv_arguments(**changed))
+        silu_l2norm_rope(**qkv_arguments(**changed))
 
 
 @pytest.mark.parametrize("changed,error,message", BAD_SUM)
-def test_bad_input_of_branch_sum(changed, error, message):
+def test_bad_input_of_rms_norm_scale_add(changed, error, message):
     with pytest.raises(error, match=message):
-        branch_sum(**sum_arguments(**changed))
+        rms_norm_scale_add(**sum_arguments(**changed))
 
 
 @pytest.mark.parametrize("arguments", [qkv_arguments, sum_arguments])
 def test_triton_refuses_what_it_cannot_run(arguments):
-    fn = branch_qkv if arguments is qkv_arguments else branch_sum
+    fn = silu_l2norm_rope if arguments is qkv_arguments else rms_norm_scale_add
     doubles = {
         name: x.double() if isinstance(x, torch.Tensor) else x for name, x in arguments().items()
     }
@@ -524,7 +535,7 @@ def test_triton_refuses_what_it_cannot_run(arguments):
         fn(**doubles, backend="triton")
     C = 2 * 2050
     wide = {"num_attn_heads": C // 2, "num_lact_heads": 2}
-    if fn is branch_qkv:
+    if fn is silu_l2norm_rope:
         x, angles = torch.ones(1, 2, C), torch.ones(1, 2, 1)
         arguments = qkv_arguments(
             q=x, k=x, v=x, qk_scale=torch.ones(C, 2), qk_offset=torch.ones(C, 2),

@@ -23,10 +23,10 @@ WITHOUT_PRODUCTS = (
     "newton_schulz_inner",
     "newton_schulz_normalize",
     "window_attn_combine",
-    "branch_qkv_fwd",
-    "branch_qkv_bwd",
-    "branch_sum_fwd",
-    "branch_sum_bwd",
+    "silu_l2norm_rope_fwd",
+    "silu_l2norm_rope_bwd",
+    "rms_norm_scale_add_fwd",
+    "rms_norm_scale_add_bwd",
 )
 MATRIX_INSTRUCTION = {80: "HMMA", 86: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 

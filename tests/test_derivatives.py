@@ -12,7 +12,12 @@ from lact_kernels import distributed as lact_distributed
 from tests.ranks import mesh_of
 
 V, B, T, H = 3, 2, 7, 2  # entries of a vmapped axis, rows, tokens, heads
-HAVE_NO_BACKWARD = ("branch_qkv_bwd", "branch_sum_bwd", "block_causal_ttt_bwd", "window_attn_bwd")
+HAVE_NO_BACKWARD = (
+    "silu_l2norm_rope_bwd",
+    "rms_norm_scale_add_bwd",
+    "block_causal_ttt_bwd",
+    "window_attn_bwd",
+)
 
 
 def randn(*shape):
@@ -38,12 +43,12 @@ def op_calls():
 
     x, table = randn(3, B, T, 8), randn(2, 1, T, 2)
     qkv = (*x, randn(8, 2), randn(8, 2), *table, 2, 2, True, True, "eager")
-    *parts, fast_v = ops.branch_qkv_fwd(*qkv)
-    yield "branch_qkv_fwd", qkv
-    yield "branch_qkv_bwd", (*parts, fast_v, *qkv)
+    *parts, fast_v = ops.silu_l2norm_rope_fwd(*qkv)
+    yield "silu_l2norm_rope_fwd", qkv
+    yield "silu_l2norm_rope_bwd", (*parts, fast_v, *qkv)
     parts = (q, k, randn(4), randn(B, T, H), 1e-5, "eager")
-    yield "branch_sum_fwd", parts
-    yield "branch_sum_bwd", (ops.branch_sum_fwd(*parts), *parts[1:])
+    yield "rms_norm_scale_add_fwd", parts
+    yield "rms_norm_scale_add_bwd", (ops.rms_norm_scale_add_fwd(*parts), *parts[1:])
 
 
 def of_first(name, args):

@@ -296,7 +296,7 @@ def test_yardsticks_are_a_table():
         row(TTT, "compiled reference loop", "fwd_bwd", 80.0),
         row(TTT, triton, "fwd_bwd", 50.0),  # in another run, with another peer
         row(TTT, "reference loop", "fwd_bwd", 100.0),
-        {"op": "branch_qkv", "variant": triton},
+        {"op": "silu_l2norm_rope", "variant": triton},
     ]
     assert [line.rstrip() for line in yardsticks(rows)] == EXPECTED
 

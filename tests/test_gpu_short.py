@@ -139,10 +139,10 @@ def run_all(dtype):
         differentiate(fn(**inputs, **case.options()), list(inputs.values()))
     for case in BRANCHES:
         tensors, options = case.qkv(dtype)
-        qkv = branches.call_qkv(branches.branch_qkv, tensors, options | {"backend": "triton"})
+        qkv = branches.call_qkv(branches.silu_l2norm_rope, tensors, options | {"backend": "triton"})
         differentiate(qkv, list(tensors.values()))
         tensors = case.sum(dtype)
-        out = branches.branch_sum(**tensors, eps=branches.EPS, backend="triton")
+        out = branches.rms_norm_scale_add(**tensors, eps=branches.EPS, backend="triton")
         differentiate(out, list(tensors.values()))
 
 

@@ -21,7 +21,7 @@ from lact_kernels.compat import (
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
 )
-from lact_kernels.ops.branches import branch_sum
+from lact_kernels.ops.rms_norm_scale_add import rms_norm_scale_add
 from tests.cases import TTTCase
 
 HUGE = 2**63  # more than the registered ops take
@@ -105,8 +105,8 @@ def test_the_authors_function_and_norms():
     expected = block_causal_lact_swiglu(*w, *tokens, *rates, chunk_size=4)
     assert torch.equal(block_causal_lact_swiglu(*w, *tokens, *rates, np.int64(4)), expected)
     x, weight = torch.randn(1, 6, 2, 4), torch.rand(4)
-    expected = branch_sum(x, x, weight, None, eps=0.5)
-    assert torch.equal(branch_sum(x, x, weight, None, eps=np.float32(0.5)), expected)
+    expected = rms_norm_scale_add(x, x, weight, None, eps=0.5)
+    assert torch.equal(rms_norm_scale_add(x, x, weight, None, eps=np.float32(0.5)), expected)
 
 
 @pytest.mark.parametrize(

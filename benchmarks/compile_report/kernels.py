@@ -15,8 +15,8 @@ KERNEL_MODULES = (
     "lact_kernels.triton.fast_weights.update",
     "lact_kernels.triton.fast_weights.update_bwd",
     "lact_kernels.triton.fast_weights.newton_schulz",
-    "lact_kernels.triton.layer.branch_qkv",
-    "lact_kernels.triton.layer.branch_sum",
+    "lact_kernels.triton.layer.silu_l2norm_rope",
+    "lact_kernels.triton.layer.rms_norm_scale_add",
 )
 
 

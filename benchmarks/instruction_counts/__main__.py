@@ -97,8 +97,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "window_attn",
         "window_attn_with_kvcache",
         "block_causal_ttt",
-        "branch_qkv",
-        "branch_sum",
+        "silu_l2norm_rope",
+        "rms_norm_scale_add",
     )
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHS), choices=ARCHS)
     parser.add_argument("--op", nargs="+", default=list(ops), choices=ops)

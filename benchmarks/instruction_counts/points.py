@@ -21,7 +21,6 @@ from benchmarks.registry import (
     empty_output,
     output_gradient,
 )
-from lact_kernels.ops import branches as branch_ops
 
 DTYPE, CPU = torch.bfloat16, torch.device("cpu")
 FLOAT32_BYTES = 4
@@ -84,14 +83,15 @@ class PointWork:
 
 @dataclasses.dataclass(frozen=True)
 class BranchWork:
-    """`branch_qkv` or `branch_sum` with all their options, as in `benchmarks/branches.py`."""
+    """An operation of `benchmarks/branches.py` with all its options."""
 
     op: str
     shape: dict[str, int]
 
     def ours(self, **inputs: Tensor) -> tuple[Tensor, ...] | Tensor:
         _, _, options = branches.make_inputs(self.op, self.shape, DTYPE, CPU)
-        return getattr(branch_ops, self.op)(**inputs, **options, backend="triton")
+        run = branches.function("lact_kernels.ops", self.op)
+        return run(**inputs, **options, backend="triton")
 
     def passes(self, function: Callable) -> list[Pass]:
         inputs, douts, _ = branches.make_inputs(self.op, self.shape, DTYPE, CPU)

@@ -25,8 +25,8 @@ from lact_kernels.layers.padding import Padding, checked_mask
 from lact_kernels.layers.rotary import rotary_tables
 from lact_kernels.layers.temporal_reduction import TemporalReduction
 from lact_kernels.ops import checks
-from lact_kernels.ops.branches import branch_qkv
 from lact_kernels.ops.checks import Backend
+from lact_kernels.ops.silu_l2norm_rope import silu_l2norm_rope
 
 BASE_LR = 0.001  # of every token before training
 NORM_EPS = 1e-5
@@ -348,7 +348,7 @@ class LaCTLayer(nn.Module):
             dtype = self.q_norm.weight.dtype  # wider than that of q under autocast
             q, k = self.q_norm(q.to(dtype)).to(v.dtype), self.k_norm(k.to(dtype)).to(v.dtype)
         wide = torch.float64 if v.dtype == torch.float64 else torch.float32
-        q, k, fast_q, fast_k, fast_v = branch_qkv(
+        q, k, fast_q, fast_k, fast_v = silu_l2norm_rope(
             q,
             k,
             v,

@@ -19,6 +19,7 @@ from lact_kernels.core.offsets import is_transformed
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # found, not imported
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_TRITON_FAST_DIM = 2048  # of a kernel that reads a fast head's channels at once
 MOST_TOKENS = 2**62  # more than any sequence has; registered ops take numbers of 64 bits
 
 Backend = Literal["auto", "triton", "eager"]
@@ -287,4 +288,11 @@ def _gpu_obstacle(index: int | None) -> str | None:
         return (
             f"its kernels need compute capability 8.0 or above, and q's device has {major}.{minor}"
         )
+    return None
+
+
+def wide_fast_heads_obstacle(fast_dim: int) -> str | None:
+    """Why a kernel that reads a fast head's channels at once cannot take so many, or None if it can."""
+    if fast_dim > MAX_TRITON_FAST_DIM:
+        return f"fast heads have up to {MAX_TRITON_FAST_DIM} channels, got {fast_dim}"
     return None

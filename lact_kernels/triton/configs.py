@@ -257,14 +257,14 @@ def ttt_config(name: str, dtype: torch.dtype, capability: tuple[int, int] | None
 # Elements of a tile and warps, by pass and width of the input dtype. Rows are read whole, and what they
 # need is the same on every architecture: 16 bytes of each tensor per thread.
 _ROW_TABLE: dict[tuple[str, int], tuple[int, int]] = {
-    ("branch_qkv_fwd", 16): (1024, 4),
-    ("branch_qkv_fwd", 32): (512, 4),
-    ("branch_qkv_bwd", 16): (1024, 4),
-    ("branch_qkv_bwd", 32): (512, 4),
-    ("branch_sum_fwd", 16): (1024, 4),
-    ("branch_sum_fwd", 32): (512, 4),
-    ("branch_sum_bwd", 16): (1024, 4),
-    ("branch_sum_bwd", 32): (512, 4),
+    ("silu_l2norm_rope_fwd", 16): (1024, 4),
+    ("silu_l2norm_rope_fwd", 32): (512, 4),
+    ("silu_l2norm_rope_bwd", 16): (1024, 4),
+    ("silu_l2norm_rope_bwd", 32): (512, 4),
+    ("rms_norm_scale_add_fwd", 16): (1024, 4),
+    ("rms_norm_scale_add_fwd", 32): (512, 4),
+    ("rms_norm_scale_add_bwd", 16): (1024, 4),
+    ("rms_norm_scale_add_bwd", 32): (512, 4),
 }
 
 

@@ -1,4 +1,4 @@
-"""`branch_qkv` and `branch_sum` as they are compiled: outputs and all gradients against float64.
+"""`silu_l2norm_rope` and `rms_norm_scale_add` as compiled: outputs and all gradients against float64.
 
 Nothing may be reported either. The sizes are those of models, the tokens so many that several programs
 have several blocks each, and a rest.

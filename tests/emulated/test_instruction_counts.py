@@ -211,7 +211,7 @@ def test_rates_are_those_published(arch, peak, fp32):
 @pytest.mark.xdist_group("sm_90-bfloat16")
 def test_command(tmp_path, capsys):
     file = tmp_path / "counts.jsonl"
-    ops = ["window_attn", "window_attn_with_kvcache", "branch_sum"]
+    ops = ["window_attn", "window_attn_with_kvcache", "rms_norm_scale_add"]
     assert main(["--arch", "90", "--quick", "--op", *ops, "--json", str(file)]) == 0
     text = capsys.readouterr().out
     assert "Bounds computed from counts" in text and "measured" not in text
@@ -232,8 +232,8 @@ def test_command(tmp_path, capsys):
         ("window_attn", "forward"),
         ("window_attn", "backward"),
         ("window_attn_with_kvcache", "forward"),
-        ("branch_sum", "forward"),
-        ("branch_sum", "backward"),
+        ("rms_norm_scale_add", "forward"),
+        ("rms_norm_scale_add", "backward"),
     ]
     for *parts, total in kernels.values():
         assert total["kernel"] == "total"

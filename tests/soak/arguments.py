@@ -5,7 +5,8 @@ from torch import Tensor
 
 import lact_kernels
 from lact_kernels import LaCTCache, LaCTLayer, RingKVCache, compat
-from lact_kernels.ops import branches
+from lact_kernels.ops.rms_norm_scale_add import rms_norm_scale_add
+from lact_kernels.ops.silu_l2norm_rope import silu_l2norm_rope
 from tests.cases import TTTCase
 from tests.soak.draw import Draw, int32, kind
 
@@ -103,16 +104,16 @@ CALLS = {
         | {name: torch.rand(4, 9, 1) for name in ("lr0", "lr1", "lr2", "momentum")}
         | {"chunk_size": 4, "use_muon": False},
     ),
-    "branch_qkv": lambda: (
-        branches.branch_qkv,
+    "silu_l2norm_rope": lambda: (
+        silu_l2norm_rope,
         {name: torch.randn(2, 5, 16) for name in "qkv"}
         | {"qk_scale": torch.randn(16, 2), "qk_offset": torch.randn(16, 2)}
         | {"cos": torch.randn(1, 5, 4), "sin": torch.randn(1, 5, 4)}
         | {"num_attn_heads": 2, "num_lact_heads": 1, "silu": True, "silu_v": True}
         | {"rotate_fast": True},
     ),
-    "branch_sum": lambda: (
-        branches.branch_sum,
+    "rms_norm_scale_add": lambda: (
+        rms_norm_scale_add,
         {"attn": torch.randn(2, 5, 2, 8), "ttt": torch.randn(2, 5, 1, 16)}
         | {"norm_weight": torch.randn(16), "scale": torch.randn(2, 5, 1), "eps": 1e-5},
     ),
@@ -164,8 +165,8 @@ RIGHT = {
         for x in ("lr0", "lr1", "lr2", "momentum")
         for dtype in ("half", "float64")
     ),
-    *(("branch_qkv", x, y) for x in ("qk_scale", "qk_offset") for y in ("half", "float64")),
-    *(("branch_sum", "norm_weight", x) for x in ("half", "float64")),
+    *(("silu_l2norm_rope", x, y) for x in ("qk_scale", "qk_offset") for y in ("half", "float64")),
+    *(("rms_norm_scale_add", "norm_weight", x) for x in ("half", "float64")),
     ("LaCTLayer.forward", "hidden_states", "another first axis"),
     ("LaCTLayer.forward", "attention_mask", "another dtype"),
     ("LaCTLayer", "layer_idx", "None"),

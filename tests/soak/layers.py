@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-import reference.branches
+import reference.rms_norm_scale_add
+import reference.silu_l2norm_rope
 from lact_kernels import LaCTCache, LaCTLayer
-from lact_kernels.ops import branches
+from lact_kernels.ops import rms_norm_scale_add, silu_l2norm_rope
 from tests.lact_layer_cases import oracle, randomised
 from tests.soak.bar import hold_gradients, hold_results
 from tests.soak.draw import Draw, borders_of, int32, kind
@@ -182,7 +183,7 @@ def lact_cache(draw: Draw) -> None:
 
 @kind(6)
 def layer_branches(draw: Draw) -> None:
-    """`branch_qkv` and `branch_sum`, what a layer does before and after its two operations."""
+    """What a layer does before and after its operations: `silu_l2norm_rope` and `rms_norm_scale_add`."""
     backend, dtype = draw.backend(0.1)
     Hq, Hf = draw.choice(((6, 2), (2, 2), (4, 1), (2, 4) if backend == "eager" else (2, 1)))
     D = draw.choice((2, 4, 8)) * (2 if Hf > Hq else 1)
@@ -202,16 +203,16 @@ def layer_branches(draw: Draw) -> None:
     draw.note(dtype=dtype, backend=backend, B=B, T=T, D=D, **options)
     gradients = draw.gradients(dtype, inputs)
 
-    def call(module, **backend):
+    def call(before, after, **backend):
         def run(x):
             qkv = x["projection"].chunk(3, dim=-1)
             tables = {n: t.to(x["qk_scale"].dtype) for n, t in angles.items()}
-            outputs = module.branch_qkv(
+            outputs = before.silu_l2norm_rope(
                 *qkv, x["qk_scale"], x["qk_offset"], **tables, **options, **backend
             )
             names = ("attn_q", "attn_k", "fast_q", "fast_k", "fast_v")
             results = dict(zip(names, outputs))
-            results["sum"] = module.branch_sum(
+            results["sum"] = after.rms_norm_scale_add(
                 results["attn_q"], x["ttt"], x["norm_weight"], x.get("scale"), eps=1e-5, **backend
             )
             return results
@@ -219,5 +220,6 @@ def layer_branches(draw: Draw) -> None:
         return run
 
     with draw.tiles():
-        ours = call(branches, backend=backend)
-        hold_gradients(ours, call(reference.branches), gradients, inputs)
+        ours = call(silu_l2norm_rope, rms_norm_scale_add, backend=backend)
+        plain = call(reference.silu_l2norm_rope, reference.rms_norm_scale_add)
+        hold_gradients(ours, plain, gradients, inputs)

@@ -1,4 +1,4 @@
-"""What surrounds the two operations of a LaCT layer, one formula after the other."""
+"""What a LaCT layer does to q, k and v before its two operations, one formula after the other."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from torch import Tensor
 NORM_EPS = 1e-5
 
 
-def branch_qkv(
+def silu_l2norm_rope(
     q: Tensor,  # [B, T, C]
     k: Tensor,  # [B, T, C]
     v: Tensor,  # [B, T, C]
@@ -50,19 +50,3 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos[:, :, None], sin[:, :, None]
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
-
-
-def branch_sum(
-    attn: Tensor,  # [B, T, Hq, D]
-    ttt: Tensor,  # [B, T, Hf, Df]
-    norm_weight: Tensor,  # [Df]
-    scale: Tensor | None,  # [B, T, Hf]
-    *,
-    eps: float,
-) -> Tensor:
-    """The attention's output plus the normed and scaled one of the fast weights, `[B, T, C]`."""
-    normed = ttt / torch.sqrt(ttt.square().mean(dim=-1, keepdim=True) + eps)
-    normed = normed * norm_weight.to(ttt.dtype)
-    if scale is not None:
-        normed = normed * scale[..., None]
-    return attn.flatten(2) + normed.flatten(2)

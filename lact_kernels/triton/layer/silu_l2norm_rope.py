@@ -1,4 +1,4 @@
-"""`branch_qkv`, forward and backward in one kernel each: every element is read once.
+"""`silu_l2norm_rope`, forward and backward in one kernel each: every element is read once.
 
 For q and for k, with R the rotation by the angles of a token:
 
@@ -127,7 +127,7 @@ def row_lengths(a1, a2):
 
 
 @triton.jit(do_not_specialize=["num_tokens", "T", "Hf", "angle_rows"])
-def _branch_qkv_fwd_kernel(
+def _silu_l2norm_rope_fwd_kernel(
     q_ptr,
     k_ptr,
     v_ptr,  # or None
@@ -203,7 +203,7 @@ def _branch_qkv_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=["num_tokens", "T", "Hf", "angle_rows"])
-def _branch_qkv_bwd_kernel(
+def _silu_l2norm_rope_bwd_kernel(
     dattn_q_ptr,
     dattn_k_ptr,
     dfast_q_ptr,
@@ -316,7 +316,7 @@ def _branch_qkv_bwd_kernel(
             store_pair(dv_ptr, dv_offsets, dv1 * slope1, dv2 * slope2, inside, HALF)
 
 
-def branch_qkv_fwd(
+def silu_l2norm_rope_fwd(
     q: Tensor,  # [B, T, C]
     k: Tensor,  # [B, T, C]
     v: Tensor | None,  # [B, T, C], or None where the fast weights take it as it is
@@ -338,11 +338,11 @@ def branch_qkv_fwd(
     outputs = (attn_q, attn_k, fast_q, fast_k, [] if v is None else [fast_v])
     if q.numel() == 0:
         return outputs
-    config = row_config("branch_qkv_fwd", C // Hf // 2, q.dtype)
+    config = row_config("silu_l2norm_rope_fwd", C // Hf // 2, q.dtype)
     q, k, v = _readable(q, k, v)
     splits = num_splits(B * T, config.block_m, 2 * Hf, q.device, FORWARD_PROGRAMS)
     with on_device(q):
-        _branch_qkv_fwd_kernel[(splits * Hf, 2 if v is None else 3)](
+        _silu_l2norm_rope_fwd_kernel[(splits * Hf, 2 if v is None else 3)](
             q, k, v, qk_scale.contiguous(), qk_offset.contiguous(),
             cos.contiguous(), sin.contiguous(), attn_q, attn_k, fast_q, fast_k, fast_v,
             B * T, T, Hf, _angle_rows(cos), *token_strides(q, k, v),
@@ -352,7 +352,7 @@ def branch_qkv_fwd(
     return outputs
 
 
-def branch_qkv_bwd(
+def silu_l2norm_rope_bwd(
     dattn_q: Tensor,  # [B, T, Hq, D]
     dattn_k: Tensor,  # [B, T, Hq, D]
     dfast_q: Tensor,  # [B, T, Hf, Df]
@@ -375,14 +375,14 @@ def branch_qkv_bwd(
     Hq, Hf = num_attn_heads, num_lact_heads
     dq, dk = q.new_empty(B, T, C), k.new_empty(B, T, C)
     dv = None if v is None else v.new_empty(B, T, C)
-    config = row_config("branch_qkv_bwd", C // Hf // 2, q.dtype)
+    config = row_config("silu_l2norm_rope_bwd", C // Hf // 2, q.dtype)
     splits = num_splits(B * T, config.block_m, 2 * Hf, q.device, BACKWARD_PROGRAMS)
     dscale, doffset = (q.new_empty(splits, C, 2, dtype=torch.float32) for _ in range(2))
     if q.numel():
         grads = [x.flatten(2) for x in (dattn_q, dattn_k, dfast_q, dfast_k, *dfast_v)]
         tensors = _readable(*grads, *([None] if v is None else []), q, k, v)
         with on_device(q):
-            _branch_qkv_bwd_kernel[(splits * Hf, 2 if v is None else 3)](
+            _silu_l2norm_rope_bwd_kernel[(splits * Hf, 2 if v is None else 3)](
                 *tensors, qk_scale.contiguous(), qk_offset.contiguous(),
                 cos.contiguous(), sin.contiguous(), dq, dk, dv, dscale, doffset,
                 B * T, T, Hf, _angle_rows(cos), *token_strides(*tensors),
@@ -441,7 +441,10 @@ def compiled_sizes(arch: int) -> Iterator[tuple[torch.dtype, int, int]]:
 def compile_cases(arch: int) -> Iterator[CompileCase]:
     """The specialisations of some models' sizes, for benchmarks/compile_report."""
     floats = ("scale_ptr", "offset_ptr", "cos_ptr", "sin_ptr", "dscale_ptr", "doffset_ptr")
-    kernels = {"branch_qkv_fwd": _branch_qkv_fwd_kernel, "branch_qkv_bwd": _branch_qkv_bwd_kernel}
+    kernels = {
+        "silu_l2norm_rope_fwd": _silu_l2norm_rope_fwd_kernel,
+        "silu_l2norm_rope_bwd": _silu_l2norm_rope_bwd_kernel,
+    }
     for name, kernel in kernels.items():
         names = [x.name for x in kernel.params if x.name.endswith("_ptr")]
         for dtype, head_dim, fast_dim in compiled_sizes(arch):

@@ -1,4 +1,4 @@
-"""`branch_sum`, forward and backward in one kernel each: every element is read once.
+"""`rms_norm_scale_add`, forward and backward in one kernel each: every element is read once.
 
 For each row x of the fast weights' outputs, one fast head of one token, with the means over its channels:
 
@@ -9,7 +9,7 @@ For each row x of the fast weights' outputs, one fast head of one token, with th
 ```
 
 All is float32 and rounded to the dtype of the memory once. The backward computes r again: it follows
-from x, which it reads anyway. The sum over rows is taken in two steps, as in `branch_qkv`.
+from x, which it reads anyway. The sum over rows is taken in two steps, as in `silu_l2norm_rope`.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from lact_kernels.triton.configs import (
     row_config,
 )
 from lact_kernels.triton.launch import on_device, outer_strides, readable_in_place
-from lact_kernels.triton.layer.branch_qkv import (
+from lact_kernels.triton.layer.silu_l2norm_rope import (
     BACKWARD_PROGRAMS,
     compiled_sizes,
     num_splits,
@@ -54,7 +54,7 @@ def load_rows(ptr, rows, columns, inside, T, Hf, stride_b, stride_t, stride_h):
 
 
 @triton.jit(do_not_specialize=["num_rows", "T", "Hf"])
-def _branch_sum_fwd_kernel(
+def _rms_norm_scale_add_fwd_kernel(
     attn_ptr,
     ttt_ptr,
     weight_ptr,  # [Df], contiguous
@@ -93,7 +93,7 @@ def _branch_sum_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows", "T", "Hf"])
-def _branch_sum_bwd_kernel(
+def _rms_norm_scale_add_bwd_kernel(
     dout_ptr,
     ttt_ptr,
     weight_ptr,  # [Df], contiguous
@@ -145,7 +145,7 @@ def _branch_sum_bwd_kernel(
     )
 
 
-def branch_sum_fwd(
+def rms_norm_scale_add_fwd(
     attn: Tensor,  # [B, T, Hq, D]
     ttt: Tensor,  # [B, T, Hf, Df]
     norm_weight: Tensor,  # [Df]
@@ -157,10 +157,10 @@ def branch_sum_fwd(
     out = ttt.new_empty(B, T, Hf * Df)
     if out.numel() == 0:
         return out
-    config = row_config("branch_sum_fwd", Df, ttt.dtype)
+    config = row_config("rms_norm_scale_add_fwd", Df, ttt.dtype)
     attn, ttt = readable_in_place(attn.flatten(2), ttt)
     with on_device(ttt):
-        _branch_sum_fwd_kernel[(triton.cdiv(B * T * Hf, config.block_m),)](
+        _rms_norm_scale_add_fwd_kernel[(triton.cdiv(B * T * Hf, config.block_m),)](
             attn, ttt, norm_weight.contiguous(), scale, out, B * T * Hf, T, Hf,
             *token_strides(attn), *outer_strides(ttt), *_scale_strides(scale),
             **constexprs(Df, eps, config), num_warps=config.num_warps,
@@ -169,7 +169,7 @@ def branch_sum_fwd(
     return out
 
 
-def branch_sum_bwd(
+def rms_norm_scale_add_bwd(
     dout: Tensor,  # [B, T, C]
     ttt: Tensor,
     norm_weight: Tensor,
@@ -180,13 +180,13 @@ def branch_sum_bwd(
     B, T, Hf, Df = ttt.shape
     dttt = ttt.new_empty(ttt.shape)
     dscale = None if scale is None else scale.new_empty(scale.shape)
-    config = row_config("branch_sum_bwd", Df, ttt.dtype)
+    config = row_config("rms_norm_scale_add_bwd", Df, ttt.dtype)
     splits = num_splits(B * T * Hf, config.block_m, 1, ttt.device, BACKWARD_PROGRAMS)
     dweight = ttt.new_empty(splits, Df, dtype=torch.float32)
     if ttt.numel():
         dout, ttt = readable_in_place(dout, ttt)
         with on_device(ttt):
-            _branch_sum_bwd_kernel[(splits,)](
+            _rms_norm_scale_add_bwd_kernel[(splits,)](
                 dout, ttt, norm_weight.contiguous(), scale, dttt, dweight, dscale,
                 B * T * Hf, T, Hf,
                 *token_strides(dout), *outer_strides(ttt), *_scale_strides(scale),
@@ -214,7 +214,10 @@ def constexprs(fast_dim: int, eps: float, config: RowConfig) -> dict:
 def compile_cases(arch: int) -> Iterator[CompileCase]:
     """The specialisations of some models' sizes, for benchmarks/compile_report."""
     floats = ("weight_ptr", "dweight_ptr")
-    kernels = {"branch_sum_fwd": _branch_sum_fwd_kernel, "branch_sum_bwd": _branch_sum_bwd_kernel}
+    kernels = {
+        "rms_norm_scale_add_fwd": _rms_norm_scale_add_fwd_kernel,
+        "rms_norm_scale_add_bwd": _rms_norm_scale_add_bwd_kernel,
+    }
     for name, kernel in kernels.items():
         names = [x.name for x in kernel.params if x.name.endswith("_ptr")]
         for dtype, _, fast_dim in compiled_sizes(arch):

@@ -1,20 +1,18 @@
-"""`branch_qkv` and `branch_sum`: what a LaCT layer does before and after its two operations.
+"""`silu_l2norm_rope`: what a LaCT layer does to q, k and v before its two operations.
 
 The layer (arXiv 2505.23884, section 3.3; `LaCTSWIGLULayer` in the authors' repository) shares one
-projection between attention and fast weights, and adds what the two give.
+projection between attention and fast weights.
 """
 
 import torch
 from torch import Tensor
 
-from lact_kernels.autograd.branches import branch_qkv_fwd, branch_sum_fwd
+from lact_kernels.autograd.silu_l2norm_rope import silu_l2norm_rope_fwd
 from lact_kernels.ops import checks
 from lact_kernels.ops.checks import Backend
 
-MAX_TRITON_FAST_DIM = 2048
 
-
-def branch_qkv(
+def silu_l2norm_rope(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -30,7 +28,7 @@ def branch_qkv(
     rotate_fast: bool,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The inputs of both branches of a LaCT layer, from the queries, keys and values that they share.
+    """The inputs of attention and fast weights in a LaCT layer, from the q, k and v that they share.
 
     The C channels are Hq attention heads of D channels, and also Hf fast heads of Df. `rope` rotates
     the channels i and i + D/2 of each attention head against each other:
@@ -100,79 +98,18 @@ def branch_qkv(
             f"sin must have the shape of cos {tuple(cos.shape)}, got {tuple(sin.shape)}"
         )
     checks.check_flags(silu=silu, silu_v=silu_v, rotate_fast=rotate_fast)
-    obstacle = _wide_heads_obstacle(fast_dim)
+    obstacle = checks.wide_fast_heads_obstacle(fast_dim)
     if fast_dim % head_dim:
         obstacle = (
             f"each fast head must hold whole attention heads, and the {head_dim} channels of these"
             f" do not divide its {fast_dim}"
         )
     backend = checks.choose_backend(backend, q, obstacle)
-    *outputs, fast_v = branch_qkv_fwd(
+    *outputs, fast_v = silu_l2norm_rope_fwd(
         q, k, v if silu_v else None, qk_scale, qk_offset, cos, sin,
         num_attn_heads, num_lact_heads, silu, rotate_fast, backend,
     )  # fmt: skip
     return *outputs, fast_v[0] if silu_v else v.unflatten(-1, (num_lact_heads, fast_dim))
-
-
-def branch_sum(
-    attn: Tensor,
-    ttt: Tensor,
-    norm_weight: Tensor,
-    scale: Tensor | None,
-    *,
-    eps: float,
-    backend: Backend = "auto",
-) -> Tensor:
-    """The sum of both branches of a LaCT layer, in which the one of the fast weights is normed and scaled.
-
-        out = attn + ttt / sqrt(mean(ttt^2) + eps) * norm_weight * scale
-
-    with the mean over the channels of each fast head, and all terms in the same C channels.
-
-    Args:
-        attn: outputs of the attention `[B, T, Hq, D]`; float16, bfloat16, float32, or float64 (eager
-            backend only).
-        ttt: outputs of the fast weights `[B, T, Hf, Df]` with Hf Df = Hq D, in the dtype of attn.
-        norm_weight: `[Df]`, of any of these dtypes.
-        scale: `[B, T, Hf]` in the dtype of attn, or None for 1.
-        eps: added to the mean, not negative.
-        backend: `"triton"` (NVIDIA GPUs, Df up to 2048), `"eager"` (any device), or `"auto"`: Triton
-            where it can run, else eager. An explicit choice raises when it cannot run.
-
-    Returns:
-        `[B, T, C]` in the dtype of attn, computed in float32 (float64 for float64 inputs) and rounded
-        once. Gradients flow to attn, ttt, norm_weight and scale; the backward keeps the last three.
-        `torch.autocast` changes nothing.
-
-    Raises:
-        TypeError: an argument of the wrong type, or a tensor of the wrong dtype.
-        ValueError: a wrong shape, device or value. Both name the argument, what came and what was
-            expected, before any kernel starts.
-    """
-    checks.check_floating("attn", attn, "[B, T, Hq, D]")
-    checks.check_floating("ttt", ttt, "[B, T, Hf, Df]")
-    B, T, Hq, D = attn.shape
-    Hf, Df = ttt.shape[2:]
-    checks.check_float_dtype("norm_weight", norm_weight, "[Df]")
-    checks.check_tensor(
-        "ttt", ttt, (B, T, Hf, Df), "[B, T, Hf, Df]", attn.dtype, attn.device, "attn"
-    )
-    if Hf * Df != Hq * D:
-        raise ValueError(
-            f"ttt must have the {Hq * D} channels of attn, got {Hf} heads of {Df}: {Hf * Df}"
-        )
-    checks.check_tensor(
-        "norm_weight", norm_weight, (Df,), "[Df]", norm_weight.dtype, attn.device, "attn"
-    )
-    if scale is not None:
-        checks.check_tensor(
-            "scale", scale, (B, T, Hf), "[B, T, Hf]", attn.dtype, attn.device, "attn"
-        )
-    eps = checks.check_finite_number("eps", eps)
-    if eps < 0:
-        raise ValueError(f"eps must not be negative, got {eps}")
-    backend = checks.choose_backend(backend, attn, _wide_heads_obstacle(Df))
-    return branch_sum_fwd(attn, ttt, norm_weight, scale, float(eps), backend)
 
 
 def _check_angles(name: str, x: Tensor, shape: tuple[int, int, int], q: Tensor) -> None:
@@ -183,9 +120,3 @@ def _check_angles(name: str, x: Tensor, shape: tuple[int, int, int], q: Tensor) 
     checks.check_tensor(name, x, shape, "[1 or B, T, D/2]", dtype, q.device)
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name} requires a gradient, and gets none: pass {name}.detach()")
-
-
-def _wide_heads_obstacle(fast_dim: int) -> str | None:
-    if fast_dim > MAX_TRITON_FAST_DIM:
-        return f"fast heads have up to {MAX_TRITON_FAST_DIM} channels, got {fast_dim}"
-    return None

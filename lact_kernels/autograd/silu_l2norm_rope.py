@@ -1,0 +1,88 @@
+"""`silu_l2norm_rope` as a pair of registered ops: what the backward remembers, what comes out.
+
+Both are functional and opaque to `torch.compile`. The backward keeps inputs, nothing else: what it needs
+beside them costs less to compute again than to read.
+
+`v` is None where the fast weights take it as it is, and with `v` the lists `fast_v` and `dv` hold one
+tensor. An op may not return a view of what it is given.
+"""
+
+from types import ModuleType
+
+import torch
+
+from lact_kernels.autograd.autocast import register_autocast
+from lact_kernels.autograd.derivatives import register_derivatives
+from lact_kernels.autograd.vmap import register_vmap
+from lact_kernels.eager import silu_l2norm_rope as eager
+
+INPUTS = (
+    "Tensor q, Tensor k, Tensor? v, Tensor qk_scale, Tensor qk_offset, Tensor cos, Tensor sin,"
+    " SymInt num_attn_heads, SymInt num_lact_heads, bool silu, bool rotate_fast, str backend"
+)
+
+
+@torch.library.custom_op(
+    "lact_kernels::silu_l2norm_rope_fwd",
+    mutates_args=(),
+    schema=f"({INPUTS}) -> (Tensor attn_q, Tensor attn_k, Tensor fast_q, Tensor fast_k, Tensor[] fast_v)",
+)
+def silu_l2norm_rope_fwd(*args):
+    *args, backend = args
+    return _launchers(backend).silu_l2norm_rope_fwd(*args)
+
+
+@silu_l2norm_rope_fwd.register_fake
+def _(q, k, v, qk_scale, qk_offset, cos, sin, num_attn_heads, num_lact_heads, *_):
+    B, T, C = q.shape
+    attn, fast = ((B, T, heads, C // heads) for heads in (num_attn_heads, num_lact_heads))
+    fast_v = [] if v is None else [q.new_empty(fast)]
+    return q.new_empty(attn), q.new_empty(attn), q.new_empty(fast), q.new_empty(fast), fast_v
+
+
+@torch.library.custom_op(
+    "lact_kernels::silu_l2norm_rope_bwd",
+    mutates_args=(),
+    schema="(Tensor dattn_q, Tensor dattn_k, Tensor dfast_q, Tensor dfast_k, Tensor[] dfast_v,"
+    f" {INPUTS}) -> (Tensor dq, Tensor dk, Tensor[] dv, Tensor dqk_scale, Tensor dqk_offset)",
+)
+def silu_l2norm_rope_bwd(*args):
+    *args, backend = args
+    return _launchers(backend).silu_l2norm_rope_bwd(*args)
+
+
+@silu_l2norm_rope_bwd.register_fake
+def _(dattn_q, dattn_k, dfast_q, dfast_k, dfast_v, q, k, v, qk_scale, qk_offset, *_):
+    dv = [] if v is None else [v.new_empty(v.shape)]
+    dqk_scale, dqk_offset = (x.new_empty(x.shape) for x in (qk_scale, qk_offset))
+    return q.new_empty(q.shape), k.new_empty(k.shape), dv, dqk_scale, dqk_offset
+
+
+def _setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:7])
+    ctx.options = inputs[7:]
+
+
+def _backward(ctx, *grads):
+    *grads, dfast_v = grads
+    dq, dk, dv, dqk_scale, dqk_offset = silu_l2norm_rope_bwd(
+        *grads, dfast_v, *ctx.saved_tensors, *ctx.options
+    )
+    rest = (None,) * (2 + len(ctx.options))  # cos, sin and the options
+    return dq, dk, dv[0] if dv else None, dqk_scale, dqk_offset, *rest
+
+
+def _launchers(backend: str) -> ModuleType:
+    """The module with the chosen backend's functions, imported only now."""
+    if backend == "triton":
+        from lact_kernels.triton.layer import silu_l2norm_rope
+
+        return silu_l2norm_rope
+    return eager
+
+
+register_derivatives(silu_l2norm_rope_fwd, _backward, _setup)
+register_derivatives(silu_l2norm_rope_bwd)
+for _op in (silu_l2norm_rope_fwd, silu_l2norm_rope_bwd):
+    register_vmap(_op)
+    register_autocast(_op)
