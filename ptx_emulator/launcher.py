@@ -203,24 +203,31 @@ def _arguments(compiled: Compiled, bound: dict, num_programs: int) -> list:
                 *value.shape,
                 *value.strides,
             ]
-        elif compiled.signature[name] != "constexpr":
-            arguments.append(_converted(value, compiled.signature[name]))
+        else:
+            arguments += _converted(value, compiled.signature[name])
     size = compiled.metadata.get("global_scratch_size") or 0
     arguments.append(torch.empty(size * num_programs, dtype=torch.uint8))
     return arguments + [0] * (NUM_SCRATCH_POINTERS - 1)
 
 
-def _converted(value, type: str):
-    """As the parameter is declared: a number for a float is none of its bits."""
+def _converted(value, type: str | tuple) -> list:
+    """The parameters of an argument, as they are declared: a number for a float is none of its bits.
+
+    A tuple has a parameter for each element, and what is known to the compiler has none.
+    """
+    if isinstance(type, tuple):
+        return [x for element in zip(value, type, strict=True) for x in _converted(*element)]
+    if type == "constexpr":
+        return []
     if isinstance(value, TensorWrapper):  # of triton.reinterpret
-        return value.base
+        return [value.base]
     if isinstance(value, torch.Tensor) or value is None:
-        return value
+        return [value]
     if type in _FLOATS:
-        return int(torch.tensor(float(value), dtype=_FLOATS[type]).view(torch.int16)) & 0xFFFF
+        return [int(torch.tensor(float(value), dtype=_FLOATS[type]).view(torch.int16)) & 0xFFFF]
     if type == "fp64":
-        return int(torch.tensor(float(value), dtype=torch.float64).view(torch.int64))
-    return float(value) if type == "fp32" else int(value)
+        return [int(torch.tensor(float(value), dtype=torch.float64).view(torch.int64))]
+    return [float(value) if type == "fp32" else int(value)]
 
 
 def _checked_grid(name: str, grid) -> tuple[int, int, int]:

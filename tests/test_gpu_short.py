@@ -183,10 +183,10 @@ def test_every_kernel_is_launched(launches):
 def test_attention_is_launched_in_every_row_of_the_table_and_packed(launches):
     rows, packed = set(), set()
     for name, arguments in launches:
-        if "HEAD_DIM_QK" in arguments:
-            size = configs._head_dim_class(arguments["HEAD_DIM_QK"], arguments["HEAD_DIM_V"])
-            rows.add((name, arguments["BLOCK_M"] > 16, size))
-            packed |= {name} if arguments.get("cu_seqlens_q_ptr") is not None else set()
+        if sizes := arguments.get("SIZES"):
+            size = configs._head_dim_class(sizes.D, sizes.DV)
+            rows.add((name, sizes.BLOCK_M > 16, size))
+            packed |= {name} if arguments.get("cu_seqlens") is not None else set()
     passes = {f"_window_attn_{x}_kernel" for x in ("fwd", "bwd_dq", "bwd_dkv")}
     kinds = {(name, True) for name in passes}
     kinds |= {("_window_attn_with_kvcache_kernel", wide) for wide in (False, True)}

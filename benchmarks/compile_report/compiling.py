@@ -19,6 +19,8 @@ _POINTER_TYPES = {
     torch.float32: "*fp32",
     torch.int32: "*i32",
 }
+# Tuples of strides, by the end of the name: of batch row and token, and of the head as well.
+_STRIDES = {"_token_strides": 2, "_strides": 3}
 # Of ptxas, which has a number for each thing that it does not like: (C7515) Potential Performance Loss: ...
 _WARNING = re.compile(r"^.*(?:warning|Potential Performance Loss).*$", re.IGNORECASE | re.MULTILINE)
 
@@ -90,10 +92,24 @@ def _signature(case: CompileCase) -> tuple[dict[str, str], dict]:
         if parameter.is_constexpr or name in case.constexprs:
             signature[name] = "constexpr"
             continue
-        if name in case.pointers:
-            signature[name] = _POINTER_TYPES[case.pointers[name]]
-        else:
-            signature[name] = "fp32" if name.endswith(("scale", "factor")) else "i32"
-        if signature[name] != "fp32" and not parameter.do_not_specialize:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+        signature[name] = types = _types(name, case.pointers.get(name))
+        if types != "fp32" and not parameter.do_not_specialize:
+            places = (
+                [(index, i) for i in range(len(types))] if isinstance(types, tuple) else [(index,)]
+            )
+            attributes |= dict.fromkeys(places, [["tt.divisibility", 16]])
     return signature, attributes
+
+
+def _types(
+    name: str, pointers: torch.dtype | tuple[torch.dtype, ...] | None
+) -> str | tuple[str, ...]:
+    """Triton's name for the type of an argument, or those of the elements of a tuple."""
+    if isinstance(pointers, tuple):
+        return tuple(_POINTER_TYPES[dtype] for dtype in pointers)
+    if pointers is not None:
+        return _POINTER_TYPES[pointers]
+    for ending, number in _STRIDES.items():
+        if name.endswith(ending):
+            return ("i32",) * number
+    return "fp32" if name.endswith(("scale", "factor")) else "i32"

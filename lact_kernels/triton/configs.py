@@ -63,9 +63,9 @@ class RowConfig:
 class CompileCase:
     """One shipped specialisation of one kernel, as a report needs it to compile it without a GPU.
 
-    `pointers` gives the element dtype of each pointer argument, `constexprs` the compile-time
-    arguments. Arguments in neither are 32-bit integers, or float32 where the name ends in `scale` or
-    `factor`.
+    `pointers` gives the element dtype of each pointer argument, or a tuple of them for a tuple of
+    pointers, and `constexprs` the compile-time arguments. Arguments in neither are float32 where the name
+    ends in `scale` or `factor`, tuples of integers where it ends in `strides`, and else integers, of 32 bits.
     """
 
     name: str
@@ -74,7 +74,7 @@ class CompileCase:
     dtype: torch.dtype
     shape: str
     config: KernelConfig | TTTConfig | RowConfig
-    pointers: dict[str, torch.dtype] = field(repr=False)
+    pointers: dict[str, torch.dtype | tuple[torch.dtype, ...]] = field(repr=False)
     constexprs: dict[str, Any] = field(repr=False)
     also: tuple[int, ...] = ()  # architectures that take the same row
     demanding: bool = True  # False: another case has the same tiles, the same code and more
@@ -82,9 +82,8 @@ class CompileCase:
 
 def packing_cases(case: CompileCase) -> Iterator[CompileCase]:
     """An attention kernel without and with packed sequences."""
-    names = ("cu_seqlens_q_ptr", "cu_seqlens_k_ptr")
-    yield replace(case, constexprs=case.constexprs | dict.fromkeys(names), demanding=False)
-    packed = case.pointers | dict.fromkeys(names, torch.int32)
+    yield replace(case, constexprs={**case.constexprs, "cu_seqlens": None}, demanding=False)
+    packed = {**case.pointers, "cu_seqlens": (torch.int32, torch.int32)}
     yield replace(case, shape=f"{case.shape} packed", pointers=packed)
 
 

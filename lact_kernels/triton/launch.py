@@ -17,13 +17,18 @@ def readable_in_place(*tensors: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def outer_strides(*tensors: Tensor) -> list[int]:
-    """Strides of batch, time and head of each tensor.
+def outer_strides(*tensors: Tensor | None) -> list[tuple[int, ...] | None]:
+    """Of each tensor the strides of all axes but the last, in which elements lie side by side."""
+    return [None if x is None else strides(x)[:-1] for x in tensors]
+
+
+def strides(x: Tensor) -> tuple[int, ...]:
+    """Its strides, as a kernel takes them.
 
     An axis of one element gets 0: its stride is arbitrary, and an odd one would make Triton compile
     a kernel without wide loads.
     """
-    return [0 if x.size(axis) == 1 else x.stride(axis) for x in tensors for axis in range(3)]
+    return tuple([0 if n == 1 else stride for n, stride in zip(x.shape, x.stride())])
 
 
 def positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, int, float]:
@@ -39,14 +44,14 @@ def positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, int, float]
 
 def packing_arguments(
     cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, device: torch.device
-) -> tuple[Tensor | None, Tensor | None, int]:
-    """The borders of packed sequences as the kernels take them, and how many sequences: 0 if dense."""
+) -> tuple[tuple[Tensor, Tensor] | None, int]:
+    """The borders of packed sequences in q and in k, and how many sequences: None and 0 if dense."""
     if cu_seqlens_q is None:
-        return None, None, 0
+        return None, 0
     own = cu_seqlens_q.to(device, non_blocking=True).contiguous()
     if cu_seqlens_k is cu_seqlens_q:
-        return own, own, len(own) - 1
-    return own, cu_seqlens_k.to(device, non_blocking=True).contiguous(), len(own) - 1
+        return (own, own), len(own) - 1
+    return (own, cu_seqlens_k.to(device, non_blocking=True).contiguous()), len(own) - 1
 
 
 CPU_MULTIPROCESSORS = 1  # another number where a device is emulated

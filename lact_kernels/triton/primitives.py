@@ -24,6 +24,8 @@ follows from T and N alone, and a program finds its sequence in `cu_seqlens` its
 the host, and a recorded CUDA graph serves all lengths that add up to T.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -41,16 +43,22 @@ def block_dim(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def attention_constexprs(D: int, Dv: int, config: KernelConfig) -> dict[str, int]:
-    """The compile-time sizes of an attention kernel."""
-    return {
-        "HEAD_DIM_QK": D,
-        "HEAD_DIM_V": Dv,
-        "BLOCK_D": block_dim(D),
-        "BLOCK_DV": block_dim(Dv),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-    }
+class Sizes(NamedTuple):
+    """The sizes that an attention kernel is compiled for: head dims of q and k, of v, the padded ones, tiles.
+
+    In Triton 3.4 they are plain numbers to a kernel: `tl.full` takes these as a shape, `tl.zeros` does not.
+    """
+
+    D: int
+    DV: int
+    BLOCK_D: int
+    BLOCK_DV: int
+    BLOCK_M: int
+    BLOCK_N: int
+
+    @classmethod
+    def of(cls, D: int, Dv: int, config: KernelConfig) -> "Sizes":
+        return cls(D, Dv, block_dim(D), block_dim(Dv), config.block_m, config.block_n)
 
 
 def num_tile_slots(T: int, num_sequences: int, block: int) -> int:
@@ -81,13 +89,14 @@ def sequence_of_slot(slot, cu_seqlens_ptr, num_sequences, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def packed_tile(
-    slot, own_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_sequences, BLOCK: tl.constexpr
-):
-    """Tile, and first row and length of its sequence in q and in k; `own_ptr` is what is cut into tiles."""
+def packed_tile(slot, own_ptr, cu_seqlens, num_sequences, BLOCK: tl.constexpr):
+    """Tile, and first row and length of its sequence in q and in k.
+
+    `cu_seqlens` has the borders in q and in k, and `own_ptr` is that of the two which is cut into tiles.
+    """
     n, tile = sequence_of_slot(slot, own_ptr, num_sequences, BLOCK)
-    q_start, Tq = span_of_sequence(cu_seqlens_q_ptr, n)
-    k_start, Tk = span_of_sequence(cu_seqlens_k_ptr, n)
+    q_start, Tq = span_of_sequence(cu_seqlens[0], n)
+    k_start, Tk = span_of_sequence(cu_seqlens[1], n)
     return tile, q_start, Tq, k_start, Tk
 
 
@@ -96,6 +105,12 @@ def span_of_sequence(cu_seqlens_ptr, n):
     """First row, 64-bit, and length of sequence n."""
     start = tl.load(cu_seqlens_ptr + n)
     return start.to(tl.int64), tl.load(cu_seqlens_ptr + n + 1) - start
+
+
+@triton.jit
+def head_offset(strides, b, h):
+    """Elements before head h of batch row b; `strides` are those of batch row, token and head."""
+    return b * strides[0] + h * strides[2]
 
 
 @triton.jit
@@ -148,8 +163,12 @@ def query_tile_bounds(first_key, Tq, Tk, window_size, BLOCK_M: tl.constexpr, BLO
 
 
 @triton.jit
-def nth_tile(first_tile, step, gap_start, gap, HAS_GAP: tl.constexpr):
-    """Tile number `step` of a segment, which may leave out `gap` tiles from `gap_start` on."""
+def nth_tile(tiles, step, HAS_GAP: tl.constexpr):
+    """Tile number `step` of a segment.
+
+    `tiles` are its first tile and their number, and with a gap: where it begins, and how many tiles it has.
+    """
+    first_tile, _, gap_start, gap = tiles
     tile = first_tile + step
     if HAS_GAP:
         tile = tl.where(tile >= gap_start, tile + gap, tile)
@@ -209,6 +228,17 @@ def softmax_from_shift(scores, shift, scale):
     keeps the sum finite where the lse is coarser still.
     """
     return tl.exp2(tl.minimum((scores - shift) * (scale * LOG2_E), 64.0))
+
+
+@triton.jit
+def tile_pointers(tensor, first_row, head=0):
+    """Pointers to the tile of rows that begins with row `first_row`.
+
+    `tensor` is a pointer to a head, from which `head` counts, offsets within a tile, and strides.
+    """
+    ptr, offsets, strides = tensor
+    first_row, head = tl.cast(first_row, tl.int64), tl.cast(head, tl.int64)
+    return ptr + head * strides[2] + first_row * strides[1] + offsets
 
 
 @triton.jit

@@ -58,6 +58,7 @@ from lact_kernels.triton.fast_weights.primitives import (
     dot_columns,
     dot_rows,
     power_of_two,
+    token_pointers,
     token_tile,
 )
 from lact_kernels.triton.launch import outer_strides
@@ -84,12 +85,8 @@ def _ttt_hidden_kernel(
     num_k,
     num_v,
     num_h,
-    stride_xb,
-    stride_xt,
-    stride_xh,
-    stride_yb,
-    stride_yt,
-    stride_yh,
+    x_strides,  # of batch row, token and head, like the next
+    y_strides,
     DK: tl.constexpr,
     DV: tl.constexpr,
     DH: tl.constexpr,
@@ -108,8 +105,7 @@ def _ttt_hidden_kernel(
     tokens = tl.arange(0, BLOCK_T)
     units = first_unit + tl.arange(0, BLOCK_H)
     w_ptr = weights_ptr + (chunk * H + h) * SIZE
-    x_pointers = x_ptr + b * stride_xb + first * stride_xt + h * stride_xh
-    x_pointers += tokens[:, None] * stride_xt
+    x_pointers = token_pointers(x_ptr, x_strides, b, first, h, tokens)
     gate = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     up = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     gate, up = dot_rows(
@@ -125,8 +121,7 @@ def _ttt_hidden_kernel(
     if y_ptr is None:
         tl.store(acts_ptr + offsets, (silu * up).to(acts_ptr.dtype.element_ty), mask=inside)
     else:
-        y_pointers = y_ptr + b * stride_yb + first * stride_yt + h * stride_yh
-        y_pointers += tokens[:, None] * stride_yt
+        y_pointers = token_pointers(y_ptr, y_strides, b, first, h, tokens)
         dhidden = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
         dhidden, _ = dot_columns(
             dhidden, dhidden, y_pointers, tokens, number, w_ptr + OFFSET1, None, units, num_v,
@@ -172,12 +167,8 @@ def _ttt_hidden_bwd_kernel(
     num_k,
     num_v,
     num_h,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
+    k_strides,  # of batch row, token and head, like the next
+    v_strides,
     DK: tl.constexpr,
     DV: tl.constexpr,
     DH: tl.constexpr,
@@ -208,10 +199,8 @@ def _ttt_hidden_bwd_kernel(
     matrices = (chunk * H + h) * SIZE
     w_ptr = weights_ptr + matrices
     dg_ptr = dsteps_ptr + matrices
-    k_pointers = k_ptr + b * stride_kb + first * stride_kt + h * stride_kh
-    k_pointers += tokens[:, None] * stride_kt
-    v_pointers = v_ptr + b * stride_vb + first * stride_vt + h * stride_vh
-    v_pointers += tokens[:, None] * stride_vt
+    k_pointers = token_pointers(k_ptr, k_strides, b, first, h, tokens)
+    v_pointers = token_pointers(v_ptr, v_strides, b, first, h, tokens)
 
     CHECK: tl.constexpr = DH % BLOCK_H != 0
     gate = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
@@ -302,7 +291,7 @@ def ttt_hidden(
     name = "ttt_hidden" if y is None else "ttt_hidden_grad"
     config = ttt_config(name, x.dtype, capability_of(x.device))
     _ttt_hidden_kernel[(run.num_programs(config, dims.Dh, acts.shape[1]),)](
-        x, y, lr, weights, acts, *run.arguments(acts, dims), *outer_strides(x, x if y is None else y),
+        x, y, lr, weights, acts, *run.arguments(acts, dims), *outer_strides(x, y),
         **activation_constexprs(dims, config), **launch_options(config),
     )  # fmt: skip
 
@@ -350,7 +339,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
     acts = ("weights_ptr", "acts_ptr")
     yield from ttt_compile_cases(
         "ttt_hidden", _ttt_hidden_kernel, arch, activation_constexprs,
-        tokens=("x_ptr", *acts), absent=("y_ptr", "lr_ptr", "table_ptr"),
+        tokens=("x_ptr", *acts), absent=("y_ptr", "y_strides", "lr_ptr", "table_ptr"),
     )  # fmt: skip
     yield from ttt_compile_cases(
         "ttt_hidden_grad", _ttt_hidden_kernel, arch, activation_constexprs,

@@ -111,6 +111,18 @@ def token_tile(
 
 
 @triton.jit
+def token_offset(strides, b, token, h):
+    """Elements before head h of a token; `strides` are those of batch row, token and head."""
+    return b * strides[0] + token * strides[1] + h * strides[2]
+
+
+@triton.jit
+def token_pointers(ptr, strides, b, first, h, tokens):
+    """`[tokens, 1]`: where the channels of head h begin, of tokens counted from the token `first`."""
+    return ptr + token_offset(strides, b, first, h) + tokens[:, None] * strides[1]
+
+
+@triton.jit
 def dot_rows(
     acc_a,  # [BLOCK_M, BLOCK_N]
     acc_b,

@@ -48,6 +48,8 @@ from lact_kernels.triton.fast_weights.primitives import (
     matrix_place,
     matrix_shape,
     matrix_tile,
+    token_offset,
+    token_pointers,
     token_tile,
 )
 from lact_kernels.triton.launch import num_multiprocessors, outer_strides
@@ -79,12 +81,8 @@ def _ttt_outer_kernel(
     num_chunks,
     out_chunks,
     split_length,
-    stride_xb,
-    stride_xt,
-    stride_xh,
-    stride_yb,
-    stride_yt,
-    stride_yh,
+    x_strides,  # of batch row, token and head, like the next
+    y_strides,
     DK: tl.constexpr,
     DV: tl.constexpr,
     DH: tl.constexpr,
@@ -109,18 +107,18 @@ def _ttt_outer_kernel(
     # Both factors are [tokens, ..]: the activations of w0 and w2 with x, y with those of w1.
     plane = tl.cast(num_rows, tl.int64) * H * DH
     acts_ptr += (h * num_rows + row) * DH + matrix * plane
-    x_ptr += b * stride_xb + first * stride_xt + h * stride_xh
-    y_ptr += b * stride_yb + first * stride_yt + h * stride_yh
+    x_ptr += token_offset(x_strides, b, first, h)
+    y_ptr += token_offset(y_strides, b, first, h)
     if matrix == 1:
         left_ptr = y_ptr
-        stride_left = stride_yt
+        stride_left = y_strides[1]
         right_ptr = acts_ptr
         stride_right = DH
     else:
         left_ptr = acts_ptr
         stride_left = DH
         right_ptr = x_ptr
-        stride_right = stride_xt
+        stride_right = x_strides[1]
     num_left, num_right = matrix_shape(matrix, DK, DV, DH)
     tiles_n = tl.cdiv(num_right, BLOCK_N)
     rows = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -224,9 +222,7 @@ def _ttt_project_kernel(
     num_k,
     num_v,
     num_h,
-    stride_ob,
-    stride_ot,
-    stride_oh,
+    out_strides,  # of batch row, token and head
     DK: tl.constexpr,
     DV: tl.constexpr,
     DH: tl.constexpr,
@@ -280,8 +276,7 @@ def _ttt_project_kernel(
         )  # fmt: skip
     if units_ptr is not None:
         acc *= unit
-    out_ptr += b * stride_ob + first * stride_ot + h * stride_oh
-    pointers = out_ptr + tokens[:, None] * stride_ot + columns[None, :]
+    pointers = token_pointers(out_ptr, out_strides, b, first, h, tokens) + columns[None, :]
     store_rows(pointers, acc, tokens, number, columns, WIDTH)
 
 

@@ -25,20 +25,19 @@ from lact_kernels.triton.configs import (
     others,
     row_config,
 )
-from lact_kernels.triton.launch import on_device, outer_strides, readable_in_place
+from lact_kernels.triton.launch import on_device, outer_strides, readable_in_place, strides
 from lact_kernels.triton.layer.silu_l2norm_rope import (
     BACKWARD_PROGRAMS,
     compiled_sizes,
     num_splits,
     row_offsets,
-    token_strides,
 )
 
 
 @triton.jit
-def head_offsets(rows, T, Hf, stride_b, stride_t, stride_h):
-    """Where the rows of `[B * T * Hf]` begin, int64."""
-    return row_offsets(rows // Hf, T, stride_b, stride_t) + (rows % Hf).to(tl.int64) * stride_h
+def head_offsets(rows, T, Hf, strides):
+    """Where the rows of `[B * T * Hf]` begin, int64; strides are of batch row, token and head."""
+    return row_offsets(rows // Hf, T, strides) + (rows % Hf).to(tl.int64) * strides[2]
 
 
 @triton.jit
@@ -48,8 +47,8 @@ def inverse_rms(x, FAST_DIM: tl.constexpr, EPS: tl.constexpr):
 
 
 @triton.jit
-def load_rows(ptr, rows, columns, inside, T, Hf, stride_b, stride_t, stride_h):
-    offsets = head_offsets(rows, T, Hf, stride_b, stride_t, stride_h)[:, None] + columns[None, :]
+def load_rows(ptr, rows, columns, inside, T, Hf, strides):
+    offsets = head_offsets(rows, T, Hf, strides)[:, None] + columns[None, :]
     return tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32)
 
 
@@ -63,14 +62,9 @@ def _rms_norm_scale_add_fwd_kernel(
     num_rows,  # B * T * Hf
     T,
     Hf,
-    stride_ab,
-    stride_at,
-    stride_fb,
-    stride_ft,
-    stride_fh,
-    stride_sb,
-    stride_st,
-    stride_sh,
+    attn_token_strides,  # of batch row and token
+    ttt_strides,  # of batch row, token and fast head
+    scale_strides,  # likewise
     FAST_DIM: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -81,11 +75,12 @@ def _rms_norm_scale_add_fwd_kernel(
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     real = rows < num_rows
     inside = real[:, None] & (columns < FAST_DIM)[None, :]
-    x = load_rows(ttt_ptr, rows, columns, inside, T, Hf, stride_fb, stride_ft, stride_fh)
-    attn = load_rows(attn_ptr, rows, columns, inside, T, Hf, stride_ab, stride_at, FAST_DIM)
+    x = load_rows(ttt_ptr, rows, columns, inside, T, Hf, ttt_strides)
+    attn_strides = (attn_token_strides[0], attn_token_strides[1], FAST_DIM)
+    attn = load_rows(attn_ptr, rows, columns, inside, T, Hf, attn_strides)
     factor = inverse_rms(x, FAST_DIM, EPS)
     if scale_ptr is not None:
-        scale_offsets = head_offsets(rows, T, Hf, stride_sb, stride_st, stride_sh)
+        scale_offsets = head_offsets(rows, T, Hf, scale_strides)
         factor *= tl.load(scale_ptr + scale_offsets, mask=real, other=0.0).to(tl.float32)
     out = attn + x * factor[:, None] * weight[None, :]  # [BLOCK_ROWS, BLOCK_COLUMNS]
     out_offsets = rows.to(tl.int64)[:, None] * FAST_DIM + columns[None, :]
@@ -104,14 +99,9 @@ def _rms_norm_scale_add_bwd_kernel(
     num_rows,  # B * T * Hf
     T,
     Hf,
-    stride_ob,
-    stride_ot,
-    stride_fb,
-    stride_ft,
-    stride_fh,
-    stride_sb,
-    stride_st,
-    stride_sh,
+    dout_token_strides,  # of batch row and token
+    ttt_strides,  # of batch row, token and fast head
+    scale_strides,  # likewise
     FAST_DIM: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -121,17 +111,18 @@ def _rms_norm_scale_add_bwd_kernel(
     exists = columns < FAST_DIM
     weight = tl.load(weight_ptr + columns, mask=exists, other=0.0).to(tl.float32)[None, :]
     dweight = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], tl.float32)
+    dout_strides = (dout_token_strides[0], dout_token_strides[1], FAST_DIM)
     for block in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_ROWS), tl.num_programs(0)):
         rows = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
         real = rows < num_rows
         inside = real[:, None] & exists[None, :]
-        x = load_rows(ttt_ptr, rows, columns, inside, T, Hf, stride_fb, stride_ft, stride_fh)
-        dout = load_rows(dout_ptr, rows, columns, inside, T, Hf, stride_ob, stride_ot, FAST_DIM)
+        x = load_rows(ttt_ptr, rows, columns, inside, T, Hf, ttt_strides)
+        dout = load_rows(dout_ptr, rows, columns, inside, T, Hf, dout_strides)
         factor = inverse_rms(x, FAST_DIM, EPS)  # [BLOCK_ROWS]
         h = x * factor[:, None]
         along = tl.sum(dout * weight * h, axis=1)
         if scale_ptr is not None:
-            scale_offsets = head_offsets(rows, T, Hf, stride_sb, stride_st, stride_sh)
+            scale_offsets = head_offsets(rows, T, Hf, scale_strides)
             scale = tl.load(scale_ptr + scale_offsets, mask=real, other=0.0).to(tl.float32)
             tl.store(dscale_ptr + rows, along.to(dscale_ptr.dtype.element_ty), mask=real)
             dout *= scale[:, None]
@@ -162,7 +153,7 @@ def rms_norm_scale_add_fwd(
     with on_device(ttt):
         _rms_norm_scale_add_fwd_kernel[(triton.cdiv(B * T * Hf, config.block_m),)](
             attn, ttt, norm_weight.contiguous(), scale, out, B * T * Hf, T, Hf,
-            *token_strides(attn), *outer_strides(ttt), *_scale_strides(scale),
+            *outer_strides(attn, ttt), None if scale is None else strides(scale),
             **constexprs(Df, eps, config), num_warps=config.num_warps,
             num_stages=config.num_stages,
         )  # fmt: skip
@@ -189,16 +180,12 @@ def rms_norm_scale_add_bwd(
             _rms_norm_scale_add_bwd_kernel[(splits,)](
                 dout, ttt, norm_weight.contiguous(), scale, dttt, dweight, dscale,
                 B * T * Hf, T, Hf,
-                *token_strides(dout), *outer_strides(ttt), *_scale_strides(scale),
+                *outer_strides(dout, ttt), None if scale is None else strides(scale),
                 **constexprs(Df, eps, config), num_warps=config.num_warps,
                 num_stages=config.num_stages,
             )  # fmt: skip
     dweight = dweight.sum(dim=0).to(norm_weight.dtype)
     return dttt, dweight, [] if scale is None else [dscale]
-
-
-def _scale_strides(scale: Tensor | None) -> list[int]:
-    return [0, 0, 0] if scale is None else outer_strides(scale)
 
 
 def constexprs(fast_dim: int, eps: float, config: RowConfig) -> dict:

@@ -34,7 +34,12 @@ from lact_kernels.triton.configs import (
     others,
     row_config,
 )
-from lact_kernels.triton.launch import num_multiprocessors, on_device, readable_in_place
+from lact_kernels.triton.launch import (
+    num_multiprocessors,
+    on_device,
+    outer_strides,
+    readable_in_place,
+)
 from lact_kernels.triton.primitives import LOG2_E
 
 NORM_EPS = tl.constexpr(1e-5)
@@ -47,15 +52,15 @@ COMPILED = ((torch.bfloat16, 80, 160), (torch.bfloat16, 64, 384), (torch.float32
 
 
 @triton.jit
-def row_offsets(rows, T, stride_b, stride_t):
-    """Where the tokens `rows` of `[B * T]` begin, int64."""
-    return (rows // T).to(tl.int64) * stride_b + (rows % T).to(tl.int64) * stride_t
+def row_offsets(rows, T, strides):
+    """Where the tokens `rows` of `[B * T]` begin, int64; the first strides are of batch row and token."""
+    return (rows // T).to(tl.int64) * strides[0] + (rows % T).to(tl.int64) * strides[1]
 
 
 @triton.jit
-def tile_offsets(rows, T, stride_b, stride_t, columns):
+def tile_offsets(rows, T, strides, columns):
     """`[BLOCK_T, BLOCK_PAIRS]`, int64."""
-    return row_offsets(rows, T, stride_b, stride_t)[:, None] + columns[None, :]
+    return row_offsets(rows, T, strides)[:, None] + columns[None, :]
 
 
 @triton.jit
@@ -144,12 +149,9 @@ def _silu_l2norm_rope_fwd_kernel(
     T,
     Hf,
     angle_rows,  # of each batch entry: T, or 0 where all have the same
-    stride_qb,
-    stride_qt,
-    stride_kb,
-    stride_kt,
-    stride_vb,
-    stride_vt,
+    q_token_strides,  # of batch row and token, like the next two
+    k_token_strides,
+    v_token_strides,
     HEAD_DIM: tl.constexpr,
     FAST_DIM: tl.constexpr,
     SILU: tl.constexpr,
@@ -165,20 +167,20 @@ def _silu_l2norm_rope_fwd_kernel(
     if part < 2:
         if part == 0:
             x_ptr, attn_ptr, fast_ptr = q_ptr, attn_q_ptr, fast_q_ptr
-            stride_xb, stride_xt = stride_qb, stride_qt
+            x_strides = q_token_strides
         else:
             x_ptr, attn_ptr, fast_ptr = k_ptr, attn_k_ptr, fast_k_ptr
-            stride_xb, stride_xt = stride_kb, stride_kt
+            x_strides = k_token_strides
         scale1, scale2 = load_column(scale_ptr, channels, part, exists, HALF)  # [1, BLOCK_PAIRS]
         offset1, offset2 = load_column(offset_ptr, channels, part, exists, HALF)
         angles = pairs % HALF
         for block in range(first_block, num_blocks, step):
             rows = block * BLOCK_T + tl.arange(0, BLOCK_T)
             inside = (rows < num_tokens)[:, None] & exists[None, :]
-            angle_offsets = tile_offsets(rows, T, angle_rows * HALF, HALF, angles)
+            angle_offsets = tile_offsets(rows, T, (angle_rows * HALF, HALF), angles)
             cos = tl.load(cos_ptr + angle_offsets, mask=inside, other=0.0)  # [BLOCK_T, BLOCK_PAIRS]
             sin = tl.load(sin_ptr + angle_offsets, mask=inside, other=0.0)
-            x_offsets = tile_offsets(rows, T, stride_xb, stride_xt, channels)
+            x_offsets = tile_offsets(rows, T, x_strides, channels)
             out_offsets = rows.to(tl.int64)[:, None] * (Hf * FAST_DIM) + channels[None, :]
             x1, x2 = load_pair(x_ptr, x_offsets, inside, HALF)
             y1, y2 = rotated(x1, x2, cos, sin)
@@ -194,7 +196,7 @@ def _silu_l2norm_rope_fwd_kernel(
         for block in range(first_block, num_blocks, step):
             rows = block * BLOCK_T + tl.arange(0, BLOCK_T)
             inside = (rows < num_tokens)[:, None] & exists[None, :]
-            v_offsets = tile_offsets(rows, T, stride_vb, stride_vt, channels)
+            v_offsets = tile_offsets(rows, T, v_token_strides, channels)
             out_offsets = rows.to(tl.int64)[:, None] * (Hf * FAST_DIM) + channels[None, :]
             v1, v2 = load_pair(v_ptr, v_offsets, inside, HALF)
             y1, _ = activated(v1, True)
@@ -225,22 +227,14 @@ def _silu_l2norm_rope_bwd_kernel(
     T,
     Hf,
     angle_rows,  # of each batch entry: T, or 0 where all have the same
-    stride_aqb,
-    stride_aqt,
-    stride_akb,
-    stride_akt,
-    stride_fqb,
-    stride_fqt,
-    stride_fkb,
-    stride_fkt,
-    stride_fvb,
-    stride_fvt,
-    stride_qb,
-    stride_qt,
-    stride_kb,
-    stride_kt,
-    stride_vb,
-    stride_vt,
+    dattn_q_token_strides,  # of batch row and token, like the others
+    dattn_k_token_strides,
+    dfast_q_token_strides,
+    dfast_k_token_strides,
+    dfast_v_token_strides,
+    q_token_strides,
+    k_token_strides,
+    v_token_strides,
     HEAD_DIM: tl.constexpr,
     FAST_DIM: tl.constexpr,
     SILU: tl.constexpr,
@@ -256,14 +250,12 @@ def _silu_l2norm_rope_bwd_kernel(
     if part < 2:
         if part == 0:
             x_ptr, dattn_ptr, dfast_ptr, dx_ptr = q_ptr, dattn_q_ptr, dfast_q_ptr, dq_ptr
-            stride_xb, stride_xt = stride_qb, stride_qt
-            stride_ab, stride_at = stride_aqb, stride_aqt
-            stride_fb, stride_ft = stride_fqb, stride_fqt
+            x_strides, dattn_strides = q_token_strides, dattn_q_token_strides
+            dfast_strides = dfast_q_token_strides
         else:
             x_ptr, dattn_ptr, dfast_ptr, dx_ptr = k_ptr, dattn_k_ptr, dfast_k_ptr, dk_ptr
-            stride_xb, stride_xt = stride_kb, stride_kt
-            stride_ab, stride_at = stride_akb, stride_akt
-            stride_fb, stride_ft = stride_fkb, stride_fkt
+            x_strides, dattn_strides = k_token_strides, dattn_k_token_strides
+            dfast_strides = dfast_k_token_strides
         scale1, scale2 = load_column(scale_ptr, channels, part, exists, HALF)  # [1, BLOCK_PAIRS]
         offset1, offset2 = load_column(offset_ptr, channels, part, exists, HALF)
         angles = pairs % HALF
@@ -272,12 +264,12 @@ def _silu_l2norm_rope_bwd_kernel(
         for block in range(first_block, num_blocks, step):
             rows = block * BLOCK_T + tl.arange(0, BLOCK_T)
             inside = (rows < num_tokens)[:, None] & exists[None, :]
-            angle_offsets = tile_offsets(rows, T, angle_rows * HALF, HALF, angles)
+            angle_offsets = tile_offsets(rows, T, (angle_rows * HALF, HALF), angles)
             cos = tl.load(cos_ptr + angle_offsets, mask=inside, other=0.0)  # [BLOCK_T, BLOCK_PAIRS]
             sin = tl.load(sin_ptr + angle_offsets, mask=inside, other=0.0)
-            x_offsets = tile_offsets(rows, T, stride_xb, stride_xt, channels)
-            dattn_offsets = tile_offsets(rows, T, stride_ab, stride_at, channels)
-            dfast_offsets = tile_offsets(rows, T, stride_fb, stride_ft, channels)
+            x_offsets = tile_offsets(rows, T, x_strides, channels)
+            dattn_offsets = tile_offsets(rows, T, dattn_strides, channels)
+            dfast_offsets = tile_offsets(rows, T, dfast_strides, channels)
             dx_offsets = rows.to(tl.int64)[:, None] * (Hf * FAST_DIM) + channels[None, :]
             x1, x2 = load_pair(x_ptr, x_offsets, inside, HALF)
             du1, du2 = load_pair(dfast_ptr, dfast_offsets, inside, HALF)
@@ -306,8 +298,8 @@ def _silu_l2norm_rope_bwd_kernel(
         for block in range(first_block, num_blocks, step):
             rows = block * BLOCK_T + tl.arange(0, BLOCK_T)
             inside = (rows < num_tokens)[:, None] & exists[None, :]
-            v_offsets = tile_offsets(rows, T, stride_vb, stride_vt, channels)
-            dfast_offsets = tile_offsets(rows, T, stride_fvb, stride_fvt, channels)
+            v_offsets = tile_offsets(rows, T, v_token_strides, channels)
+            dfast_offsets = tile_offsets(rows, T, dfast_v_token_strides, channels)
             dv_offsets = rows.to(tl.int64)[:, None] * (Hf * FAST_DIM) + channels[None, :]
             v1, v2 = load_pair(v_ptr, v_offsets, inside, HALF)
             dv1, dv2 = load_pair(dfast_v_ptr, dfast_offsets, inside, HALF)
@@ -345,7 +337,7 @@ def silu_l2norm_rope_fwd(
         _silu_l2norm_rope_fwd_kernel[(splits * Hf, 2 if v is None else 3)](
             q, k, v, qk_scale.contiguous(), qk_offset.contiguous(),
             cos.contiguous(), sin.contiguous(), attn_q, attn_k, fast_q, fast_k, fast_v,
-            B * T, T, Hf, _angle_rows(cos), *token_strides(q, k, v),
+            B * T, T, Hf, _angle_rows(cos), *outer_strides(q, k, v),
             **constexprs(C // Hq, C // Hf, silu, rotate_fast, config), num_warps=config.num_warps,
             num_stages=config.num_stages,
         )  # fmt: skip
@@ -385,7 +377,7 @@ def silu_l2norm_rope_bwd(
             _silu_l2norm_rope_bwd_kernel[(splits * Hf, 2 if v is None else 3)](
                 *tensors, qk_scale.contiguous(), qk_offset.contiguous(),
                 cos.contiguous(), sin.contiguous(), dq, dk, dv, dscale, doffset,
-                B * T, T, Hf, _angle_rows(cos), *token_strides(*tensors),
+                B * T, T, Hf, _angle_rows(cos), *outer_strides(*tensors),
                 **constexprs(C // Hq, C // Hf, silu, rotate_fast, config), num_warps=config.num_warps,
                 num_stages=config.num_stages,
             )  # fmt: skip
@@ -398,15 +390,6 @@ def num_splits(rows: int, block: int, heads: int, device: torch.device, programs
     """How many programs per head walk over the rows: `programs` in all per multiprocessor, or fewer."""
     wanted = triton.cdiv(num_multiprocessors(device) * programs, heads)
     return min(wanted, triton.cdiv(rows, block * MIN_BLOCKS))
-
-
-def token_strides(*tensors: Tensor | None) -> list[int]:
-    """Strides of batch and time; 0 where these have one element or the tensor is missing."""
-    return [
-        0 if x is None or x.shape[axis] == 1 else x.stride(axis)
-        for x in tensors
-        for axis in range(2)
-    ]
 
 
 def _readable(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -22,6 +22,7 @@ nothing saved by the forward is written.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ from lact_kernels.triton.launch import (
     positive_scale,
     readable_in_place,
 )
-from lact_kernels.triton.primitives import attention_constexprs, num_tile_slots
+from lact_kernels.triton.primitives import Sizes, num_tile_slots
 from lact_kernels.triton.window_attn.bwd_dkv import _window_attn_bwd_dkv_kernel
 from lact_kernels.triton.window_attn.bwd_dq import _window_attn_bwd_dq_kernel
 
@@ -144,5 +145,5 @@ def _stats_width(dkv_config: KernelConfig) -> int:
     return 4 if 4 * dkv_config.block_m >= 32 * dkv_config.num_warps else 8
 
 
-def _constexprs(D: int, Dv: int, config: KernelConfig, stats_width: int) -> dict[str, int]:
-    return {**attention_constexprs(D, Dv, config), "STATS_WIDTH": stats_width}
+def _constexprs(D: int, Dv: int, config: KernelConfig, stats_width: int) -> dict[str, Any]:
+    return {"SIZES": Sizes.of(D, Dv, config), "STATS_WIDTH": stats_width}

@@ -37,7 +37,8 @@ from lact_kernels.triton.launch import (
 from lact_kernels.triton.primitives import (
     LOG2_E,
     LOWEST,
-    attention_constexprs,
+    Sizes,
+    head_offset,
     key_tile_bounds,
     load_rows,
     nth_tile,
@@ -47,6 +48,7 @@ from lact_kernels.triton.primitives import (
     softmax_end,
     softmax_step,
     store_rows,
+    tile_pointers,
     visible,
 )
 from lact_kernels.triton.window_attn.with_kvcache import window_attn_with_kvcache
@@ -60,42 +62,31 @@ def _fwd_segment(
     row_max,  # [BLOCK_M]
     row_sum,  # [BLOCK_M]
     q,  # [BLOCK_M, BLOCK_D]
-    k_ptr,  # of this kv head
-    v_ptr,
-    k_offsets,  # within a tile: [BLOCK_N, BLOCK_D]
-    v_offsets,  # [BLOCK_N, BLOCK_DV]
+    k_tiles,  # of this kv head, as `tile_pointers` takes them
+    v_tiles,
     positions,  # [BLOCK_M]
-    first_tile,
-    num_tiles,
-    gap_start,
-    gap,
-    stride_kt,
-    stride_vt,
+    tiles,  # of keys, as `nth_tile` takes them
     Tk,
     window_size,
     scale_log2,
-    HEAD_DIM_QK: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    SIZES: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    cols_qk = tl.arange(0, BLOCK_D)
-    cols_v = tl.arange(0, BLOCK_DV)
-    for step in range(0, num_tiles):
-        first_key = nth_tile(first_tile, step, gap_start, gap, MASKED) * BLOCK_N
-        keys = first_key + tl.arange(0, BLOCK_N)
-        k_pointers = k_ptr + tl.cast(first_key, tl.int64) * stride_kt + k_offsets
-        v_pointers = v_ptr + tl.cast(first_key, tl.int64) * stride_vt + v_offsets
-        k = load_rows(k_pointers, keys, Tk, cols_qk, HEAD_DIM_QK, BLOCK_D, MASKED)
+    cols_qk = tl.arange(0, SIZES.BLOCK_D)
+    cols_v = tl.arange(0, SIZES.BLOCK_DV)
+    for step in range(0, tiles[1]):
+        first_key = nth_tile(tiles, step, MASKED) * SIZES.BLOCK_N
+        keys = first_key + tl.arange(0, SIZES.BLOCK_N)
+        k_pointers = tile_pointers(k_tiles, first_key)
+        v_pointers = tile_pointers(v_tiles, first_key)
+        k = load_rows(k_pointers, keys, Tk, cols_qk, SIZES.D, SIZES.BLOCK_D, MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if MASKED:
             seen = visible(positions[:, None], keys[None, :], window_size)
             scores = tl.where(seen, scores, float("-inf"))
         probs, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2)
         acc = acc * decay[:, None]
-        v = load_rows(v_pointers, keys, Tk, cols_v, HEAD_DIM_V, BLOCK_DV, MASKED)
+        v = load_rows(v_pointers, keys, Tk, cols_v, SIZES.DV, SIZES.BLOCK_DV, MASKED)
         acc = tl.dot(probs.to(v.dtype), v, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_DV]
     return acc, row_max, row_sum
 
@@ -107,8 +98,7 @@ def _window_attn_fwd_kernel(
     v_ptr,
     o_ptr,
     lse_ptr,  # [B, Hq, Tq], contiguous
-    cu_seqlens_q_ptr,  # [N + 1], or None
-    cu_seqlens_k_ptr,
+    cu_seqlens,  # borders in q and in k, [N + 1] each, or None
     num_sequences,  # N, or 0
     softmax_scale,  # > 0
     window_size,
@@ -116,84 +106,70 @@ def _window_attn_fwd_kernel(
     Tk,
     Hq,
     Hkv,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_ob,
-    stride_ot,
-    stride_oh,
-    HEAD_DIM_QK: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    q_strides,  # of batch row, token and head, like the others
+    k_strides,
+    v_strides,
+    o_strides,
+    SIZES: tl.constexpr,
 ):
-    b, h, h_kv, tile = query_tile_program(Tq, num_sequences, Hq, Hkv, BLOCK_M)
+    b, h, h_kv, tile = query_tile_program(Tq, num_sequences, Hq, Hkv, SIZES.BLOCK_M)
     b, h, h_kv = tl.cast(b, tl.int64), tl.cast(h, tl.int64), tl.cast(h_kv, tl.int64)
-    q_ptr += b * stride_qb + h * stride_qh
-    k_ptr += b * stride_kb + h_kv * stride_kh
-    v_ptr += b * stride_vb + h_kv * stride_vh
-    o_ptr += b * stride_ob + h * stride_oh
+    q_ptr += head_offset(q_strides, b, h)
+    k_ptr += head_offset(k_strides, b, h_kv)
+    v_ptr += head_offset(v_strides, b, h_kv)
+    o_ptr += head_offset(o_strides, b, h)
     lse_ptr += (b * Hq + h) * Tq
-    if cu_seqlens_q_ptr is not None:
+    if cu_seqlens is not None:
         tile, q_start, Tq, k_start, Tk = packed_tile(
-            tile, cu_seqlens_q_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, num_sequences, BLOCK_M
+            tile, cu_seqlens[0], cu_seqlens, num_sequences, SIZES.BLOCK_M
         )
-        if tile * BLOCK_M >= Tq:
+        if tile * SIZES.BLOCK_M >= Tq:
             return
-        q_ptr += q_start * stride_qt
-        k_ptr += k_start * stride_kt
-        v_ptr += k_start * stride_vt
-        o_ptr += q_start * stride_ot
+        q_ptr += q_start * q_strides[1]
+        k_ptr += k_start * k_strides[1]
+        v_ptr += k_start * v_strides[1]
+        o_ptr += q_start * o_strides[1]
         lse_ptr += q_start
 
-    first_query = tile * BLOCK_M
-    queries = first_query + tl.arange(0, BLOCK_M)
+    first_query = tile * SIZES.BLOCK_M
+    queries = first_query + tl.arange(0, SIZES.BLOCK_M)
     positions = queries + (Tk - Tq)
-    cols_qk = tl.arange(0, BLOCK_D)
-    cols_v = tl.arange(0, BLOCK_DV)
+    cols_qk = tl.arange(0, SIZES.BLOCK_D)
+    cols_v = tl.arange(0, SIZES.BLOCK_DV)
     rows_m = queries.to(tl.int64)[:, None]
-    rows_n = tl.arange(0, BLOCK_N)[:, None]
-    k_offsets = rows_n * stride_kt + cols_qk[None, :]  # [BLOCK_N, BLOCK_D]
-    v_offsets = rows_n * stride_vt + cols_v[None, :]  # [BLOCK_N, BLOCK_DV]
-    q_pointers = q_ptr + rows_m * stride_qt + cols_qk[None, :]
-    q = load_rows(q_pointers, queries, Tq, cols_qk, HEAD_DIM_QK, BLOCK_D, True)
+    rows_n = tl.arange(0, SIZES.BLOCK_N)[:, None]
+    k_offsets = rows_n * k_strides[1] + cols_qk[None, :]  # [BLOCK_N, BLOCK_D]
+    v_offsets = rows_n * v_strides[1] + cols_v[None, :]  # [BLOCK_N, BLOCK_DV]
+    q_pointers = q_ptr + rows_m * q_strides[1] + cols_qk[None, :]
+    q = load_rows(q_pointers, queries, Tq, cols_qk, SIZES.D, SIZES.BLOCK_D, True)
 
     scale_log2 = softmax_scale * LOG2_E
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.full([SIZES.BLOCK_M, SIZES.BLOCK_DV], 0.0, tl.float32)
+    row_max = tl.full([SIZES.BLOCK_M], LOWEST, tl.float32)
+    row_sum = tl.full([SIZES.BLOCK_M], 0.0, tl.float32)
     first, interior, diagonal, end = key_tile_bounds(
-        first_query, Tq, Tk, window_size, BLOCK_M, BLOCK_N
+        first_query, Tq, Tk, window_size, SIZES.BLOCK_M, SIZES.BLOCK_N
     )
     inside = diagonal - interior
+    k_tiles, v_tiles = (k_ptr, k_offsets, k_strides), (v_ptr, v_offsets, v_strides)
     acc, row_max, row_sum = _fwd_segment(
-        acc, row_max, row_sum, q, k_ptr, v_ptr, k_offsets, v_offsets, positions,
-        first, end - first - inside, interior, inside,
-        stride_kt, stride_vt, Tk, window_size, scale_log2,
-        HEAD_DIM_QK, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, MASKED=True,
+        acc, row_max, row_sum, q, k_tiles, v_tiles, positions,
+        (first, end - first - inside, interior, inside), Tk, window_size, scale_log2,
+        SIZES, MASKED=True,
     )  # fmt: skip
     acc, row_max, row_sum = _fwd_segment(
-        acc, row_max, row_sum, q, k_ptr, v_ptr, k_offsets, v_offsets, positions,
-        interior, inside, interior, 0,
-        stride_kt, stride_vt, Tk, window_size, scale_log2,
-        HEAD_DIM_QK, HEAD_DIM_V, BLOCK_D, BLOCK_DV, BLOCK_N, MASKED=False,
+        acc, row_max, row_sum, q, k_tiles, v_tiles, positions,
+        (interior, inside, interior, 0), Tk, window_size, scale_log2,
+        SIZES, MASKED=False,
     )  # fmt: skip
 
     o, lse = softmax_end(acc, row_max, row_sum, softmax_scale)
     # Rows are counted from the tile's first query here: nothing computed above stays in registers.
     first_row = tl.cast(first_query, tl.int64)
-    rows = tl.arange(0, BLOCK_M)
+    rows = tl.arange(0, SIZES.BLOCK_M)
     num_rows = Tq - first_query
-    o_pointers = o_ptr + first_row * stride_ot + (rows[:, None] * stride_ot + cols_v[None, :])
-    store_rows(o_pointers, o, rows, num_rows, cols_v, HEAD_DIM_V)
+    o_pointers = o_ptr + first_row * o_strides[1] + (rows[:, None] * o_strides[1] + cols_v[None, :])
+    store_rows(o_pointers, o, rows, num_rows, cols_v, SIZES.DV)
     tl.store(lse_ptr + first_row + rows, lse, mask=rows < num_rows)
 
 
@@ -231,7 +207,7 @@ def window_attn_fwd(
         _window_attn_fwd_kernel[(slots * B * Hq,)](
             q, k, v, o, lse, *packing, softmax_scale, window_size, Tq, Tk, Hq, Hkv,
             *outer_strides(q, k, v, o),
-            **attention_constexprs(D, Dv, config), num_warps=config.num_warps, num_stages=config.num_stages,
+            SIZES=Sizes.of(D, Dv, config), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return o, lse
 
@@ -248,7 +224,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
             shape=f"D{head_dim}",
             config=config,
             pointers={**pointers, "lse_ptr": torch.float32},
-            constexprs=attention_constexprs(head_dim, head_dim, config),
+            constexprs={"SIZES": Sizes.of(head_dim, head_dim, config)},
             **more,
         )
         yield from packing_cases(case)

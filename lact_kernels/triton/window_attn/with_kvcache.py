@@ -41,8 +41,9 @@ from lact_kernels.triton.launch import (
 from lact_kernels.triton.primitives import (
     LOG2_E,
     LOWEST,
-    attention_constexprs,
+    Sizes,
     block_dim,
+    head_offset,
     load_rows,
     softmax_end,
     softmax_step,
@@ -72,71 +73,61 @@ def _window_attn_with_kvcache_kernel(
     num_splits,
     Hq,
     Hkv,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_vb,
-    stride_vt,
-    stride_vh,
+    q_strides,  # of batch row, token and head, like the next two
+    k_strides,
+    v_strides,
     stride_split,  # rows of the output of one part: B * Hq * Tq
-    HEAD_DIM_QK: tl.constexpr,
-    HEAD_DIM_V: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
     # Neighbours read the same keys.
     groups = Hq // Hkv
-    num_tiles = tl.cdiv(Tq * groups, BLOCK_M)
+    num_tiles = tl.cdiv(Tq * groups, SIZES.BLOCK_M)
     pid = tl.program_id(0)
     tile = pid % num_tiles
     split = pid // num_tiles % num_splits
     batch_head = pid // (num_tiles * num_splits)
     h_kv, b = batch_head % Hkv, tl.cast(batch_head // Hkv, tl.int64)
-    k_ptr += b * stride_kb + tl.cast(h_kv, tl.int64) * stride_kh
-    v_ptr += b * stride_vb + tl.cast(h_kv, tl.int64) * stride_vh
+    k_ptr += head_offset(k_strides, b, tl.cast(h_kv, tl.int64))
+    v_ptr += head_offset(v_strides, b, tl.cast(h_kv, tl.int64))
     length = num_slots
     if seqlens_ptr is not None:
         length = tl.load(seqlens_ptr + b)
 
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tile * SIZES.BLOCK_M + tl.arange(0, SIZES.BLOCK_M)
     num_rows = Tq * groups
     queries = rows // groups
     heads = h_kv * groups + rows % groups
     positions = length - Tq + queries
-    cols_qk = tl.arange(0, BLOCK_D)
-    cols_v = tl.arange(0, BLOCK_DV)
-    q_rows = b * stride_qb + queries.to(tl.int64) * stride_qt + heads.to(tl.int64) * stride_qh
+    cols_qk = tl.arange(0, SIZES.BLOCK_D)
+    cols_v = tl.arange(0, SIZES.BLOCK_DV)
+    q_rows = b * q_strides[0] + queries.to(tl.int64) * q_strides[1]
+    q_rows += heads.to(tl.int64) * q_strides[2]
     q_pointers = q_ptr + q_rows[:, None] + cols_qk[None, :]
-    q = load_rows(q_pointers, rows, num_rows, cols_qk, HEAD_DIM_QK, BLOCK_D, True)
+    q = load_rows(q_pointers, rows, num_rows, cols_qk, SIZES.D, SIZES.BLOCK_D, True)
 
     # The positions that the tile sees and that have a slot, and this program's part of them.
-    last_query = tl.minimum((tile * BLOCK_M + BLOCK_M - 1) // groups, Tq - 1)
-    first_seen = length - Tq + tile * BLOCK_M // groups - window_size + 1
+    last_query = tl.minimum((tile * SIZES.BLOCK_M + SIZES.BLOCK_M - 1) // groups, Tq - 1)
+    first_seen = length - Tq + tile * SIZES.BLOCK_M // groups - window_size + 1
     first_seen = tl.maximum(tl.maximum(first_seen, length - num_slots), 0)
     num_seen = tl.maximum(length - Tq + last_query + 1 - first_seen, 0)
-    part = tl.cdiv(tl.cdiv(num_seen, BLOCK_N), num_splits) * BLOCK_N
+    part = tl.cdiv(tl.cdiv(num_seen, SIZES.BLOCK_N), num_splits) * SIZES.BLOCK_N
     first_key = first_seen + split * part
     num_keys = tl.minimum(part, num_seen - split * part)
     first_slot = first_key % tl.maximum(num_slots, 1)
 
     scale_log2 = softmax_scale * LOG2_E
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    row_max = tl.full([BLOCK_M], LOWEST, tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(0, num_keys, BLOCK_N):
-        steps = start + tl.arange(0, BLOCK_N)
+    acc = tl.full([SIZES.BLOCK_M, SIZES.BLOCK_DV], 0.0, tl.float32)
+    row_max = tl.full([SIZES.BLOCK_M], LOWEST, tl.float32)
+    row_sum = tl.full([SIZES.BLOCK_M], 0.0, tl.float32)
+    for start in range(0, num_keys, SIZES.BLOCK_N):
+        steps = start + tl.arange(0, SIZES.BLOCK_N)
         keys = first_key + steps
         slots = first_slot + steps
         slots = tl.where(slots >= num_slots, slots - num_slots, slots).to(tl.int64)[:, None]
-        k_pointers = k_ptr + slots * stride_kt + cols_qk[None, :]
-        v_pointers = v_ptr + slots * stride_vt + cols_v[None, :]
-        k = load_rows(k_pointers, steps, num_keys, cols_qk, HEAD_DIM_QK, BLOCK_D, True)
-        v = load_rows(v_pointers, steps, num_keys, cols_v, HEAD_DIM_V, BLOCK_DV, True)
+        k_pointers = k_ptr + slots * k_strides[1] + cols_qk[None, :]
+        v_pointers = v_ptr + slots * v_strides[1] + cols_v[None, :]
+        k = load_rows(k_pointers, steps, num_keys, cols_qk, SIZES.D, SIZES.BLOCK_D, True)
+        v = load_rows(v_pointers, steps, num_keys, cols_v, SIZES.DV, SIZES.BLOCK_DV, True)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         seen = visible(positions[:, None], keys[None, :], window_size)
         scores = tl.where(seen & (steps < num_keys)[None, :], scores, float("-inf"))
@@ -152,10 +143,10 @@ def _window_attn_with_kvcache_kernel(
     lse_rows = split_row + (b * Hq + heads) * Tq + queries
     o_rows = split_row + (b * Tq + queries) * Hq + heads
     # Compared within the tile: nothing computed above stays in registers.
-    inside = tl.arange(0, BLOCK_M) < num_rows - tile * BLOCK_M
+    inside = tl.arange(0, SIZES.BLOCK_M) < num_rows - tile * SIZES.BLOCK_M
     tl.store(lse_ptr + lse_rows, lse, mask=inside)
-    o_pointers = o_ptr + o_rows[:, None] * HEAD_DIM_V + cols_v[None, :]
-    inside = inside[:, None] & (cols_v < HEAD_DIM_V)[None, :]
+    o_pointers = o_ptr + o_rows[:, None] * SIZES.DV + cols_v[None, :]
+    inside = inside[:, None] & (cols_v < SIZES.DV)[None, :]
     tl.store(o_pointers, o.to(o_ptr.dtype.element_ty), mask=inside)
 
 
@@ -237,7 +228,7 @@ def window_attn_with_kvcache(
             q, k, v, parts, part_lse, None if cache_seqlens is None else cache_seqlens.contiguous(),
             softmax_scale, window_size, Tq, S, num_splits, Hq, Hkv,
             *outer_strides(q, k, v), lse.numel(),
-            **attention_constexprs(D, Dv, config), num_warps=config.num_warps, num_stages=config.num_stages,
+            SIZES=Sizes.of(D, Dv, config), num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         if num_splits > 1:
             _window_attn_combine_kernel[(lse.numel(),)](
@@ -266,7 +257,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
                 shape=f"D{head_dim}",
                 config=config,
                 pointers={**pointers, "lse_ptr": torch.float32, "seqlens_ptr": torch.int32},
-                constexprs=attention_constexprs(head_dim, head_dim, config),
+                constexprs={"SIZES": Sizes.of(head_dim, head_dim, config)},
                 **more,
             )
     if arch in ARCHITECTURES:
