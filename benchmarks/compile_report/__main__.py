@@ -14,7 +14,7 @@ from benchmarks.compile_report.kernels import COMPILED_FOR, compile_cases
 from benchmarks.compile_report.rows import CompileRow, compile_reports
 
 _COLUMNS = (
-    f"{'kernel':<31} {'arch':>4} {'dtype':>8} {'shape':>18} {'tile':>11} {'warps':>5}"
+    f"{'kernel':<31} {'implementation':>14} {'arch':>4} {'dtype':>8} {'shape':>18} {'tile':>11} {'warps':>5}"
     f" {'stages':>6} {'regs':>4} {'spills':>6} {'shared KiB':>13} {'CTA/SM':>6} {'warps/SM':>8}"
     f" {'s':>5}  matrix instructions, times computed; in each of their loops: compares/selects, copies in"
     " flight, waits/products, overlapped/special functions"
@@ -76,7 +76,8 @@ def _line(row: CompileRow) -> str:
         str(config[name]) for name in ("block_m", "block_n", "block_k") if name in config
     )
     return (
-        f"{row.kernel:<31} {row.arch:>4} {row.dtype:>8} {row.shape:>18} {tile:>11}"
+        f"{row.kernel:<31} {config['implementation']:>14} {row.arch:>4} {row.dtype:>8}"
+        f" {row.shape:>18} {tile:>11}"
         f" {config['num_warps']:>5} {config['num_stages']:>6} {row.registers:>4}"
         f" {row.spilled_bytes:>6} {shared:>13}"
         f" {row.programs_per_multiprocessor:>6} {row.warps_per_multiprocessor:>8}"

@@ -6,13 +6,17 @@ for all architectures. Up to 64 the class of head dims is 64. Beyond, tiles are 
 classes 128 and 256 are head dims that fill them, 96 and 192 all those whose tiles are padded and
 masked, which takes registers. A length, a batch size, a head count or a window never decides it.
 
+A row also names the implementation that it is for. Every pass has one in plain Triton; another, such as one
+for a single architecture, is a second kernel with the same arguments beside it in the pass's `..._KERNELS`,
+and the rows that name it.
+
 This module imports neither Triton nor a GPU, so that tests and reports can read the table anywhere.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +29,7 @@ FLOAT32_COMPILED_FOR = 80  # by the compile report
 # Compute capabilities 8.6, 8.9 and 12: sm_80's rows, but for those that do not fit 99 KiB of shared memory.
 SMALL = 86
 HEAD_DIM_CLASSES = (64, 96, 128, 192, 256)
+TRITON = "triton"  # the implementation that every pass has
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class KernelConfig:
     num_warps: int
     num_stages: int
     split: bool = False  # dk and dv in a launch each: the dk/dv pass only
+    implementation: str = TRITON
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class TTTConfig:
     block_k: int
     num_warps: int
     num_stages: int
+    implementation: str = TRITON
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,15 @@ class RowConfig:
     block_n: int
     num_warps: int
     num_stages: int = 1
+    implementation: str = TRITON
+
+
+Config = KernelConfig | TTTConfig | RowConfig
+
+
+def kernel_of(kernels: Mapping[str, Any], config: Config) -> Any:
+    """Of a pass's kernels, by implementation, the one that the row is for. They take the same arguments."""
+    return kernels[config.implementation]
 
 
 @dataclass(frozen=True)
@@ -73,7 +89,7 @@ class CompileCase:
     arch: int
     dtype: torch.dtype
     shape: str
-    config: KernelConfig | TTTConfig | RowConfig
+    config: Config
     pointers: dict[str, torch.dtype | tuple[torch.dtype, ...]] = field(repr=False)
     constexprs: dict[str, Any] = field(repr=False)
     also: tuple[int, ...] = ()  # architectures that take the same row
@@ -253,9 +269,9 @@ def ttt_config(name: str, dtype: torch.dtype, capability: tuple[int, int] | None
     return _TTT_TABLE[name, _architectures(capability, dtype)[-1], 8 * dtype.itemsize]
 
 
-# Elements of a tile and warps, by pass and width of the input dtype. Rows are read whole, and what they
-# need is the same on every architecture: 16 bytes of each tensor per thread.
-_ROW_TABLE: dict[tuple[str, int], tuple[int, int]] = {
+# Elements of a tile, and warps and what else RowConfig has, by pass and width of the input dtype. Rows are
+# read whole, and what they need is the same on every architecture: 16 bytes of each tensor per thread.
+_ROW_TABLE: dict[tuple[str, int], tuple] = {
     ("silu_l2norm_rope_fwd", 16): (1024, 4),
     ("silu_l2norm_rope_fwd", 32): (512, 4),
     ("silu_l2norm_rope_bwd", 16): (1024, 4),
@@ -269,9 +285,9 @@ _ROW_TABLE: dict[tuple[str, int], tuple[int, int]] = {
 
 def row_config(name: str, columns: int, dtype: torch.dtype) -> RowConfig:
     """The configuration of pass `name` for rows of so many columns in this dtype."""
-    elements, num_warps = _ROW_TABLE[name, 8 * dtype.itemsize]
+    elements, *rest = _ROW_TABLE[name, 8 * dtype.itemsize]
     block = 1 << max(columns - 1, 0).bit_length()
-    return RowConfig(max(1, elements // block), block, num_warps)
+    return RowConfig(max(1, elements // block), block, *rest)
 
 
 def shipped_cases(name: str, arch: int) -> Iterator[tuple[torch.dtype, int, KernelConfig, dict]]:

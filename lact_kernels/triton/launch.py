@@ -1,10 +1,14 @@
-"""What every launcher does to its arguments first. Needs torch alone."""
+"""What every launcher does to its arguments first, and the launch itself. Needs torch alone."""
 
 import contextlib
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lact_kernels.triton.configs import Config, kernel_of
 
 
 def readable_in_place(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -70,3 +74,12 @@ def _num_multiprocessors(index: int | None) -> int:
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     """Launch on the device of `x`, which need not be the current one."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def launch(
+    kernels: Mapping[str, Any], config: Config, grid: tuple[int, ...], *arguments, **constexprs
+) -> None:
+    """Launch the kernel of a pass that its row of the table names, with the row's warps and stages."""
+    kernel_of(kernels, config)[grid](
+        *arguments, **constexprs, num_warps=config.num_warps, num_stages=config.num_stages
+    )

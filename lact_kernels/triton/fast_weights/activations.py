@@ -44,13 +44,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lact_kernels.triton.configs import CompileCase, TTTConfig, capability_of, ttt_config
+from lact_kernels.triton.configs import TRITON, CompileCase, TTTConfig, capability_of, ttt_config
 from lact_kernels.triton.fast_weights.layout import (
     TOKEN_ARGUMENTS,
     Dims,
     Run,
     dims_constexprs,
-    launch_options,
     ttt_compile_cases,
 )
 from lact_kernels.triton.fast_weights.primitives import (
@@ -61,7 +60,7 @@ from lact_kernels.triton.fast_weights.primitives import (
     token_pointers,
     token_tile,
 )
-from lact_kernels.triton.launch import outer_strides
+from lact_kernels.triton.launch import launch, outer_strides
 from lact_kernels.triton.primitives import load_rows
 
 
@@ -278,6 +277,10 @@ def _ttt_hidden_bwd_kernel(
     tl.store(dacts_ptr + 2 * plane + offsets, through_up.to(dtype), mask=inside)
 
 
+HIDDEN_KERNELS = {TRITON: _ttt_hidden_kernel}
+HIDDEN_BWD_KERNELS = {TRITON: _ttt_hidden_bwd_kernel}
+
+
 def ttt_hidden(
     x: Tensor,  # queries or keys `[B, T, H, Dk]`
     y: Tensor | None,  # `[B, T, H, Dv]`
@@ -290,9 +293,10 @@ def ttt_hidden(
     """The hidden activations of a run of chunks, or what G0, G1 and G2 have to do with."""
     name = "ttt_hidden" if y is None else "ttt_hidden_grad"
     config = ttt_config(name, x.dtype, capability_of(x.device))
-    _ttt_hidden_kernel[(run.num_programs(config, dims.Dh, acts.shape[1]),)](
+    launch(
+        HIDDEN_KERNELS, config, (run.num_programs(config, dims.Dh, acts.shape[1]),),
         x, y, lr, weights, acts, *run.arguments(acts, dims), *outer_strides(x, y),
-        **activation_constexprs(dims, config), **launch_options(config),
+        **activation_constexprs(dims, config),
     )  # fmt: skip
 
 
@@ -312,10 +316,11 @@ def ttt_hidden_bwd(
 ) -> None:
     """Backward of `ttt_hidden` with keys and values, which it computes again."""
     config = ttt_config("ttt_hidden_bwd", k.dtype, capability_of(k.device))
-    _ttt_hidden_bwd_kernel[(run.num_programs(config, dims.Dh, acts.shape[1]),)](
+    launch(
+        HIDDEN_BWD_KERNELS, config, (run.num_programs(config, dims.Dh, acts.shape[1]),),
         k, v, lr, weights, dsteps, units, reach, acts, dacts, dlr,
         *run.arguments(acts, dims), *outer_strides(k, v),
-        **activation_constexprs(dims, config), **launch_options(config),
+        **activation_constexprs(dims, config),
     )  # fmt: skip
 
 
@@ -338,15 +343,15 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
     """Every shipped specialisation, for benchmarks/compile_report."""
     acts = ("weights_ptr", "acts_ptr")
     yield from ttt_compile_cases(
-        "ttt_hidden", _ttt_hidden_kernel, arch, activation_constexprs,
+        "ttt_hidden", HIDDEN_KERNELS, arch, activation_constexprs,
         tokens=("x_ptr", *acts), absent=("y_ptr", "y_strides", "lr_ptr", "table_ptr"),
     )  # fmt: skip
     yield from ttt_compile_cases(
-        "ttt_hidden_grad", _ttt_hidden_kernel, arch, activation_constexprs,
+        "ttt_hidden_grad", HIDDEN_KERNELS, arch, activation_constexprs,
         tokens=("x_ptr", "y_ptr", *acts), floats=("lr_ptr",), absent=("table_ptr",),
     )  # fmt: skip
     yield from ttt_compile_cases(
-        "ttt_hidden_bwd", _ttt_hidden_bwd_kernel, arch, activation_constexprs,
+        "ttt_hidden_bwd", HIDDEN_BWD_KERNELS, arch, activation_constexprs,
         tokens=("k_ptr", "v_ptr", *acts, "dsteps_ptr", "dacts_ptr"),
         floats=("lr_ptr", "units_ptr", "reach_ptr", "dlr_ptr"), absent=("table_ptr",),
     )  # fmt: skip

@@ -15,7 +15,7 @@ The weights of a chunk, those its queries are applied to, have the number of the
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from lact_kernels.triton.configs import (
     ARCHITECTURES,
     CompileCase,
     TTTConfig,
+    kernel_of,
     others,
     shipped_ttt_configs,
 )
@@ -244,17 +245,13 @@ def num_tiles(constexprs: dict[str, int]) -> int:
     return 2 * constexprs["TILES0"] + constexprs["TILES1"]
 
 
-def launch_options(config: TTTConfig) -> dict[str, int]:
-    return {"num_warps": config.num_warps, "num_stages": config.num_stages}
-
-
 # What the compile report compiles: sizes that the tiles exceed, and sizes of whole tiles.
 COMPILED_DIMS = (Dims(192, 192, 192), Dims(768, 768, 768))
 
 
 def ttt_compile_cases(
     name: str,
-    kernel: Any,
+    kernels: Mapping[str, Any],
     arch: int,
     constexprs: Callable[[Dims, TTTConfig], dict],
     tokens: tuple[str, ...] = (),  # pointers in the tokens' dtype
@@ -277,7 +274,7 @@ def ttt_compile_cases(
         for sizes in dims:
             case = CompileCase(
                 name=name,
-                kernel=kernel,
+                kernel=kernel_of(kernels, config),
                 arch=arch,
                 dtype=dtype,
                 shape=" ".join(filter(None, ["x".join(map(str, sizes)), variant])),

@@ -29,11 +29,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lact_kernels.core.fast_weights import NEWTON_SCHULZ_COEFFICIENTS
-from lact_kernels.triton.configs import CompileCase, TTTConfig, capability_of, ttt_config
+from lact_kernels.triton.configs import TRITON, CompileCase, TTTConfig, capability_of, ttt_config
 from lact_kernels.triton.fast_weights.layout import (
     Dims,
     dims_constexprs,
-    launch_options,
     num_tiles,
     tile_constexprs,
     ttt_compile_cases,
@@ -52,6 +51,7 @@ from lact_kernels.triton.fast_weights.update import (
     row_programs,
 )
 from lact_kernels.triton.fast_weights.update_bwd import NEWTON_SCHULZ_EPS
+from lact_kernels.triton.launch import launch
 from lact_kernels.triton.primitives import load_tile
 
 NORMALIZE_BLOCK = 64
@@ -297,6 +297,10 @@ def _inner_kernel(
         tl.store(c_squares_ptr + rows, tl.sum(c * c, axis=1), mask=real)
 
 
+SYMMETRIC_KERNELS = {TRITON: _newton_schulz_symmetric_kernel}
+MULTIPLY_KERNELS = {TRITON: _newton_schulz_multiply_kernel}
+
+
 class NewtonSchulz:
     """The iteration for matrices packed `[heads, SIZE]`, of one shape and dtype."""
 
@@ -374,9 +378,10 @@ class NewtonSchulz:
         """`y_factor y + factor (a b^T + b a^T)`; without b, `a a^T` in place of the sum."""
         constexprs = symmetric_constexprs(self.dims, self.symmetric_config, square=y is not None)
         out = a.new_empty(self.heads, self.dims.squares[-1])
-        _newton_schulz_symmetric_kernel[(self.heads * num_tiles(constexprs),)](
+        launch(
+            SYMMETRIC_KERNELS, self.symmetric_config, (self.heads * num_tiles(constexprs),),
             a, b, y, out, y_factor, factor, *self.dims,
-            **constexprs, **launch_options(self.symmetric_config),
+            **constexprs,
         )  # fmt: skip
         return out
 
@@ -391,9 +396,10 @@ class NewtonSchulz:
         """`factor x + square x`, plus the second product; `in_place`: float32, in the shape of the matrix."""
         constexprs = multiply_constexprs(self.dims, self.multiply_config, in_place)
         out = torch.empty_like(x, dtype=torch.float32 if in_place else self.dtype)
-        _newton_schulz_multiply_kernel[(self.heads * num_tiles(constexprs),)](
+        launch(
+            MULTIPLY_KERNELS, self.multiply_config, (self.heads * num_tiles(constexprs),),
             square, x, *(second or (None, None)), out, factor, *self.dims,
-            **constexprs, **launch_options(self.multiply_config),
+            **constexprs,
         )  # fmt: skip
         return out
 
@@ -450,12 +456,12 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
     name = "newton_schulz_symmetric"
     for square in (False, True):
         yield from ttt_compile_cases(
-            name, _newton_schulz_symmetric_kernel, arch,
+            name, SYMMETRIC_KERNELS, arch,
             functools.partial(symmetric_constexprs, square=square),
             tokens=("a_ptr", "b_ptr", "y_ptr", "out_ptr"), absent=() if square else ("y_ptr",),
         )  # fmt: skip
     yield from ttt_compile_cases(
-        "newton_schulz_multiply", _newton_schulz_multiply_kernel, arch,
+        "newton_schulz_multiply", MULTIPLY_KERNELS, arch,
         functools.partial(multiply_constexprs, in_place=False),
         tokens=("square_ptr", "x_ptr", "square2_ptr", "x2_ptr", "out_ptr"),
     )  # fmt: skip
@@ -464,7 +470,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
         ("a_ptr", "b_ptr", "c_ptr", "out_ptr", "a_squares_ptr", "c_squares_ptr"), (),
     )  # fmt: skip
     yield from ttt_compile_cases(
-        "newton_schulz_normalize", _normalize_kernel, arch,
+        "newton_schulz_normalize", {TRITON: _normalize_kernel}, arch,
         lambda dims, _: normalize_constexprs(dims, gradient=True),
         tokens=("x_ptr",), floats=("g_ptr", "squares_ptr"), dims=LARGEST,
         configs=[(torch.float16, TTTConfig(NORMALIZE_BLOCK, NORMALIZE_BLOCK, 1, NUM_WARPS, 3))],

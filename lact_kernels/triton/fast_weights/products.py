@@ -29,13 +29,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lact_kernels.triton.configs import CompileCase, TTTConfig, capability_of, ttt_config
+from lact_kernels.triton.configs import TRITON, CompileCase, TTTConfig, capability_of, ttt_config
 from lact_kernels.triton.fast_weights.layout import (
     TOKEN_ARGUMENTS,
     Dims,
     Run,
     dims_constexprs,
-    launch_options,
     num_tiles,
     round_up,
     tile_constexprs,
@@ -52,7 +51,7 @@ from lact_kernels.triton.fast_weights.primitives import (
     token_pointers,
     token_tile,
 )
-from lact_kernels.triton.launch import num_multiprocessors, outer_strides
+from lact_kernels.triton.launch import launch, num_multiprocessors, outer_strides
 from lact_kernels.triton.primitives import load_tile, store_rows
 
 MIN_SPLIT_BLOCKS = 4  # a part of a sum over tokens has at least so many steps
@@ -280,6 +279,10 @@ def _ttt_project_kernel(
     store_rows(pointers, acc, tokens, number, columns, WIDTH)
 
 
+OUTER_KERNELS = {TRITON: _ttt_outer_kernel}
+PROJECT_KERNELS = {TRITON: _ttt_project_kernel}
+
+
 def ttt_outer(
     x: Tensor,  # `[B, T, H, Dk]`
     y: Tensor,  # `[B, T, H, Dv]`
@@ -294,9 +297,10 @@ def ttt_outer(
     constexprs = outer_constexprs(dims, config)
     splits, out_chunks, H, _ = out.shape
     split_length = round_up(triton.cdiv(run.width, splits), config.block_k)
-    _ttt_outer_kernel[(splits * run.num_chunks * H * num_tiles(constexprs),)](
+    launch(
+        OUTER_KERNELS, config, (splits * run.num_chunks * H * num_tiles(constexprs),),
         x, y, acts, units, out, *run.arguments(acts, dims), run.num_chunks, out_chunks, split_length,
-        *outer_strides(x, y), **constexprs, **launch_options(config),
+        *outer_strides(x, y), **constexprs,
     )  # fmt: skip
 
 
@@ -322,10 +326,11 @@ def ttt_project(
     """Activations back to the tokens' channels: `a[0] w1^T` to values, `a[0] w0 + a[2] w2` to keys."""
     config = ttt_config("ttt_project", out.dtype, capability_of(out.device))
     columns = dims.Dv if to_values else dims.Dk
-    _ttt_project_kernel[(run.num_programs(config, columns, acts.shape[1]),)](
+    launch(
+        PROJECT_KERNELS, config, (run.num_programs(config, columns, acts.shape[1]),),
         acts, weights, *(second or (None, None)), units, lr, out,
         *run.arguments(acts, dims), *outer_strides(out),
-        **project_constexprs(dims, config, to_values), **launch_options(config),
+        **project_constexprs(dims, config, to_values),
     )  # fmt: skip
 
 
@@ -354,12 +359,12 @@ def project_constexprs(dims: Dims, config: TTTConfig, to_values: bool) -> dict[s
 def compile_cases(arch: int) -> Iterator[CompileCase]:
     """Every shipped specialisation, for benchmarks/compile_report."""
     yield from ttt_compile_cases(
-        "ttt_outer", _ttt_outer_kernel, arch, outer_constexprs,
+        "ttt_outer", OUTER_KERNELS, arch, outer_constexprs,
         tokens=("x_ptr", "y_ptr", "acts_ptr"), floats=("units_ptr", "out_ptr"), absent=("table_ptr",),
     )  # fmt: skip
     for to_values in (False, True):
         yield from ttt_compile_cases(
-            "ttt_project", _ttt_project_kernel, arch,
+            "ttt_project", PROJECT_KERNELS, arch,
             functools.partial(project_constexprs, to_values=to_values),
             tokens=("acts_ptr", "weights_ptr", "acts2_ptr", "weights2_ptr", "out_ptr"),
             floats=("units_ptr", "lr_ptr") if to_values else ("units_ptr",),

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lact_kernels.core import fast_weights
-from lact_kernels.triton.configs import CompileCase, TTTConfig
+from lact_kernels.triton.configs import TRITON, CompileCase, TTTConfig
 from lact_kernels.triton.fast_weights.layout import (
     Dims,
     Run,
@@ -217,7 +217,7 @@ def row_compile_cases(
 
     config = TTTConfig(PROGRAM_ELEMENTS // MAX_DIM, MAX_DIM, 1, NUM_WARPS, 3)
     yield from ttt_compile_cases(
-        name, kernel, arch, constexprs, ("next_weights_ptr", "dsteps_ptr"), floats, absent,
+        name, {TRITON: kernel}, arch, constexprs, ("next_weights_ptr", "dsteps_ptr"), floats, absent,
         [(torch.bfloat16, config)], LARGEST, variant,
     )  # fmt: skip
 
@@ -238,7 +238,8 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
                 " ".join(filter(None, [variant, "pre-norm" * prenorm])), PRENORM=prenorm,
             )  # fmt: skip
     yield from ttt_compile_cases(
-        "ttt_mean_momentum", _ttt_mean_momentum_kernel, arch, lambda *_: {"BLOCK": TOKEN_BLOCK},
+        "ttt_mean_momentum", {TRITON: _ttt_mean_momentum_kernel}, arch,
+        lambda *_: {"BLOCK": TOKEN_BLOCK},
         floats=("momentum_ptr", "betas_ptr"), absent=("table_ptr",), dims=LARGEST,
         configs=[(torch.float32, TTTConfig(1, TOKEN_BLOCK, 1, NUM_WARPS, 3))],
     )  # fmt: skip

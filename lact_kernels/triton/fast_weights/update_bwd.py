@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lact_kernels.core import fast_weights
-from lact_kernels.triton.configs import CompileCase, TTTConfig
+from lact_kernels.triton.configs import TRITON, CompileCase, TTTConfig
 from lact_kernels.triton.fast_weights.layout import TOKEN_ARGUMENTS, Dims, Run, ttt_compile_cases
 from lact_kernels.triton.fast_weights.primitives import (
     GRADIENT_BITS,
@@ -280,7 +280,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
                 PRENORM=prenorm, BLOCK_TOTAL=MAX_DIM,
             )  # fmt: skip
     yield from ttt_compile_cases(
-        "ttt_rates_bwd", _ttt_rates_bwd_kernel, arch, lambda dims, _: rates_constexprs(dims),
+        "ttt_rates_bwd", {TRITON: _ttt_rates_bwd_kernel}, arch, lambda dims, _: rates_constexprs(dims),
         floats=("dlr_parts_ptr", "dbetas_ptr", "dlr_ptr", "dmomentum_ptr"), absent=("table_ptr",),
         configs=[(torch.float32, TTTConfig(1, TOKEN_BLOCK, 1, NUM_WARPS, 3))], dims=LARGEST,
     )  # fmt: skip

@@ -20,12 +20,20 @@ import triton.language as tl
 from torch import Tensor
 
 from lact_kernels.triton.configs import (
+    TRITON,
     CompileCase,
     RowConfig,
+    kernel_of,
     others,
     row_config,
 )
-from lact_kernels.triton.launch import on_device, outer_strides, readable_in_place, strides
+from lact_kernels.triton.launch import (
+    launch,
+    on_device,
+    outer_strides,
+    readable_in_place,
+    strides,
+)
 from lact_kernels.triton.layer.silu_l2norm_rope import (
     BACKWARD_PROGRAMS,
     compiled_sizes,
@@ -136,6 +144,10 @@ def _rms_norm_scale_add_bwd_kernel(
     )
 
 
+FWD_KERNELS = {TRITON: _rms_norm_scale_add_fwd_kernel}
+BWD_KERNELS = {TRITON: _rms_norm_scale_add_bwd_kernel}
+
+
 def rms_norm_scale_add_fwd(
     attn: Tensor,  # [B, T, Hq, D]
     ttt: Tensor,  # [B, T, Hf, Df]
@@ -151,11 +163,11 @@ def rms_norm_scale_add_fwd(
     config = row_config("rms_norm_scale_add_fwd", Df, ttt.dtype)
     attn, ttt = readable_in_place(attn.flatten(2), ttt)
     with on_device(ttt):
-        _rms_norm_scale_add_fwd_kernel[(triton.cdiv(B * T * Hf, config.block_m),)](
+        launch(
+            FWD_KERNELS, config, (triton.cdiv(B * T * Hf, config.block_m),),
             attn, ttt, norm_weight.contiguous(), scale, out, B * T * Hf, T, Hf,
             *outer_strides(attn, ttt), None if scale is None else strides(scale),
-            **constexprs(Df, eps, config), num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **constexprs(Df, eps, config),
         )  # fmt: skip
     return out
 
@@ -177,12 +189,12 @@ def rms_norm_scale_add_bwd(
     if ttt.numel():
         dout, ttt = readable_in_place(dout, ttt)
         with on_device(ttt):
-            _rms_norm_scale_add_bwd_kernel[(splits,)](
+            launch(
+                BWD_KERNELS, config, (splits,),
                 dout, ttt, norm_weight.contiguous(), scale, dttt, dweight, dscale,
                 B * T * Hf, T, Hf,
                 *outer_strides(dout, ttt), None if scale is None else strides(scale),
-                **constexprs(Df, eps, config), num_warps=config.num_warps,
-                num_stages=config.num_stages,
+                **constexprs(Df, eps, config),
             )  # fmt: skip
     dweight = dweight.sum(dim=0).to(norm_weight.dtype)
     return dttt, dweight, [] if scale is None else [dscale]
@@ -201,14 +213,15 @@ def constexprs(fast_dim: int, eps: float, config: RowConfig) -> dict:
 def compile_cases(arch: int) -> Iterator[CompileCase]:
     """The specialisations of some models' sizes, for benchmarks/compile_report."""
     floats = ("weight_ptr", "dweight_ptr")
-    kernels = {
-        "rms_norm_scale_add_fwd": _rms_norm_scale_add_fwd_kernel,
-        "rms_norm_scale_add_bwd": _rms_norm_scale_add_bwd_kernel,
+    passes = {
+        "rms_norm_scale_add_fwd": FWD_KERNELS,
+        "rms_norm_scale_add_bwd": BWD_KERNELS,
     }
-    for name, kernel in kernels.items():
-        names = [x.name for x in kernel.params if x.name.endswith("_ptr")]
+    for name, kernels in passes.items():
         for dtype, _, fast_dim in compiled_sizes(arch):
             config = row_config(name, fast_dim, dtype)
+            kernel = kernel_of(kernels, config)
+            names = [x.name for x in kernel.params if x.name.endswith("_ptr")]
             yield CompileCase(
                 name=name,
                 kernel=kernel,

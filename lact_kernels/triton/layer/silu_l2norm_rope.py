@@ -29,12 +29,15 @@ from torch import Tensor
 from lact_kernels.triton.configs import (
     ARCHITECTURES,
     FLOAT32_COMPILED_FOR,
+    TRITON,
     CompileCase,
     RowConfig,
+    kernel_of,
     others,
     row_config,
 )
 from lact_kernels.triton.launch import (
+    launch,
     num_multiprocessors,
     on_device,
     outer_strides,
@@ -308,6 +311,10 @@ def _silu_l2norm_rope_bwd_kernel(
             store_pair(dv_ptr, dv_offsets, dv1 * slope1, dv2 * slope2, inside, HALF)
 
 
+FWD_KERNELS = {TRITON: _silu_l2norm_rope_fwd_kernel}
+BWD_KERNELS = {TRITON: _silu_l2norm_rope_bwd_kernel}
+
+
 def silu_l2norm_rope_fwd(
     q: Tensor,  # [B, T, C]
     k: Tensor,  # [B, T, C]
@@ -334,12 +341,12 @@ def silu_l2norm_rope_fwd(
     q, k, v = _readable(q, k, v)
     splits = num_splits(B * T, config.block_m, 2 * Hf, q.device, FORWARD_PROGRAMS)
     with on_device(q):
-        _silu_l2norm_rope_fwd_kernel[(splits * Hf, 2 if v is None else 3)](
+        launch(
+            FWD_KERNELS, config, (splits * Hf, 2 if v is None else 3),
             q, k, v, qk_scale.contiguous(), qk_offset.contiguous(),
             cos.contiguous(), sin.contiguous(), attn_q, attn_k, fast_q, fast_k, fast_v,
             B * T, T, Hf, _angle_rows(cos), *outer_strides(q, k, v),
-            **constexprs(C // Hq, C // Hf, silu, rotate_fast, config), num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            **constexprs(C // Hq, C // Hf, silu, rotate_fast, config),
         )  # fmt: skip
     return outputs
 
@@ -374,12 +381,12 @@ def silu_l2norm_rope_bwd(
         grads = [x.flatten(2) for x in (dattn_q, dattn_k, dfast_q, dfast_k, *dfast_v)]
         tensors = _readable(*grads, *([None] if v is None else []), q, k, v)
         with on_device(q):
-            _silu_l2norm_rope_bwd_kernel[(splits * Hf, 2 if v is None else 3)](
+            launch(
+                BWD_KERNELS, config, (splits * Hf, 2 if v is None else 3),
                 *tensors, qk_scale.contiguous(), qk_offset.contiguous(),
                 cos.contiguous(), sin.contiguous(), dq, dk, dv, dscale, doffset,
                 B * T, T, Hf, _angle_rows(cos), *outer_strides(*tensors),
-                **constexprs(C // Hq, C // Hf, silu, rotate_fast, config), num_warps=config.num_warps,
-                num_stages=config.num_stages,
+                **constexprs(C // Hq, C // Hf, silu, rotate_fast, config),
             )  # fmt: skip
     dscale, doffset = dscale.sum(dim=0), doffset.sum(dim=0)
     dv = [] if v is None else [dv]
@@ -424,14 +431,15 @@ def compiled_sizes(arch: int) -> Iterator[tuple[torch.dtype, int, int]]:
 def compile_cases(arch: int) -> Iterator[CompileCase]:
     """The specialisations of some models' sizes, for benchmarks/compile_report."""
     floats = ("scale_ptr", "offset_ptr", "cos_ptr", "sin_ptr", "dscale_ptr", "doffset_ptr")
-    kernels = {
-        "silu_l2norm_rope_fwd": _silu_l2norm_rope_fwd_kernel,
-        "silu_l2norm_rope_bwd": _silu_l2norm_rope_bwd_kernel,
+    passes = {
+        "silu_l2norm_rope_fwd": FWD_KERNELS,
+        "silu_l2norm_rope_bwd": BWD_KERNELS,
     }
-    for name, kernel in kernels.items():
-        names = [x.name for x in kernel.params if x.name.endswith("_ptr")]
+    for name, kernels in passes.items():
         for dtype, head_dim, fast_dim in compiled_sizes(arch):
             config = row_config(name, fast_dim // 2, dtype)
+            kernel = kernel_of(kernels, config)
+            names = [x.name for x in kernel.params if x.name.endswith("_ptr")]
             yield CompileCase(
                 name=name,
                 kernel=kernel,

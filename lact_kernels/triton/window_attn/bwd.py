@@ -28,14 +28,17 @@ import torch
 from torch import Tensor
 
 from lact_kernels.triton.configs import (
+    TRITON,
     CompileCase,
     KernelConfig,
     capability_of,
     kernel_config,
+    kernel_of,
     packing_cases,
     shipped_cases,
 )
 from lact_kernels.triton.launch import (
+    launch,
     on_device,
     outer_strides,
     packing_arguments,
@@ -45,6 +48,9 @@ from lact_kernels.triton.launch import (
 from lact_kernels.triton.primitives import Sizes, num_tile_slots
 from lact_kernels.triton.window_attn.bwd_dkv import _window_attn_bwd_dkv_kernel
 from lact_kernels.triton.window_attn.bwd_dq import _window_attn_bwd_dq_kernel
+
+DQ_KERNELS = {TRITON: _window_attn_bwd_dq_kernel}
+DKV_KERNELS = {TRITON: _window_attn_bwd_dkv_kernel}
 
 
 def window_attn_bwd(
@@ -86,16 +92,16 @@ def window_attn_bwd(
     query_slots = num_tile_slots(Tq, packing[-1], dq_config.block_m)
     key_slots = num_tile_slots(Tk, packing[-1], dkv_config.block_n)
     with on_device(q):
-        _window_attn_bwd_dq_kernel[(query_slots * B * Hq,)](
+        launch(
+            DQ_KERNELS, dq_config, (query_slots * B * Hq,),
             q, k, v, o, do, lse, dlse, stats, dq, *sizes,
             *outer_strides(q, k, v, o, do, dq), **_constexprs(D, Dv, dq_config, width),
-            num_warps=dq_config.num_warps, num_stages=dq_config.num_stages,
         )  # fmt: skip
         for owned in _owned(dkv_config):
-            _window_attn_bwd_dkv_kernel[(key_slots * B * Hkv,)](
+            launch(
+                DKV_KERNELS, dkv_config, (key_slots * B * Hkv,),
                 q, k, v, do, stats, dk, dv, *sizes, *outer_strides(q, k, v, do, dk, dv),
                 **_constexprs(D, Dv, dkv_config, width), **owned,
-                num_warps=dkv_config.num_warps, num_stages=dkv_config.num_stages,
             )  # fmt: skip
     return (dq if sign == 1 else dq * sign), dk, dv
 
@@ -103,10 +109,10 @@ def window_attn_bwd(
 def compile_cases(arch: int) -> Iterator[CompileCase]:
     """Every shipped specialisation, for benchmarks/compile_report."""
     passes = {
-        "window_attn_bwd_dkv": (_window_attn_bwd_dkv_kernel, ("do_ptr", "dk_ptr", "dv_ptr")),
-        "window_attn_bwd_dq": (_window_attn_bwd_dq_kernel, ("o_ptr", "do_ptr", "dq_ptr")),
+        "window_attn_bwd_dkv": (DKV_KERNELS, ("do_ptr", "dk_ptr", "dv_ptr")),
+        "window_attn_bwd_dq": (DQ_KERNELS, ("o_ptr", "do_ptr", "dq_ptr")),
     }
-    for name, (kernel, outputs) in passes.items():
+    for name, (kernels, outputs) in passes.items():
         for dtype, head_dim, config, more in shipped_cases(name, arch):
             pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", *outputs), dtype)
             pointers |= dict.fromkeys(("lse_ptr", "stats_ptr"), torch.float32)
@@ -115,7 +121,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
             for variant in [{"dlse_ptr": None}] if is_dq else _owned(config):
                 case = CompileCase(
                     name=name,
-                    kernel=kernel,
+                    kernel=kernel_of(kernels, config),
                     arch=arch,
                     dtype=dtype,
                     shape=f"D{head_dim}",

@@ -20,14 +20,17 @@ import triton.language as tl
 from torch import Tensor
 
 from lact_kernels.triton.configs import (
+    TRITON,
     CompileCase,
     KernelConfig,
     capability_of,
     kernel_config,
+    kernel_of,
     packing_cases,
     shipped_cases,
 )
 from lact_kernels.triton.launch import (
+    launch,
     on_device,
     outer_strides,
     packing_arguments,
@@ -173,6 +176,9 @@ def _window_attn_fwd_kernel(
     tl.store(lse_ptr + first_row + rows, lse, mask=rows < num_rows)
 
 
+FWD_KERNELS = {TRITON: _window_attn_fwd_kernel}
+
+
 def window_attn_fwd(
     q: Tensor,  # [B, Tq, Hq, D]
     k: Tensor,  # [B, Tk, Hkv, D]
@@ -204,10 +210,11 @@ def window_attn_fwd(
     packing = packing_arguments(cu_seqlens_q, cu_seqlens_k, q.device)
     slots = num_tile_slots(Tq, packing[-1], config.block_m)
     with on_device(q):
-        _window_attn_fwd_kernel[(slots * B * Hq,)](
+        launch(
+            FWD_KERNELS, config, (slots * B * Hq,),
             q, k, v, o, lse, *packing, softmax_scale, window_size, Tq, Tk, Hq, Hkv,
             *outer_strides(q, k, v, o),
-            SIZES=Sizes.of(D, Dv, config), num_warps=config.num_warps, num_stages=config.num_stages,
+            SIZES=Sizes.of(D, Dv, config),
         )  # fmt: skip
     return o, lse
 
@@ -218,7 +225,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
         pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), dtype)
         case = CompileCase(
             name="window_attn_fwd",
-            kernel=_window_attn_fwd_kernel,
+            kernel=kernel_of(FWD_KERNELS, config),
             arch=arch,
             dtype=dtype,
             shape=f"D{head_dim}",

@@ -23,15 +23,18 @@ from torch import Tensor
 from lact_kernels.triton.configs import (
     ARCHITECTURES,
     HEAD_DIM_CLASSES,
+    TRITON,
     CompileCase,
     KernelConfig,
     RowConfig,
     capability_of,
     kernel_config,
+    kernel_of,
     others,
     shipped_cases,
 )
 from lact_kernels.triton.launch import (
+    launch,
     num_multiprocessors,
     on_device,
     outer_strides,
@@ -188,6 +191,9 @@ def _window_attn_combine_kernel(
     tl.store(lse_ptr + lse_row, tl.where(blind, float("-inf"), largest + tl.log(total)))
 
 
+KVCACHE_KERNELS = {TRITON: _window_attn_with_kvcache_kernel}
+
+
 def window_attn_with_kvcache(
     q: Tensor,  # [B, Tq, Hq, D]
     k_cache: Tensor,  # [B, S, Hkv, D]
@@ -224,11 +230,12 @@ def window_attn_with_kvcache(
         parts = lse.new_empty(num_splits, *o.shape)
         part_lse = lse.new_empty(num_splits, *lse.shape)
     with on_device(q):
-        _window_attn_with_kvcache_kernel[(programs * num_splits,)](
+        launch(
+            KVCACHE_KERNELS, config, (programs * num_splits,),
             q, k, v, parts, part_lse, None if cache_seqlens is None else cache_seqlens.contiguous(),
             softmax_scale, window_size, Tq, S, num_splits, Hq, Hkv,
             *outer_strides(q, k, v), lse.numel(),
-            SIZES=Sizes.of(D, Dv, config), num_warps=config.num_warps, num_stages=config.num_stages,
+            SIZES=Sizes.of(D, Dv, config),
         )  # fmt: skip
         if num_splits > 1:
             _window_attn_combine_kernel[(lse.numel(),)](
@@ -251,7 +258,7 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
             pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), dtype)
             yield CompileCase(
                 name=name,
-                kernel=_window_attn_with_kvcache_kernel,
+                kernel=kernel_of(KVCACHE_KERNELS, config),
                 arch=arch,
                 dtype=dtype,
                 shape=f"D{head_dim}",
