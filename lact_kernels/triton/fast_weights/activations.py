@@ -86,35 +86,41 @@ def _ttt_hidden_kernel(
     num_h,
     x_strides,  # of batch row, token and head, like the next
     y_strides,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    DH: tl.constexpr,
-    OFFSET1: tl.constexpr,
-    OFFSET2: tl.constexpr,
-    SIZE: tl.constexpr,
+    NET: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     chunk, h, first_unit, b, first, row, number = token_tile(
-        table_ptr, first_chunk, first_row, B, T, shift, chunk_size, width, H, DH, BLOCK_T, BLOCK_H
+        table_ptr,
+        first_chunk,
+        first_row,
+        B,
+        T,
+        shift,
+        chunk_size,
+        width,
+        H,
+        NET.DH,
+        BLOCK_T,
+        BLOCK_H,
     )
     if number <= 0:
         return
     tokens = tl.arange(0, BLOCK_T)
     units = first_unit + tl.arange(0, BLOCK_H)
-    w_ptr = weights_ptr + (chunk * H + h) * SIZE
+    w_ptr = weights_ptr + (chunk * H + h) * NET.SIZE
     x_pointers = token_pointers(x_ptr, x_strides, b, first, h, tokens)
     gate = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     up = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     gate, up = dot_rows(
-        gate, up, x_pointers, tokens, number, w_ptr, w_ptr + OFFSET2, units, num_k,
-        DK, DH, BLOCK_H, BLOCK_K,
+        gate, up, x_pointers, tokens, number, w_ptr, w_ptr + NET.OFFSET2, units, num_k,
+        NET.DK, NET.DH, BLOCK_H, BLOCK_K,
     )  # fmt: skip
-    plane = tl.cast(num_rows, tl.int64) * H * DH
-    acts_ptr += (h * num_rows + row) * DH
-    offsets = tokens[:, None] * DH + units[None, :]
-    inside = (tokens < number)[:, None] & (units < DH)[None, :]
+    plane = tl.cast(num_rows, tl.int64) * H * NET.DH
+    acts_ptr += (h * num_rows + row) * NET.DH
+    offsets = tokens[:, None] * NET.DH + units[None, :]
+    inside = (tokens < number)[:, None] & (units < NET.DH)[None, :]
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
     if y_ptr is None:
@@ -123,8 +129,8 @@ def _ttt_hidden_kernel(
         y_pointers = token_pointers(y_ptr, y_strides, b, first, h, tokens)
         dhidden = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
         dhidden, _ = dot_columns(
-            dhidden, dhidden, y_pointers, tokens, number, w_ptr + OFFSET1, None, units, num_v,
-            DV, DH, BLOCK_H, BLOCK_K,
+            dhidden, dhidden, y_pointers, tokens, number, w_ptr + NET.OFFSET1, None, units, num_v,
+            NET.DV, NET.DH, BLOCK_H, BLOCK_K,
         )  # fmt: skip
         dgate = dhidden * up * (sigmoid * (1 + gate * (1 - sigmoid)))
         hidden = silu * up
@@ -168,18 +174,24 @@ def _ttt_hidden_bwd_kernel(
     num_h,
     k_strides,  # of batch row, token and head, like the next
     v_strides,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    DH: tl.constexpr,
-    OFFSET1: tl.constexpr,
-    OFFSET2: tl.constexpr,
-    SIZE: tl.constexpr,
+    NET: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     chunk, h, first_unit, b, first, row, number = token_tile(
-        table_ptr, first_chunk, first_row, B, T, shift, chunk_size, width, H, DH, BLOCK_T, BLOCK_H
+        table_ptr,
+        first_chunk,
+        first_row,
+        B,
+        T,
+        shift,
+        chunk_size,
+        width,
+        H,
+        NET.DH,
+        BLOCK_T,
+        BLOCK_H,
     )
     if units_ptr is not None:
         units_ptr += (chunk * H + h) * 4
@@ -189,19 +201,19 @@ def _ttt_hidden_bwd_kernel(
         reach += unit2 * tl.load(reach_ptr + 2)
         # 1.2 for silu', which is up to 1.1, and what is rounded.
         unit = power_of_two(reach * (1.2 * 2.0 ** (GRADIENT_BITS - 15)))
-        if tl.program_id(0) % (tl.cdiv(DH, BLOCK_H) * tl.cdiv(width, BLOCK_T)) == 0:
+        if tl.program_id(0) % (tl.cdiv(NET.DH, BLOCK_H) * tl.cdiv(width, BLOCK_T)) == 0:
             tl.store(units_ptr + 3, unit)
     if number <= 0:
         return
     tokens = tl.arange(0, BLOCK_T)
     units = first_unit + tl.arange(0, BLOCK_H)
-    matrices = (chunk * H + h) * SIZE
+    matrices = (chunk * H + h) * NET.SIZE
     w_ptr = weights_ptr + matrices
     dg_ptr = dsteps_ptr + matrices
     k_pointers = token_pointers(k_ptr, k_strides, b, first, h, tokens)
     v_pointers = token_pointers(v_ptr, v_strides, b, first, h, tokens)
 
-    CHECK: tl.constexpr = DH % BLOCK_H != 0
+    CHECK: tl.constexpr = NET.DH % BLOCK_H != 0
     gate = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     up = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     dhidden = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
@@ -212,19 +224,21 @@ def _ttt_hidden_bwd_kernel(
     tl.assume(num_k > 0)
     for start in range(0, num_k, BLOCK_K):
         inner = start + tl.arange(0, BLOCK_K)
-        k = load_rows(k_pointers + inner[None, :], tokens, number, inner, DK, BLOCK_K, True)
-        offsets = units[:, None] * DK + inner[None, :]
-        w0 = load_rows(w_ptr + offsets, units, DH, inner, DK, BLOCK_K, CHECK)
+        k = load_rows(k_pointers + inner[None, :], tokens, number, inner, NET.DK, BLOCK_K, True)
+        offsets = units[:, None] * NET.DK + inner[None, :]
+        w0 = load_rows(w_ptr + offsets, units, NET.DH, inner, NET.DK, BLOCK_K, CHECK)
         gate = tl.dot(k, tl.trans(w0), gate, input_precision="ieee")
-        w2 = load_rows(w_ptr + OFFSET2 + offsets, units, DH, inner, DK, BLOCK_K, CHECK)
+        w2 = load_rows(w_ptr + NET.OFFSET2 + offsets, units, NET.DH, inner, NET.DK, BLOCK_K, CHECK)
         up = tl.dot(k, tl.trans(w2), up, input_precision="ieee")
-        dg0 = load_rows(dg_ptr + offsets, units, DH, inner, DK, BLOCK_K, CHECK)
+        dg0 = load_rows(dg_ptr + offsets, units, NET.DH, inner, NET.DK, BLOCK_K, CHECK)
         dgate_k = tl.dot(k, tl.trans(dg0), dgate_k, input_precision="ieee")
-        dg2 = load_rows(dg_ptr + OFFSET2 + offsets, units, DH, inner, DK, BLOCK_K, CHECK)
+        dg2 = load_rows(
+            dg_ptr + NET.OFFSET2 + offsets, units, NET.DH, inner, NET.DK, BLOCK_K, CHECK
+        )
         dup_k = tl.dot(k, tl.trans(dg2), dup_k, input_precision="ieee")
     dhidden, hidden_v = dot_columns(
-        dhidden, hidden_v, v_pointers, tokens, number, w_ptr + OFFSET1, dg_ptr + OFFSET1, units, num_v,
-        DV, DH, BLOCK_H, BLOCK_K,
+        dhidden, hidden_v, v_pointers, tokens, number, w_ptr + NET.OFFSET1, dg_ptr + NET.OFFSET1, units,
+        num_v, NET.DV, NET.DH, BLOCK_H, BLOCK_K,
     )  # fmt: skip
 
     plane_lr = tl.cast(B, tl.int64) * H * T
@@ -233,10 +247,10 @@ def _ttt_hidden_bwd_kernel(
     lr1 = tl.load(lr_pointers + plane_lr, mask=tokens < number, other=0.0)[:, None]
     lr2 = tl.load(lr_pointers + 2 * plane_lr, mask=tokens < number, other=0.0)[:, None]
     rows_total = tl.cast(num_rows, tl.int64) * H
-    plane = rows_total * DH
-    first_element = (h * num_rows + row) * DH
-    offsets = tokens[:, None] * DH + units[None, :]
-    inside = (tokens < number)[:, None] & (units < DH)[None, :]
+    plane = rows_total * NET.DH
+    first_element = (h * num_rows + row) * NET.DH
+    offsets = tokens[:, None] * NET.DH + units[None, :]
+    inside = (tokens < number)[:, None] & (units < NET.DH)[None, :]
     acts_ptr += first_element
     dacts_ptr += first_element
     dlr_ptr += tl.cast(first_unit // BLOCK_H, tl.int64) * 3 * rows_total + h * num_rows + row

@@ -221,12 +221,22 @@ TOKEN_ARGUMENTS = (
 )  # fmt: skip
 
 
-def dims_constexprs(dims: Dims) -> dict[str, int]:
-    _, offset1, offset2, size = dims.offsets
-    return {
-        "DK": dims.Dk, "DV": dims.Dv, "DH": dims.Dh,
-        "OFFSET1": offset1, "OFFSET2": offset2, "SIZE": size,
-    }  # fmt: skip
+class Net(NamedTuple):
+    """What the kernels are compiled for: the sizes of one head's fast network, and where its matrices lie."""
+
+    DK: int
+    DV: int
+    DH: int
+    OFFSET1: int  # of w1 and w2 among the matrices, and the elements of all
+    OFFSET2: int
+    SIZE: int
+    SQUARE1: int  # the same of the Newton-Schulz squares
+    SQUARE2: int
+    SQUARES: int
+
+
+def dims_constexprs(dims: Dims) -> dict[str, Any]:
+    return {"NET": Net(*dims, *dims.offsets[1:], *dims.squares[1:])}
 
 
 def tile_constexprs(

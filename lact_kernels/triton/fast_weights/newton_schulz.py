@@ -59,16 +59,19 @@ SMALL = 64  # up to this size products take less time than their launches, in fl
 
 
 @triton.jit
+def square_place(head, matrix, NET: tl.constexpr):
+    """First element in `[heads, SQUARES]`."""
+    place = head * NET.SQUARES
+    place += tl.where(matrix == 0, 0, tl.where(matrix == 1, NET.SQUARE1, NET.SQUARE2))
+    return place
+
+
+@triton.jit
 def _normalize_kernel(
     g_ptr,  # [heads, SIZE], float32
     squares_ptr,  # [heads, ROWS]: of the rows' norms
     x_ptr,  # [heads, SIZE], each matrix [m, n]
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    DH: tl.constexpr,
-    OFFSET1: tl.constexpr,
-    OFFSET2: tl.constexpr,
-    SIZE: tl.constexpr,
+    NET: tl.constexpr,
     GRADIENT: tl.constexpr,
     TILES0: tl.constexpr,
     TILES1: tl.constexpr,
@@ -76,8 +79,8 @@ def _normalize_kernel(
     BLOCK_TOTAL: tl.constexpr,
 ):
     head, matrix, tile = matrix_tile(TILES0, TILES1)
-    num_rows, num_columns = matrix_shape(matrix, DK, DV, DH)
-    element, row = matrix_place(head, matrix, DV, DH, OFFSET1, OFFSET2, SIZE)
+    num_rows, num_columns = matrix_shape(matrix, NET.DK, NET.DV, NET.DH)
+    element, row = matrix_place(head, matrix, NET)
     tiles_n = tl.cdiv(num_columns, BLOCK)
     rows = tile // tiles_n * BLOCK + tl.arange(0, BLOCK)[:, None]
     columns = tile % tiles_n * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -123,15 +126,7 @@ def _newton_schulz_symmetric_kernel(
     num_k,
     num_v,
     num_h,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    DH: tl.constexpr,
-    OFFSET1: tl.constexpr,
-    OFFSET2: tl.constexpr,
-    SIZE: tl.constexpr,
-    SQUARE1: tl.constexpr,
-    SQUARE2: tl.constexpr,
-    SQUARES: tl.constexpr,
+    NET: tl.constexpr,
     SQUARE: tl.constexpr,
     TILES0: tl.constexpr,
     TILES1: tl.constexpr,
@@ -141,9 +136,9 @@ def _newton_schulz_symmetric_kernel(
     CHECK_K: tl.constexpr,
 ):
     head, matrix, tile = matrix_tile(TILES0, TILES1)
-    num_rows, num_columns = matrix_shape(matrix, DK, DV, DH)
+    num_rows, num_columns = matrix_shape(matrix, NET.DK, NET.DV, NET.DH)
     side = tl.minimum(num_rows, num_columns)
-    square = head * SQUARES + tl.where(matrix == 0, 0, tl.where(matrix == 1, SQUARE1, SQUARE2))
+    square = square_place(head, matrix, NET)
     stop_rows, stop_columns = matrix_shape(matrix, num_k, num_v, num_h)
     if SQUARE:
         element = square
@@ -151,7 +146,7 @@ def _newton_schulz_symmetric_kernel(
         stop = tl.minimum(stop_rows, stop_columns)
     else:
         stop = tl.maximum(stop_rows, stop_columns)
-        element, _ = matrix_place(head, matrix, DV, DH, OFFSET1, OFFSET2, SIZE)
+        element, _ = matrix_place(head, matrix, NET)
         length = tl.maximum(num_rows, num_columns)
     # Tiles are counted along the rows of the lower triangle. The root of a square number must be exact.
     tile_m = tl.cast((tl.sqrt_rn(8.0 * tile + 1.0) - 1.0) * 0.5, tl.int32)
@@ -212,15 +207,7 @@ def _newton_schulz_multiply_kernel(
     num_k,
     num_v,
     num_h,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    DH: tl.constexpr,
-    OFFSET1: tl.constexpr,
-    OFFSET2: tl.constexpr,
-    SIZE: tl.constexpr,
-    SQUARE1: tl.constexpr,
-    SQUARE2: tl.constexpr,
-    SQUARES: tl.constexpr,
+    NET: tl.constexpr,
     IN_PLACE: tl.constexpr,  # each matrix in its own shape, not as [m, n]
     TILES0: tl.constexpr,
     TILES1: tl.constexpr,
@@ -232,11 +219,11 @@ def _newton_schulz_multiply_kernel(
     CHECK_K: tl.constexpr,
 ):
     head, matrix, tile = matrix_tile(TILES0, TILES1)
-    num_rows, num_columns = matrix_shape(matrix, DK, DV, DH)
+    num_rows, num_columns = matrix_shape(matrix, NET.DK, NET.DV, NET.DH)
     side = tl.minimum(num_rows, num_columns)
     length = tl.maximum(num_rows, num_columns)
-    square = head * SQUARES + tl.where(matrix == 0, 0, tl.where(matrix == 1, SQUARE1, SQUARE2))
-    element, _ = matrix_place(head, matrix, DV, DH, OFFSET1, OFFSET2, SIZE)
+    square = square_place(head, matrix, NET)
+    element, _ = matrix_place(head, matrix, NET)
     stop_rows, stop_columns = matrix_shape(matrix, num_k, num_v, num_h)
     stop = tl.minimum(stop_rows, stop_columns)
     tiles_n = tl.cdiv(length, BLOCK_N)
@@ -271,21 +258,16 @@ def _inner_kernel(
     out_ptr,  # [heads, ROWS]: rows of <a, b>
     a_squares_ptr,  # [heads, ROWS]: and of <a, a>, or None
     c_squares_ptr,  # [heads, ROWS]: and of <c, c>
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    DH: tl.constexpr,
-    OFFSET1: tl.constexpr,
-    OFFSET2: tl.constexpr,
-    SIZE: tl.constexpr,
+    NET: tl.constexpr,
     TILES0: tl.constexpr,
     TILES1: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     head, matrix, rows, real, offsets, inside = matrix_rows(
-        DK, DV, DH, TILES0, TILES1, BLOCK_ROWS, BLOCK_COLUMNS
+        NET, TILES0, TILES1, BLOCK_ROWS, BLOCK_COLUMNS
     )
-    element, row = matrix_place(head, matrix, DV, DH, OFFSET1, OFFSET2, SIZE)
+    element, row = matrix_place(head, matrix, NET)
     a = tl.load(a_ptr + element + offsets, mask=inside, other=0.0)
     b = tl.load(b_ptr + element + offsets, mask=inside, other=0.0)
     rows += row
@@ -404,11 +386,6 @@ class NewtonSchulz:
         return out
 
 
-def _square_constexprs(dims: Dims) -> dict[str, int]:
-    _, square1, square2, squares = dims.squares
-    return {**dims_constexprs(dims), "SQUARE1": square1, "SQUARE2": square2, "SQUARES": squares}
-
-
 def normalize_constexprs(dims: Dims, gradient: bool) -> dict[str, int]:
     return {
         **dims_constexprs(dims),
@@ -423,7 +400,7 @@ def symmetric_constexprs(dims: Dims, config: TTTConfig, square: bool) -> dict[st
     sides = [min(shape) for shape in dims.shapes]
     lengths = sides if square else [max(shape) for shape in dims.shapes]
     return {
-        **_square_constexprs(dims),
+        **dims_constexprs(dims),
         **tile_constexprs(
             [(side, side) for side in sides], config.block_m, config.block_m, triangular=True
         ),
@@ -439,7 +416,7 @@ def multiply_constexprs(dims: Dims, config: TTTConfig, in_place: bool) -> dict[s
     sides = [min(shape) for shape in dims.shapes]
     lengths = [max(shape) for shape in dims.shapes]
     return {
-        **_square_constexprs(dims),
+        **dims_constexprs(dims),
         **tile_constexprs(list(zip(sides, lengths)), config.block_m, config.block_n),
         "IN_PLACE": in_place,
         "BLOCK_M": config.block_m,

@@ -55,13 +55,12 @@ def matrix_shape(matrix, num_k, num_v, num_h):
 
 
 @triton.jit
-def matrix_place(
-    head, matrix, DV: tl.constexpr, DH: tl.constexpr, OFFSET1: tl.constexpr,
-    OFFSET2: tl.constexpr, SIZE: tl.constexpr,
-):  # fmt: skip
+def matrix_place(head, matrix, NET: tl.constexpr):
     """First element in `[heads, SIZE]`, and first row in `[heads, ROWS]`."""
-    element = head * SIZE + tl.where(matrix == 0, 0, tl.where(matrix == 1, OFFSET1, OFFSET2))
-    row = head * (2 * DH + DV) + tl.where(matrix == 0, 0, tl.where(matrix == 1, DH, DH + DV))
+    element = head * NET.SIZE
+    element += tl.where(matrix == 0, 0, tl.where(matrix == 1, NET.OFFSET1, NET.OFFSET2))
+    row = head * (2 * NET.DH + NET.DV)
+    row += tl.where(matrix == 0, 0, tl.where(matrix == 1, NET.DH, NET.DH + NET.DV))
     return element, row
 
 

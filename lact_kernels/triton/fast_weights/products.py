@@ -82,12 +82,7 @@ def _ttt_outer_kernel(
     split_length,
     x_strides,  # of batch row, token and head, like the next
     y_strides,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    DH: tl.constexpr,
-    OFFSET1: tl.constexpr,
-    OFFSET2: tl.constexpr,
-    SIZE: tl.constexpr,
+    NET: tl.constexpr,
     TILES0: tl.constexpr,
     TILES1: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -104,21 +99,21 @@ def _ttt_outer_kernel(
         chunk, table_ptr, first_chunk, first_row, B, T, shift, chunk_size, width
     )
     # Both factors are [tokens, ..]: the activations of w0 and w2 with x, y with those of w1.
-    plane = tl.cast(num_rows, tl.int64) * H * DH
-    acts_ptr += (h * num_rows + row) * DH + matrix * plane
+    plane = tl.cast(num_rows, tl.int64) * H * NET.DH
+    acts_ptr += (h * num_rows + row) * NET.DH + matrix * plane
     x_ptr += token_offset(x_strides, b, first, h)
     y_ptr += token_offset(y_strides, b, first, h)
     if matrix == 1:
         left_ptr = y_ptr
         stride_left = y_strides[1]
         right_ptr = acts_ptr
-        stride_right = DH
+        stride_right = NET.DH
     else:
         left_ptr = acts_ptr
-        stride_left = DH
+        stride_left = NET.DH
         right_ptr = x_ptr
         stride_right = x_strides[1]
-    num_left, num_right = matrix_shape(matrix, DK, DV, DH)
+    num_left, num_right = matrix_shape(matrix, NET.DK, NET.DV, NET.DH)
     tiles_n = tl.cdiv(num_right, BLOCK_N)
     rows = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -141,9 +136,7 @@ def _ttt_outer_kernel(
         acc = tl.dot(tl.trans(left), right, acc, input_precision="ieee")
     if units_ptr is not None:
         acc *= tl.load(units_ptr + (chunk * H + h) * 4 + 3)
-    element, _ = matrix_place(
-        (split * out_chunks + chunk) * H + h, matrix, DV, DH, OFFSET1, OFFSET2, SIZE
-    )
+    element, _ = matrix_place((split * out_chunks + chunk) * H + h, matrix, NET)
     out_pointers = out_ptr + element + rows[:, None] * num_right + columns[None, :]
     store_rows(out_pointers, acc, rows, num_left, columns, num_right)
 
@@ -159,20 +152,16 @@ def _project(
     columns,
     plane,
     num_h,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    DH: tl.constexpr,
-    OFFSET1: tl.constexpr,
-    OFFSET2: tl.constexpr,
+    NET: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TO_VALUES: tl.constexpr,
 ):
-    rows = acts_ptr + tokens[:, None] * DH
+    rows = acts_ptr + tokens[:, None] * NET.DH
     if TO_VALUES:
         acc, _ = dot_rows(
-            acc, acc, rows, tokens, number, weights_ptr + OFFSET1, None, columns, num_h,
-            DH, DV, BLOCK_N, BLOCK_K,
+            acc, acc, rows, tokens, number, weights_ptr + NET.OFFSET1, None, columns, num_h,
+            NET.DH, NET.DV, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         acc, _ = dot_columns(
@@ -185,16 +174,16 @@ def _project(
             None,
             columns,
             num_h,
-            DH,
-            DK,
+            NET.DH,
+            NET.DK,
             BLOCK_N,
             BLOCK_K,
         )
         if units_ptr is not None:
             acc *= tl.div_rn(tl.load(units_ptr), tl.load(units_ptr + 2))
         acc, _ = dot_columns(
-            acc, acc, rows + 2 * plane, tokens, number, weights_ptr + OFFSET2, None, columns, num_h,
-            DH, DK, BLOCK_N, BLOCK_K,
+            acc, acc, rows + 2 * plane, tokens, number, weights_ptr + NET.OFFSET2, None, columns, num_h,
+            NET.DH, NET.DK, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     return acc
 
@@ -222,18 +211,13 @@ def _ttt_project_kernel(
     num_v,
     num_h,
     out_strides,  # of batch row, token and head
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    DH: tl.constexpr,
-    OFFSET1: tl.constexpr,
-    OFFSET2: tl.constexpr,
-    SIZE: tl.constexpr,
+    NET: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TO_VALUES: tl.constexpr,
 ):
-    WIDTH: tl.constexpr = DV if TO_VALUES else DK
+    WIDTH: tl.constexpr = NET.DV if TO_VALUES else NET.DK
     chunk, h, first_column, b, first, row, number = token_tile(
         table_ptr,
         first_chunk,
@@ -252,15 +236,15 @@ def _ttt_project_kernel(
         return
     tokens = tl.arange(0, BLOCK_T)
     columns = first_column + tl.arange(0, BLOCK_N)
-    plane = tl.cast(num_rows, tl.int64) * H * DH
-    first_element = (h * num_rows + row) * DH
-    matrices = (chunk * H + h) * SIZE
+    plane = tl.cast(num_rows, tl.int64) * H * NET.DH
+    first_element = (h * num_rows + row) * NET.DH
+    matrices = (chunk * H + h) * NET.SIZE
     if units_ptr is not None:
         units_ptr += (chunk * H + h) * 4
     acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     acc = _project(
         acc, acts_ptr + first_element, weights_ptr + matrices, units_ptr, tokens, number, columns,
-        plane, num_h, DK, DV, DH, OFFSET1, OFFSET2, BLOCK_N, BLOCK_K, TO_VALUES,
+        plane, num_h, NET, BLOCK_N, BLOCK_K, TO_VALUES,
     )  # fmt: skip
     if lr_ptr is not None:
         lr_pointers = lr_ptr + (b * H + h) * T + first + tokens
@@ -271,7 +255,7 @@ def _ttt_project_kernel(
     if acts2_ptr is not None:
         acc = _project(
             acc, acts2_ptr + first_element, weights2_ptr + matrices, None, tokens, number, columns,
-            plane, num_h, DK, DV, DH, OFFSET1, OFFSET2, BLOCK_N, BLOCK_K, TO_VALUES,
+            plane, num_h, NET, BLOCK_N, BLOCK_K, TO_VALUES,
         )  # fmt: skip
     if units_ptr is not None:
         acc *= unit

@@ -47,12 +47,12 @@ TOKEN_BLOCK = 1024
 
 @triton.jit
 def matrix_rows(
-    DK: tl.constexpr, DV: tl.constexpr, DH: tl.constexpr, TILES0: tl.constexpr,
-    TILES1: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    NET: tl.constexpr, TILES0: tl.constexpr, TILES1: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Head and matrix of this program, and of its rows: numbers, elements and which of these exist."""
     head, matrix, tile = matrix_tile(TILES0, TILES1)
-    num_rows, num_columns = matrix_shape(matrix, DK, DV, DH)
+    num_rows, num_columns = matrix_shape(matrix, NET.DK, NET.DV, NET.DH)
     rows = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.arange(0, BLOCK_COLUMNS)
     offsets = rows[:, None] * num_columns + columns[None, :]
@@ -91,12 +91,7 @@ def _ttt_update_kernel(
     num_parts,
     stride_part,
     is_start,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    DH: tl.constexpr,
-    OFFSET1: tl.constexpr,
-    OFFSET2: tl.constexpr,
-    SIZE: tl.constexpr,
+    NET: tl.constexpr,
     PRENORM: tl.constexpr,
     TILES0: tl.constexpr,
     TILES1: tl.constexpr,
@@ -104,9 +99,9 @@ def _ttt_update_kernel(
     BLOCK_COLUMNS: tl.constexpr,
 ):
     head, matrix, rows, real, offsets, inside = matrix_rows(
-        DK, DV, DH, TILES0, TILES1, BLOCK_ROWS, BLOCK_COLUMNS
+        NET, TILES0, TILES1, BLOCK_ROWS, BLOCK_COLUMNS
     )
-    element, row = matrix_place(head, matrix, DV, DH, OFFSET1, OFFSET2, SIZE)
+    element, row = matrix_place(head, matrix, NET)
     offsets += element
     rows += row
     if parts_ptr is None:

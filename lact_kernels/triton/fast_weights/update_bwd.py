@@ -78,12 +78,7 @@ def _ttt_update_bwd_kernel(
     stride_part,
     num_apply_parts,
     stride_apply_part,
-    DK: tl.constexpr,
-    DV: tl.constexpr,
-    DH: tl.constexpr,
-    OFFSET1: tl.constexpr,
-    OFFSET2: tl.constexpr,
-    SIZE: tl.constexpr,
+    NET: tl.constexpr,
     PRENORM: tl.constexpr,
     TILES0: tl.constexpr,
     TILES1: tl.constexpr,
@@ -92,10 +87,10 @@ def _ttt_update_bwd_kernel(
     BLOCK_TOTAL: tl.constexpr,
 ):
     head, matrix, rows, real, offsets, inside = matrix_rows(
-        DK, DV, DH, TILES0, TILES1, BLOCK_ROWS, BLOCK_COLUMNS
+        NET, TILES0, TILES1, BLOCK_ROWS, BLOCK_COLUMNS
     )
-    num_rows, num_columns = matrix_shape(matrix, DK, DV, DH)
-    element, row = matrix_place(head, matrix, DV, DH, OFFSET1, OFFSET2, SIZE)
+    num_rows, num_columns = matrix_shape(matrix, NET.DK, NET.DV, NET.DH)
+    element, row = matrix_place(head, matrix, NET)
     offsets += element
     rows += row
     if dx_ptr is None:
