@@ -1,7 +1,7 @@
 """What the fast-weight kernels share: matrices, a chunk's tokens, the loops of their products.
 
 Kernels see the arrays of a run of chunks, of which they take the first to have number 0 and to begin
-at row 0; `first_chunk` and `first_row` lead from there to the numbering of `ttt_layout`.
+at row 0; `first_chunk` and `first_row` lead from there to the numbering of `layout`.
 """
 
 import triton

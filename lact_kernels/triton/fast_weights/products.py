@@ -1,4 +1,4 @@
-"""The two kinds of products around the activations of the fast network (see `ttt_activations`).
+"""The two kinds of products around the activations of the fast network (see `activations`).
 
 Over the tokens of a chunk, the outer products that make up the three weight gradients:
 
@@ -18,7 +18,7 @@ Over the hidden units, the way back to tokens, from activations a and weights w,
     to keys     a[0] w0 + a[2] w2       (dq, dk)
 ```
 
-Products take the tokens' dtype and accumulate in float32. What comes in units (see `ttt_activations`), the
+Products take the tokens' dtype and accumulate in float32. What comes in units (see `activations`), the
 gradients of the second or the weights of the first pair among them, gets its scale back in float32.
 """
 
