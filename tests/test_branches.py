@@ -21,7 +21,7 @@ from lact_kernels.eager import token_blocks
 from lact_kernels.ops.rms_norm_scale_add import rms_norm_scale_add
 from lact_kernels.ops.silu_l2norm_rope import silu_l2norm_rope
 from lact_kernels.triton import configs
-from lact_kernels.triton.layer import silu_l2norm_rope as triton_silu_l2norm_rope
+from lact_kernels.triton.layer import rows
 from reference.rms_norm_scale_add import rms_norm_scale_add as plain_rms_norm_scale_add
 from reference.silu_l2norm_rope import silu_l2norm_rope as plain_silu_l2norm_rope
 from tests.cases import BACKWARD_OPCHECKS, filled_with_nan
@@ -184,7 +184,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(token_blocks, "DEVICE_BLOCK", 96)
     if DEVICE == "cpu":
         monkeypatch.setattr(configs, "_ROW_TABLE", dict.fromkeys(configs._ROW_TABLE, (32, 4)))
-        monkeypatch.setattr(triton_silu_l2norm_rope, "MIN_BLOCKS", 2)
+        monkeypatch.setattr(rows, "MIN_BLOCKS", 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -44,7 +44,9 @@ def block_dim(head_dim: int) -> int:
 
 
 class Sizes(NamedTuple):
-    """The sizes that an attention kernel is compiled for: head dims of q and k, of v, the padded ones, tiles.
+    """The sizes that an attention kernel is compiled for.
+
+    The head dims of q and k and of v, the same padded, and how many queries and keys a tile has.
 
     In Triton 3.4 they are plain numbers to a kernel: `tl.full` takes these as a shape, `tl.zeros` does not.
     """

@@ -215,6 +215,9 @@ class Chunks:
         return [*batches, range(start, steps.stop)]
 
 
+# Where a run of chunks has its tokens and its rows, and the sizes of the network once more as runtime values,
+# for loops that the compiler is not to unroll. Kernels take these one by one: a new length must not compile
+# anew, so Triton may not specialise them, and it specialises all that comes in a tuple.
 TOKEN_ARGUMENTS = (
     "first_chunk", "first_row", "B", "T", "shift", "chunk_size", "width", "num_rows", "H",
     "num_k", "num_v", "num_h",
@@ -227,15 +230,16 @@ class Net(NamedTuple):
     DK: int
     DV: int
     DH: int
-    OFFSET1: int  # of w1 and w2 among the matrices, and the elements of all
+    OFFSET1: int  # the first element of w1, of w2, and the end: see Dims.offsets
     OFFSET2: int
     SIZE: int
-    SQUARE1: int  # the same of the Newton-Schulz squares
+    SQUARE1: int  # the same of the Newton-Schulz squares: see Dims.squares
     SQUARE2: int
     SQUARES: int
 
 
 def dims_constexprs(dims: Dims) -> dict[str, Any]:
+    """The compile-time argument that all kernels have."""
     return {"NET": Net(*dims, *dims.offsets[1:], *dims.squares[1:])}
 
 

@@ -9,7 +9,7 @@ For each row x of the fast weights' outputs, one fast head of one token, with th
 ```
 
 All is float32 and rounded to the dtype of the memory once. The backward computes r again: it follows
-from x, which it reads anyway. The sum over rows is taken in two steps, as in `silu_l2norm_rope`.
+from x, which it reads anyway. The sum over rows is taken in two steps (see `rows`).
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ from lact_kernels.triton.launch import (
     readable_in_place,
     strides,
 )
-from lact_kernels.triton.layer.silu_l2norm_rope import (
+from lact_kernels.triton.layer.rows import (
     BACKWARD_PROGRAMS,
     compiled_sizes,
     num_splits,

@@ -12,8 +12,7 @@ For q and for k, with R the rotation by the angles of a token:
 ```
 
 All is float32 and rounded to the dtype of the memory once. The backward computes z, a and n again: they
-follow from x, which it reads anyway. The sums over tokens are taken in two steps, so that they come out
-the same each time: a fixed number of programs walk over the tokens, and PyTorch adds up what they found.
+follow from x, which it reads anyway. The sums over tokens are taken in two steps (see `rows`).
 
 A program's tile holds pairs of channels that are rotated against each other: pair i of a fast head is
 channel i % (D / 2) of its attention head i // (D / 2), and the channel D / 2 further on.
@@ -27,8 +26,6 @@ import triton.language as tl
 from torch import Tensor
 
 from lact_kernels.triton.configs import (
-    ARCHITECTURES,
-    FLOAT32_COMPILED_FOR,
     TRITON,
     CompileCase,
     RowConfig,
@@ -38,26 +35,20 @@ from lact_kernels.triton.configs import (
 )
 from lact_kernels.triton.launch import (
     launch,
-    num_multiprocessors,
     on_device,
     outer_strides,
     readable_in_place,
 )
+from lact_kernels.triton.layer.rows import (
+    BACKWARD_PROGRAMS,
+    FORWARD_PROGRAMS,
+    compiled_sizes,
+    num_splits,
+    row_offsets,
+)
 from lact_kernels.triton.primitives import LOG2_E
 
 NORM_EPS = tl.constexpr(1e-5)
-# Programs walk over blocks of tokens: each reads scales and offsets once, and in the backward writes sums
-# once, so it should have some blocks to do. Only the forward's programs can be so many that they even out.
-FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 32, 8  # per multiprocessor
-MIN_BLOCKS = 4  # per program
-# D and Df of models: the padded tiles that have most to mask, the widest, and those of float32.
-COMPILED = ((torch.bfloat16, 80, 160), (torch.bfloat16, 64, 384), (torch.float32, 64, 192))
-
-
-@triton.jit
-def row_offsets(rows, T, strides):
-    """Where the tokens `rows` of `[B * T]` begin, int64; the first strides are of batch row and token."""
-    return (rows // T).to(tl.int64) * strides[0] + (rows % T).to(tl.int64) * strides[1]
 
 
 @triton.jit
@@ -393,12 +384,6 @@ def silu_l2norm_rope_bwd(
     return dq, dk, dv, dscale.to(qk_scale.dtype), doffset.to(qk_offset.dtype)
 
 
-def num_splits(rows: int, block: int, heads: int, device: torch.device, programs: int) -> int:
-    """How many programs per head walk over the rows: `programs` in all per multiprocessor, or fewer."""
-    wanted = triton.cdiv(num_multiprocessors(device) * programs, heads)
-    return min(wanted, triton.cdiv(rows, block * MIN_BLOCKS))
-
-
 def _readable(*tensors: Tensor | None) -> list[Tensor | None]:
     return [x if x is None else readable_in_place(x)[0] for x in tensors]
 
@@ -419,13 +404,6 @@ def constexprs(
         "BLOCK_T": config.block_m,
         "BLOCK_PAIRS": config.block_n,
     }
-
-
-def compiled_sizes(arch: int) -> Iterator[tuple[torch.dtype, int, int]]:
-    """Those of COMPILED that the compile report compiles for `arch`: float32 once."""
-    for dtype, *dims in COMPILED:
-        if arch in ARCHITECTURES and (dtype != torch.float32 or arch == FLOAT32_COMPILED_FOR):
-            yield dtype, *dims
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
