@@ -291,7 +291,7 @@ def row_config(name: str, columns: int, dtype: torch.dtype) -> RowConfig:
 
 
 def shipped_cases(name: str, arch: int) -> Iterator[tuple[torch.dtype, int, KernelConfig, dict]]:
-    """The rows of pass `name` that are compiled for `arch`: dtype, head dim, config, more of the case."""
+    """The rows of pass `name` that are compiled for `arch`: dtype, head dim, row, more fields of the case."""
     for dtype, key in _compiled_for(arch):
         row = _TABLE.get((name, key, 8 * dtype.itemsize), {})
         own = _TABLE.get((name, SMALL, 8 * dtype.itemsize), {})

@@ -98,15 +98,8 @@ def token_tile(
     )
     skipped = pid // tiles % tiles_t * BLOCK_T
     chunk, h = tl.cast(chunk, tl.int64), tl.cast(chunk_head % H, tl.int64)
-    return (
-        chunk,
-        h,
-        pid % tiles * BLOCK_COLUMNS,
-        b,
-        first + skipped,
-        row + skipped,
-        number - skipped,
-    )
+    column = pid % tiles * BLOCK_COLUMNS
+    return chunk, h, column, b, first + skipped, row + skipped, number - skipped
 
 
 @triton.jit

@@ -165,20 +165,9 @@ def _project(
         )  # fmt: skip
     else:
         acc, _ = dot_columns(
-            acc,
-            acc,
-            rows,
-            tokens,
-            number,
-            weights_ptr,
-            None,
-            columns,
-            num_h,
-            NET.DH,
-            NET.DK,
-            BLOCK_N,
-            BLOCK_K,
-        )
+            acc, acc, rows, tokens, number, weights_ptr, None, columns, num_h,
+            NET.DH, NET.DK, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
         if units_ptr is not None:
             acc *= tl.div_rn(tl.load(units_ptr), tl.load(units_ptr + 2))
         acc, _ = dot_columns(
@@ -219,19 +208,8 @@ def _ttt_project_kernel(
 ):
     WIDTH: tl.constexpr = NET.DV if TO_VALUES else NET.DK
     chunk, h, first_column, b, first, row, number = token_tile(
-        table_ptr,
-        first_chunk,
-        first_row,
-        B,
-        T,
-        shift,
-        chunk_size,
-        width,
-        H,
-        WIDTH,
-        BLOCK_T,
-        BLOCK_N,
-    )
+        table_ptr, first_chunk, first_row, B, T, shift, chunk_size, width, H, WIDTH, BLOCK_T, BLOCK_N
+    )  # fmt: skip
     if number <= 0:
         return
     tokens = tl.arange(0, BLOCK_T)
