@@ -6,9 +6,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "lact_kernels/__init__.py").read_text()).group(
-    1
-)
+VERSION = re.search(
+    r'__version__ = "(.+)"', (ROOT / "lact_kernels/core/version.py").read_text()
+).group(1)
 
 TRANSFORMERS = ["transformers>=4.57"]
 ASR = [

@@ -9,6 +9,7 @@ Triton. Importing this package imports no Triton and touches no GPU.
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from lact_kernels.core.version import __version__ as __version__
 from lact_kernels.layers import LaCTCache, LaCTLayer
 from lact_kernels.layers.contexts import Context, context_of_pieces
 from lact_kernels.ops.block_causal_ttt import TTTState, TTTTokens, block_causal_ttt
@@ -16,7 +17,6 @@ from lact_kernels.ops.ring_kv_cache import RingKVCache
 from lact_kernels.ops.window_attn import window_attn
 from lact_kernels.ops.window_attn_with_kvcache import window_attn_with_kvcache
 
-__version__ = "0.1.0"
 __all__ = [
     "LaCTCache",
     "LaCTLayer",

@@ -14,6 +14,7 @@ import torch
 from lact_kernels.autograd.autocast import register_autocast
 from lact_kernels.autograd.derivatives import register_derivatives
 from lact_kernels.autograd.vmap import register_vmap
+from lact_kernels.core.silu_l2norm_rope import Inputs, Options, Outputs
 from lact_kernels.eager import silu_l2norm_rope as eager
 
 INPUTS = (
@@ -28,8 +29,8 @@ INPUTS = (
     schema=f"({INPUTS}) -> (Tensor attn_q, Tensor attn_k, Tensor fast_q, Tensor fast_k, Tensor[] fast_v)",
 )
 def silu_l2norm_rope_fwd(*args):
-    *args, backend = args
-    return _launchers(backend).silu_l2norm_rope_fwd(*args)
+    inputs, options, backend = _read(args)
+    return tuple(backend.silu_l2norm_rope_fwd(inputs, options))
 
 
 @silu_l2norm_rope_fwd.register_fake
@@ -47,8 +48,8 @@ def _(q, k, v, qk_scale, qk_offset, cos, sin, num_attn_heads, num_lact_heads, *_
     f" {INPUTS}) -> (Tensor dq, Tensor dk, Tensor[] dv, Tensor dqk_scale, Tensor dqk_offset)",
 )
 def silu_l2norm_rope_bwd(*args):
-    *args, backend = args
-    return _launchers(backend).silu_l2norm_rope_bwd(*args)
+    inputs, options, backend = _read(args[5:])
+    return backend.silu_l2norm_rope_bwd(Outputs(*args[:5]), inputs, options)
 
 
 @silu_l2norm_rope_bwd.register_fake
@@ -72,13 +73,14 @@ def _backward(ctx, *grads):
     return dq, dk, dv[0] if dv else None, dqk_scale, dqk_offset, *rest
 
 
-def _launchers(backend: str) -> ModuleType:
-    """The module with the chosen backend's functions, imported only now."""
-    if backend == "triton":
+def _read(args: tuple) -> tuple[Inputs, Options, ModuleType]:
+    """INPUTS, and of the backend the module with its functions, which is imported only now."""
+    inputs, options = Inputs(*args[:7]), Options(*args[7:-1])
+    if args[-1] == "triton":
         from lact_kernels.triton.layer import silu_l2norm_rope
 
-        return silu_l2norm_rope
-    return eager
+        return inputs, options, silu_l2norm_rope
+    return inputs, options, eager
 
 
 register_derivatives(silu_l2norm_rope_fwd, _backward, _setup)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lact_kernels.core.silu_l2norm_rope import Inputs, Options, Outputs
 from lact_kernels.eager.token_blocks import compute_dtype, token_blocks
 
 NORM_EPS = 1e-5
@@ -14,20 +15,10 @@ NORM_EPS = 1e-5
 silu_backward = torch.ops.aten.silu_backward  # (grad, x) -> grad * silu'(x)
 
 
-def silu_l2norm_rope_fwd(
-    q: Tensor,  # [B, T, C]
-    k: Tensor,  # [B, T, C]
-    v: Tensor | None,  # [B, T, C], or None where the fast weights take it as it is
-    qk_scale: Tensor,  # [C, 2]
-    qk_offset: Tensor,  # [C, 2]
-    cos: Tensor,  # [1 or B, T, D / 2]
-    sin: Tensor,  # [1 or B, T, D / 2]
-    num_attn_heads: int,
-    num_lact_heads: int,
-    silu: bool,
-    rotate_fast: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """The attention's q and k `[B, T, Hq, D]`, those of the fast weights `[B, T, Hf, Df]`, and v."""
+def silu_l2norm_rope_fwd(inputs: Inputs, options: Options) -> Outputs:
+    """The inputs of both branches."""
+    q, k, v, qk_scale, qk_offset, cos, sin = inputs
+    num_attn_heads, num_lact_heads, silu, rotate_fast = options
     dtype = compute_dtype(q)
     scales, offsets = _columns(qk_scale, dtype), _columns(qk_offset, dtype)
     attn = [_empty_heads(x, num_attn_heads) for x in (q, k)]
@@ -51,28 +42,16 @@ def silu_l2norm_rope_fwd(
                 fast_x.copy_(a)
         for out in fast_v:
             out[:, tokens].flatten(2).copy_(F.silu(v[:, tokens].to(dtype)))
-    return *attn, *fast, fast_v
+    return Outputs(*attn, *fast, fast_v)
 
 
 def silu_l2norm_rope_bwd(
-    dattn_q: Tensor,  # [B, T, Hq, D]
-    dattn_k: Tensor,  # [B, T, Hq, D]
-    dfast_q: Tensor,  # [B, T, Hf, Df]
-    dfast_k: Tensor,  # [B, T, Hf, Df]
-    dfast_v: list[Tensor],  # [B, T, Hf, Df], with v
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    qk_scale: Tensor,
-    qk_offset: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    num_attn_heads: int,
-    num_lact_heads: int,
-    silu: bool,
-    rotate_fast: bool,
+    grads: Outputs, inputs: Inputs, options: Options
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor]:
     """Gradients of q, k, v (with v), qk_scale and qk_offset."""
+    dattn_q, dattn_k, dfast_q, dfast_k, dfast_v = grads
+    q, k, v, qk_scale, qk_offset, cos, sin = inputs
+    num_attn_heads, num_lact_heads, silu, rotate_fast = options
     dtype = compute_dtype(q)
     scales, offsets = _columns(qk_scale, dtype), _columns(qk_offset, dtype)
     dscale, doffset = (x.new_zeros(x.shape, dtype=dtype) for x in (qk_scale, qk_offset))

@@ -12,6 +12,9 @@ from lact_kernels.ops import checks
 from lact_kernels.ops.checks import Backend
 
 
+__all__ = ["silu_l2norm_rope"]
+
+
 def silu_l2norm_rope(
     q: Tensor,
     k: Tensor,

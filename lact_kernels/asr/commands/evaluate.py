@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-import lact_kernels
 from lact_kernels.asr.commands.recogniser import add_decoder_arguments, load, positive
 from lact_kernels.asr.evaluation import evaluate_set, table
 from lact_kernels.asr.files import written_whole
 from lact_kernels.asr.manifest import Utterance, read_utterances
 from lact_kernels.asr.text import normalize_text
+from lact_kernels.core.version import __version__
 
 HELP = "measure word and character error rates"
 
@@ -68,7 +68,7 @@ def _report(args: argparse.Namespace, device: torch.device, results: dict) -> st
         "lm": args.lm,
         "limit": args.limit,
         "device": str(device),
-        "lact_kernels": lact_kernels.__version__,
+        "lact_kernels": __version__,
         "torch": torch.__version__,
         "sets": results,
     }

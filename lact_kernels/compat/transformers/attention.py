@@ -287,9 +287,8 @@ def _mask(
     kv_offset: int = 0,
     mask_function: Callable = causal_mask_function,
     attention_mask: Tensor | None = None,
-    cache_position: Tensor | None = None,
     device: torch.device | str | None = None,
-    **kwargs,
+    **others,
 ) -> Tensor | None:
     """Make the mask of a forward pass, or of its layers with a window: None or `[B, S]`.
 
@@ -301,18 +300,19 @@ def _mask(
         kv_offset: the position of the first key.
         mask_function: which keys a query sees: functions of `transformers.masking_utils`, combined.
         attention_mask: boolean padding mask `[B, T]` of the tokens so far, False for padding.
-        cache_position: the positions of the queries. transformers 4 passes them instead of `q_length` and
-            `q_offset`.
+        others: `config`, and from transformers 4 instead of `q_length` and `q_offset` the positions of the
+            queries, `cache_position`.
 
     Raises:
         NotImplementedError: the mask function is anything but causal attention, with or without a window,
             of rows or packed sequences.
         ValueError: the attention mask has fewer tokens than there are keys.
     """
-    _PASS.begin(kwargs.get("config"))
+    _PASS.begin(others.get("config"))
     packed = _packed_sequences(mask_function)
     if packed is not None:  # there is no padding, and no cache
         return (packed + 1).expand(batch_size, -1)
+    cache_position = others.get("cache_position")
     if cache_position is not None:
         q_length, q_offset, device = len(cache_position), cache_position[0], cache_position.device
     position = int(q_offset) + q_length  # of the next token

@@ -362,10 +362,9 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
     )  # fmt: skip
     yield from ttt_compile_cases(
         "ttt_hidden_grad", HIDDEN_KERNELS, arch, activation_constexprs,
-        tokens=("x_ptr", "y_ptr", *acts), floats=("lr_ptr",), absent=("table_ptr",),
+        tokens=("x_ptr", "y_ptr", *acts), absent=("table_ptr",),
     )  # fmt: skip
     yield from ttt_compile_cases(
         "ttt_hidden_bwd", HIDDEN_BWD_KERNELS, arch, activation_constexprs,
-        tokens=("k_ptr", "v_ptr", *acts, "dsteps_ptr", "dacts_ptr"),
-        floats=("lr_ptr", "units_ptr", "reach_ptr", "dlr_ptr"), absent=("table_ptr",),
+        tokens=("k_ptr", "v_ptr", *acts, "dsteps_ptr", "dacts_ptr"), absent=("table_ptr",),
     )  # fmt: skip

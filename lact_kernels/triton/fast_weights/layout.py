@@ -15,7 +15,7 @@ The weights of a chunk, those its queries are applied to, have the number of the
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -35,6 +35,7 @@ from lact_kernels.triton.configs import (
 )
 
 ALIGNMENT = 16  # elements
+MAX_DIM = 1024
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -261,6 +262,7 @@ def num_tiles(constexprs: dict[str, int]) -> int:
 
 # What the compile report compiles: sizes that the tiles exceed, and sizes of whole tiles.
 COMPILED_DIMS = (Dims(192, 192, 192), Dims(768, 768, 768))
+LARGEST = Dims(MAX_DIM, MAX_DIM, MAX_DIM)
 
 
 def ttt_compile_cases(
@@ -269,26 +271,29 @@ def ttt_compile_cases(
     arch: int,
     constexprs: Callable[[Dims, TTTConfig], dict],
     tokens: tuple[str, ...] = (),  # pointers in the tokens' dtype
-    floats: tuple[str, ...] = (),  # pointers in float32
-    absent: tuple[str, ...] = (),  # pointers that are None
-    configs: Iterable[tuple[torch.dtype, TTTConfig]] | None = None,  # by default the table's
-    dims: tuple[Dims, ...] = COMPILED_DIMS,
+    absent: tuple[str, ...] = (),  # arguments that are None
+    fixed: tuple[torch.dtype, TTTConfig] | None = None,  # of a kernel that has no rows in the table
     variant: str = "",
 ) -> Iterator[CompileCase]:
     """One specialisation of one kernel, with every configuration of its, for the compile report.
 
-    A kernel that reads packed sequences from a table is compiled with one as well, at the first dims.
+    Pointers are to float32, but for `tokens`. A kernel with a fixed configuration is compiled at the largest
+    sizes. One that reads packed sequences from a table is compiled with one as well, at the first sizes.
     """
-    if configs is None:
-        configs = shipped_ttt_configs(name, arch)
-    elif arch not in ARCHITECTURES:
-        return
+    configs, dims = shipped_ttt_configs(name, arch), COMPILED_DIMS
+    if fixed is not None:
+        configs, dims = [fixed] if arch in ARCHITECTURES else [], (LARGEST,)
     for dtype, config in configs:
-        pointers = dict.fromkeys(tokens, dtype) | dict.fromkeys(floats, torch.float32)
+        kernel = kernel_of(kernels, config)
+        pointers = {
+            argument: dtype if argument in tokens else torch.float32
+            for argument in kernel.arg_names
+            if argument.endswith("_ptr") and argument not in (*absent, "table_ptr")
+        }
         for sizes in dims:
             case = CompileCase(
                 name=name,
-                kernel=kernel_of(kernels, config),
+                kernel=kernel,
                 arch=arch,
                 dtype=dtype,
                 shape=" ".join(filter(None, ["x".join(map(str, sizes)), variant])),

@@ -44,7 +44,6 @@ from lact_kernels.triton.fast_weights.primitives import (
     matrix_total,
 )
 from lact_kernels.triton.fast_weights.update import (
-    LARGEST,
     NUM_WARPS,
     matrix_rows,
     row_compile_cases,
@@ -443,12 +442,11 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
         tokens=("square_ptr", "x_ptr", "square2_ptr", "x2_ptr", "out_ptr"),
     )  # fmt: skip
     yield from row_compile_cases(
-        "newton_schulz_inner", _inner_kernel, arch,
-        ("a_ptr", "b_ptr", "c_ptr", "out_ptr", "a_squares_ptr", "c_squares_ptr"), (),
+        "newton_schulz_inner", _inner_kernel, arch, ()
     )  # fmt: skip
     yield from ttt_compile_cases(
         "newton_schulz_normalize", {TRITON: _normalize_kernel}, arch,
         lambda dims, _: normalize_constexprs(dims, gradient=True),
-        tokens=("x_ptr",), floats=("g_ptr", "squares_ptr"), dims=LARGEST,
-        configs=[(torch.float16, TTTConfig(NORMALIZE_BLOCK, NORMALIZE_BLOCK, 1, NUM_WARPS, 3))],
+        tokens=("x_ptr",),
+        fixed=(torch.float16, TTTConfig(NORMALIZE_BLOCK, NORMALIZE_BLOCK, 1, NUM_WARPS, 3)),
     )  # fmt: skip

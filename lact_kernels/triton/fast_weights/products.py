@@ -322,13 +322,12 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
     """Every shipped specialisation, for benchmarks/compile_report."""
     yield from ttt_compile_cases(
         "ttt_outer", OUTER_KERNELS, arch, outer_constexprs,
-        tokens=("x_ptr", "y_ptr", "acts_ptr"), floats=("units_ptr", "out_ptr"), absent=("table_ptr",),
+        tokens=("x_ptr", "y_ptr", "acts_ptr"), absent=("table_ptr",),
     )  # fmt: skip
     for to_values in (False, True):
         yield from ttt_compile_cases(
             "ttt_project", PROJECT_KERNELS, arch,
             functools.partial(project_constexprs, to_values=to_values),
             tokens=("acts_ptr", "weights_ptr", "acts2_ptr", "weights2_ptr", "out_ptr"),
-            floats=("units_ptr", "lr_ptr") if to_values else ("units_ptr",),
             absent=("table_ptr",) if to_values else ("table_ptr", "lr_ptr"),
         )  # fmt: skip

@@ -24,6 +24,7 @@ from torch import Tensor
 from lact_kernels.core import fast_weights
 from lact_kernels.triton.configs import TRITON, CompileCase, TTTConfig
 from lact_kernels.triton.fast_weights.layout import (
+    MAX_DIM,
     Dims,
     Run,
     dims_constexprs,
@@ -40,8 +41,6 @@ from lact_kernels.triton.fast_weights.primitives import (
 
 RENORM_EPS = tl.constexpr(fast_weights.RENORM_EPS)
 PROGRAM_ELEMENTS, NUM_WARPS = 2048, 4
-MAX_DIM = 1024
-LARGEST = (Dims(MAX_DIM, MAX_DIM, MAX_DIM),)
 TOKEN_BLOCK = 1024
 
 
@@ -200,7 +199,6 @@ def row_compile_cases(
     name: str,
     kernel: Any,
     arch: int,
-    floats: tuple[str, ...],
     absent: tuple[str, ...],
     variant: str = "",
     **more: int,
@@ -212,29 +210,27 @@ def row_compile_cases(
 
     config = TTTConfig(PROGRAM_ELEMENTS // MAX_DIM, MAX_DIM, 1, NUM_WARPS, 3)
     yield from ttt_compile_cases(
-        name, {TRITON: kernel}, arch, constexprs, ("next_weights_ptr", "dsteps_ptr"), floats, absent,
-        [(torch.bfloat16, config)], LARGEST, variant,
+        name, {TRITON: kernel}, arch, constexprs, ("next_weights_ptr", "dsteps_ptr"), absent,
+        (torch.bfloat16, config), variant,
     )  # fmt: skip
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
     """The most demanding specialisations, for benchmarks/compile_report."""
-    common = ("sums_ptr", "next_sums_ptr", "norms_ptr")
     gradients = ("parts_ptr", "steps_ptr", "next_steps_ptr", "betas_ptr")
     orthogonal, squares = ("orthogonal_ptr",), ("squares_ptr",)
-    for variant, floats, absent in (
-        ("", gradients, orthogonal + squares),
-        ("to Muon", gradients + squares, orthogonal),
-        ("from Muon", orthogonal, gradients + squares),
+    for variant, absent in (
+        ("", orthogonal + squares),
+        ("to Muon", orthogonal),
+        ("from Muon", gradients + squares),
     ):
         for prenorm in (False, True) if variant != "to Muon" else (False,):
             yield from row_compile_cases(
-                "ttt_update", _ttt_update_kernel, arch, common + floats, absent,
+                "ttt_update", _ttt_update_kernel, arch, absent,
                 " ".join(filter(None, [variant, "pre-norm" * prenorm])), PRENORM=prenorm,
             )  # fmt: skip
     yield from ttt_compile_cases(
         "ttt_mean_momentum", {TRITON: _ttt_mean_momentum_kernel}, arch,
         lambda *_: {"BLOCK": TOKEN_BLOCK},
-        floats=("momentum_ptr", "betas_ptr"), absent=("table_ptr",), dims=LARGEST,
-        configs=[(torch.float32, TTTConfig(1, TOKEN_BLOCK, 1, NUM_WARPS, 3))],
+        absent=("table_ptr",), fixed=(torch.float32, TTTConfig(1, TOKEN_BLOCK, 1, NUM_WARPS, 3)),
     )  # fmt: skip

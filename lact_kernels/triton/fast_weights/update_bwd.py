@@ -27,7 +27,13 @@ from torch import Tensor
 
 from lact_kernels.core import fast_weights
 from lact_kernels.triton.configs import TRITON, CompileCase, TTTConfig
-from lact_kernels.triton.fast_weights.layout import TOKEN_ARGUMENTS, Dims, Run, ttt_compile_cases
+from lact_kernels.triton.fast_weights.layout import (
+    MAX_DIM,
+    TOKEN_ARGUMENTS,
+    Dims,
+    Run,
+    ttt_compile_cases,
+)
 from lact_kernels.triton.fast_weights.primitives import (
     GRADIENT_BITS,
     chunk_tokens,
@@ -37,8 +43,6 @@ from lact_kernels.triton.fast_weights.primitives import (
     power_of_two,
 )
 from lact_kernels.triton.fast_weights.update import (
-    LARGEST,
-    MAX_DIM,
     NUM_WARPS,
     RENORM_EPS,
     matrix_rows,
@@ -255,27 +259,22 @@ def rates_constexprs(dims: Dims) -> dict[str, int]:
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
     """The most demanding specialisations, for benchmarks/compile_report."""
-    common = (
-        "parts_ptr", "carry_ptr", "sums_ptr", "norms_ptr", "dnorms_ptr", "betas_ptr", "steps_ptr",
-        "dbuffers_ptr", "dbetas_ptr",
-    )  # fmt: skip
     apply, muon = ("apply_ptr",), ("next_steps_ptr", "dsquares_ptr", "squares_ptr")
     iteration = (
         "dx_ptr", "inner_ptr", "dx_squares_ptr", "dbuffers_squares_ptr", "units_ptr",
     )  # fmt: skip
-    for variant, floats, absent in (
-        ("", apply, muon + iteration),
-        ("to Muon", apply + muon, (*iteration, "dsteps_ptr")),
-        ("from Muon", muon + iteration, apply),
+    for variant, absent in (
+        ("", muon + iteration),
+        ("to Muon", (*iteration, "dsteps_ptr")),
+        ("from Muon", apply),
     ):
         for prenorm in (False, True) if variant != "from Muon" else (False,):
             yield from row_compile_cases(
-                "ttt_update_bwd", _ttt_update_bwd_kernel, arch, common + floats, absent,
+                "ttt_update_bwd", _ttt_update_bwd_kernel, arch, absent,
                 " ".join(filter(None, [variant, "pre-norm" * prenorm])),
                 PRENORM=prenorm, BLOCK_TOTAL=MAX_DIM,
             )  # fmt: skip
     yield from ttt_compile_cases(
         "ttt_rates_bwd", {TRITON: _ttt_rates_bwd_kernel}, arch, lambda dims, _: rates_constexprs(dims),
-        floats=("dlr_parts_ptr", "dbetas_ptr", "dlr_ptr", "dmomentum_ptr"), absent=("table_ptr",),
-        configs=[(torch.float32, TTTConfig(1, TOKEN_BLOCK, 1, NUM_WARPS, 3))], dims=LARGEST,
+        absent=("table_ptr",), fixed=(torch.float32, TTTConfig(1, TOKEN_BLOCK, 1, NUM_WARPS, 3)),
     )  # fmt: skip

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lact_kernels.core.silu_l2norm_rope import Inputs, Options, Outputs
 from lact_kernels.triton.configs import (
     TRITON,
     CompileCase,
@@ -306,26 +307,15 @@ FWD_KERNELS = {TRITON: _silu_l2norm_rope_fwd_kernel}
 BWD_KERNELS = {TRITON: _silu_l2norm_rope_bwd_kernel}
 
 
-def silu_l2norm_rope_fwd(
-    q: Tensor,  # [B, T, C]
-    k: Tensor,  # [B, T, C]
-    v: Tensor | None,  # [B, T, C], or None where the fast weights take it as it is
-    qk_scale: Tensor,  # [C, 2]
-    qk_offset: Tensor,  # [C, 2]
-    cos: Tensor,  # [1 or B, T, D / 2]
-    sin: Tensor,  # [1 or B, T, D / 2]
-    num_attn_heads: int,
-    num_lact_heads: int,
-    silu: bool,
-    rotate_fast: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """The attention's q and k `[B, T, Hq, D]`, those of the fast weights `[B, T, Hf, Df]`, and v."""
+def silu_l2norm_rope_fwd(inputs: Inputs, options: Options) -> Outputs:
+    """The inputs of both branches."""
+    q, k, v, qk_scale, qk_offset, cos, sin = inputs
+    Hq, Hf, silu, rotate_fast = options
     B, T, C = q.shape
-    Hq, Hf = num_attn_heads, num_lact_heads
     attn_q, attn_k = (q.new_empty(B, T, Hq, C // Hq) for _ in range(2))
     fast_q, fast_k = (q.new_empty(B, T, Hf, C // Hf) for _ in range(2))
     fast_v = None if v is None else q.new_empty(B, T, Hf, C // Hf)
-    outputs = (attn_q, attn_k, fast_q, fast_k, [] if v is None else [fast_v])
+    outputs = Outputs(attn_q, attn_k, fast_q, fast_k, [] if v is None else [fast_v])
     if q.numel() == 0:
         return outputs
     config = row_config("silu_l2norm_rope_fwd", C // Hf // 2, q.dtype)
@@ -343,26 +333,13 @@ def silu_l2norm_rope_fwd(
 
 
 def silu_l2norm_rope_bwd(
-    dattn_q: Tensor,  # [B, T, Hq, D]
-    dattn_k: Tensor,  # [B, T, Hq, D]
-    dfast_q: Tensor,  # [B, T, Hf, Df]
-    dfast_k: Tensor,  # [B, T, Hf, Df]
-    dfast_v: list[Tensor],  # [B, T, Hf, Df], with v
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    qk_scale: Tensor,
-    qk_offset: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    num_attn_heads: int,
-    num_lact_heads: int,
-    silu: bool,
-    rotate_fast: bool,
+    grads: Outputs, inputs: Inputs, options: Options
 ) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor]:
     """Gradients of q, k, v (with v), qk_scale and qk_offset."""
+    dattn_q, dattn_k, dfast_q, dfast_k, dfast_v = grads
+    q, k, v, qk_scale, qk_offset, cos, sin = inputs
+    Hq, Hf, silu, rotate_fast = options
     B, T, C = q.shape
-    Hq, Hf = num_attn_heads, num_lact_heads
     dq, dk = q.new_empty(B, T, C), k.new_empty(B, T, C)
     dv = None if v is None else v.new_empty(B, T, C)
     config = row_config("silu_l2norm_rope_bwd", C // Hf // 2, q.dtype)

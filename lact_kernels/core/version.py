@@ -1,0 +1,3 @@
+"""The version of the package, which setup.py reads here."""
+
+__version__ = "0.1.0"
