@@ -4,7 +4,7 @@
 python -m benchmarks.compile_report [--arch 80 86 90 100 120] [--pass NAME ...] [--demanding] [--json FILE]
 ```
 
-Each kernel module offers `compile_cases(arch)`; `kernels` lists the modules. Triton compiles a case for its
+What ships is in `window_attn_cases`, `fast_weight_cases` and `layer_cases`. Triton compiles a case for its
 architecture, and what counts is read from what it leaves behind: registers per thread and warnings from
 ptxas' log, shared memory from its metadata, and from the machine code, by the `nvdisasm` in Triton's
 package, spilled bytes (the widths of all loads from and stores to local memory), matrix instructions and

@@ -10,7 +10,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 
-from lact_kernels.triton.configs import CompileCase
+from benchmarks.compile_report.case import CompileCase
 from ptx_emulator.compiler import WARP_SIZE, run_stages
 
 _POINTER_TYPES = {

@@ -1,24 +1,9 @@
 """The kernels, and the configurations in which each ships."""
 
-import importlib
 from collections.abc import Iterable, Iterator
 
-from lact_kernels.triton.configs import CompileCase
-
-# Modules with a function `compile_cases(arch)`. A new kernel is added here and nowhere else.
-KERNEL_MODULES = (
-    "lact_kernels.triton.window_attn.fwd",
-    "lact_kernels.triton.window_attn.bwd",
-    "lact_kernels.triton.window_attn.with_kvcache",
-    "lact_kernels.triton.fast_weights.activations",
-    "lact_kernels.triton.fast_weights.products",
-    "lact_kernels.triton.fast_weights.update",
-    "lact_kernels.triton.fast_weights.update_bwd",
-    "lact_kernels.triton.fast_weights.newton_schulz",
-    "lact_kernels.triton.layer.silu_l2norm_rope",
-    "lact_kernels.triton.layer.rms_norm_scale_add",
-)
-
+from benchmarks.compile_report import fast_weight_cases, layer_cases, window_attn_cases
+from benchmarks.compile_report.case import CompileCase
 
 # sm_80 stands for sm_86, sm_89 and sm_120 as well, which have cases where their rows are their own. For sm_89
 # the compiler does what it does for sm_86.
@@ -34,7 +19,7 @@ def compile_cases(
     """
     wanted = set(passes)
     for arch in archs:
-        for module in KERNEL_MODULES:
-            for case in importlib.import_module(module).compile_cases(arch):
+        for module in (window_attn_cases, fast_weight_cases, layer_cases):
+            for case in module.compile_cases(arch):
                 if (not wanted or case.name in wanted) and (case.demanding or not demanding):
                     yield case

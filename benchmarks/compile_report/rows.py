@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from benchmarks.compile_report.architectures import ARCHITECTURES, programs_per_multiprocessor
+from benchmarks.compile_report.case import CompileCase
 from benchmarks.compile_report.compiling import Binary, Source, compile_source
 from benchmarks.compile_report.kept import Kept
 from benchmarks.compile_report.loops import MATRIX_INSTRUCTION, matrix_loops
 from benchmarks.compile_report.machine_code import Instruction, disassemble, spilled_bytes
 from benchmarks.compile_report.products import product_repeats
-from lact_kernels.triton.configs import CompileCase
 
 BATCH = 16  # kernels that are disassembled together
 

@@ -11,7 +11,6 @@ from lact_kernels.autograd.silu_l2norm_rope import silu_l2norm_rope_fwd
 from lact_kernels.ops import checks
 from lact_kernels.ops.checks import Backend
 
-
 __all__ = ["silu_l2norm_rope"]
 
 

@@ -16,8 +16,8 @@ This module imports neither Triton nor a GPU, so that tests and reports can read
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ import torch
 # Those with a row of every pass for 16-bit inputs, and that of float32's rows, which are everybody's.
 ARCHITECTURES = (80, 90, 100)
 ALL = 0
-FLOAT32_COMPILED_FOR = 80  # by the compile report
 # Compute capabilities 8.6, 8.9 and 12: sm_80's rows, but for those that do not fit 99 KiB of shared memory.
 SMALL = 86
 HEAD_DIM_CLASSES = (64, 96, 128, 192, 256)
@@ -73,34 +72,6 @@ Config = KernelConfig | TTTConfig | RowConfig
 def kernel_of(kernels: Mapping[str, Any], config: Config) -> Any:
     """Of a pass's kernels, by implementation, the one that the row is for. They take the same arguments."""
     return kernels[config.implementation]
-
-
-@dataclass(frozen=True)
-class CompileCase:
-    """One shipped specialisation of one kernel, as a report needs it to compile it without a GPU.
-
-    `pointers` gives the element dtype of each pointer argument, or a tuple of them for a tuple of
-    pointers, and `constexprs` the compile-time arguments. Arguments in neither are float32 where the name
-    ends in `scale` or `factor`, tuples of integers where it ends in `strides`, and else integers, of 32 bits.
-    """
-
-    name: str
-    kernel: Any
-    arch: int
-    dtype: torch.dtype
-    shape: str
-    config: Config
-    pointers: dict[str, torch.dtype | tuple[torch.dtype, ...]] = field(repr=False)
-    constexprs: dict[str, Any] = field(repr=False)
-    also: tuple[int, ...] = ()  # architectures that take the same row
-    demanding: bool = True  # False: another case has the same tiles, the same code and more
-
-
-def packing_cases(case: CompileCase) -> Iterator[CompileCase]:
-    """An attention kernel without and with packed sequences."""
-    yield replace(case, constexprs={**case.constexprs, "cu_seqlens": None}, demanding=False)
-    packed = {**case.pointers, "cu_seqlens": (torch.int32, torch.int32)}
-    yield replace(case, shape=f"{case.shape} packed", pointers=packed)
 
 
 def _row(*entries: tuple) -> dict[int, KernelConfig]:
@@ -288,40 +259,6 @@ def row_config(name: str, columns: int, dtype: torch.dtype) -> RowConfig:
     elements, *rest = _ROW_TABLE[name, 8 * dtype.itemsize]
     block = 1 << max(columns - 1, 0).bit_length()
     return RowConfig(max(1, elements // block), block, *rest)
-
-
-def shipped_cases(name: str, arch: int) -> Iterator[tuple[torch.dtype, int, KernelConfig, dict]]:
-    """The rows of pass `name` that are compiled for `arch`: dtype, head dim, row, more fields of the case."""
-    for dtype, key in _compiled_for(arch):
-        row = _TABLE.get((name, key, 8 * dtype.itemsize), {})
-        own = _TABLE.get((name, SMALL, 8 * dtype.itemsize), {})
-        for head_dim, config in row.items():
-            padded = row.get({128: 96, 256: 192}.get(head_dim))
-            also = () if head_dim in own else others(arch)
-            yield dtype, head_dim, config, {"also": also, "demanding": padded != config}
-
-
-def shipped_ttt_configs(name: str, arch: int) -> Iterator[tuple[torch.dtype, TTTConfig]]:
-    """The rows of pass `name` of the fast-weight kernels that are compiled for `arch`, each with a dtype."""
-    for dtype, key in _compiled_for(arch):
-        if name.startswith("newton_schulz") and dtype == torch.bfloat16:
-            dtype = torch.float16
-        if (name, key, 8 * dtype.itemsize) in _TTT_TABLE:
-            yield dtype, _TTT_TABLE[name, key, 8 * dtype.itemsize]
-
-
-def _compiled_for(arch: int) -> list[tuple[torch.dtype, int]]:
-    """Dtypes and the table's architecture of what the compile report compiles for `arch`: float32 once."""
-    sixteen = SMALL if arch in (86, 89, 120) else arch
-    return [
-        (torch.bfloat16, sixteen),
-        *([(torch.float32, ALL)] if arch == FLOAT32_COMPILED_FOR else []),
-    ]
-
-
-def others(arch: int) -> tuple[int, ...]:
-    """Architectures that take what is compiled for `arch`, unless they have rows of their own."""
-    return (SMALL,) if arch == 80 else ()
 
 
 # Of the CPU: None where kernels are interpreted, that of the emulated device where they are emulated.

@@ -8,12 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
+from benchmarks.compile_report.case import CompileCase
 from benchmarks.compile_report.compiling import Source, compile_source
 from benchmarks.compile_report.kept import Kept
 from benchmarks.compile_report.loops import MatrixLoop, matrix_loops
 from benchmarks.compile_report.machine_code import Instruction, disassemble, spilled_bytes
 from benchmarks.compile_report.products import product_repeats
-from lact_kernels.triton.configs import CompileCase, TTTConfig
+from lact_kernels.triton.configs import TTTConfig
 
 pytestmark = pytest.mark.xdist_group("reading_compiled_code")
 

@@ -38,19 +38,16 @@ can do to one of the three with |dG|_F = 1 is their *reach*: with w the longest 
     max over tokens of     lr w |x| (|x| + sqrt(Dv) |y| + w |x| sqrt(Dv) |y|)
 """
 
-from collections.abc import Iterator
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lact_kernels.triton.configs import TRITON, CompileCase, TTTConfig, capability_of, ttt_config
+from lact_kernels.triton.configs import TRITON, TTTConfig, capability_of, ttt_config
 from lact_kernels.triton.fast_weights.layout import (
     TOKEN_ARGUMENTS,
     Dims,
     Run,
     dims_constexprs,
-    ttt_compile_cases,
 )
 from lact_kernels.triton.fast_weights.primitives import (
     GRADIENT_BITS,
@@ -351,20 +348,3 @@ def activation_constexprs(dims: Dims, config: TTTConfig) -> dict[str, int]:
         "BLOCK_H": config.block_n,
         "BLOCK_K": config.block_k,
     }
-
-
-def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """Every shipped specialisation, for benchmarks/compile_report."""
-    acts = ("weights_ptr", "acts_ptr")
-    yield from ttt_compile_cases(
-        "ttt_hidden", HIDDEN_KERNELS, arch, activation_constexprs,
-        tokens=("x_ptr", *acts), absent=("y_ptr", "y_strides", "lr_ptr", "table_ptr"),
-    )  # fmt: skip
-    yield from ttt_compile_cases(
-        "ttt_hidden_grad", HIDDEN_KERNELS, arch, activation_constexprs,
-        tokens=("x_ptr", "y_ptr", *acts), absent=("table_ptr",),
-    )  # fmt: skip
-    yield from ttt_compile_cases(
-        "ttt_hidden_bwd", HIDDEN_BWD_KERNELS, arch, activation_constexprs,
-        tokens=("k_ptr", "v_ptr", *acts, "dsteps_ptr", "dacts_ptr"), absent=("table_ptr",),
-    )  # fmt: skip

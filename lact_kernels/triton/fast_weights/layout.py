@@ -15,8 +15,7 @@ The weights of a chunk, those its queries are applied to, have the number of the
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,12 +25,7 @@ from lact_kernels.core.call import Call
 from lact_kernels.core.fast_weights import Triple
 from lact_kernels.core.plan import num_updates
 from lact_kernels.triton.configs import (
-    ARCHITECTURES,
-    CompileCase,
     TTTConfig,
-    kernel_of,
-    others,
-    shipped_ttt_configs,
 )
 
 ALIGNMENT = 16  # elements
@@ -258,56 +252,3 @@ def tile_constexprs(
 def num_tiles(constexprs: dict[str, int]) -> int:
     """Tiles of all three matrices."""
     return 2 * constexprs["TILES0"] + constexprs["TILES1"]
-
-
-# What the compile report compiles: sizes that the tiles exceed, and sizes of whole tiles.
-COMPILED_DIMS = (Dims(192, 192, 192), Dims(768, 768, 768))
-LARGEST = Dims(MAX_DIM, MAX_DIM, MAX_DIM)
-
-
-def ttt_compile_cases(
-    name: str,
-    kernels: Mapping[str, Any],
-    arch: int,
-    constexprs: Callable[[Dims, TTTConfig], dict],
-    tokens: tuple[str, ...] = (),  # pointers in the tokens' dtype
-    absent: tuple[str, ...] = (),  # arguments that are None
-    fixed: tuple[torch.dtype, TTTConfig] | None = None,  # of a kernel that has no rows in the table
-    variant: str = "",
-) -> Iterator[CompileCase]:
-    """One specialisation of one kernel, with every configuration of its, for the compile report.
-
-    Pointers are to float32, but for `tokens`. A kernel with a fixed configuration is compiled at the largest
-    sizes. One that reads packed sequences from a table is compiled with one as well, at the first sizes.
-    """
-    configs, dims = shipped_ttt_configs(name, arch), COMPILED_DIMS
-    if fixed is not None:
-        configs, dims = [fixed] if arch in ARCHITECTURES else [], (LARGEST,)
-    for dtype, config in configs:
-        kernel = kernel_of(kernels, config)
-        pointers = {
-            argument: dtype if argument in tokens else torch.float32
-            for argument in kernel.arg_names
-            if argument.endswith("_ptr") and argument not in (*absent, "table_ptr")
-        }
-        for sizes in dims:
-            case = CompileCase(
-                name=name,
-                kernel=kernel,
-                arch=arch,
-                dtype=dtype,
-                shape=" ".join(filter(None, ["x".join(map(str, sizes)), variant])),
-                config=config,
-                pointers=pointers,
-                constexprs={**constexprs(sizes, config), **dict.fromkeys(absent)},
-                also=others(arch),
-                demanding=sizes == dims[0] and "table_ptr" not in absent,
-            )
-            yield case
-            if "table_ptr" in absent and sizes == dims[0]:
-                constants = {k: v for k, v in case.constexprs.items() if k != "table_ptr"}
-                packed = pointers | {"table_ptr": torch.int32}
-                yield replace(
-                    case, shape=f"{case.shape} packed", pointers=packed, constexprs=constants,
-                    demanding=True,
-                )  # fmt: skip

@@ -20,7 +20,6 @@ all values into the range of float16. Gradients, whose scale is arbitrary, are d
 and rounding noise with them, about 490 times, which is why bfloat16 would not do.
 """
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -29,13 +28,12 @@ import triton.language as tl
 from torch import Tensor
 
 from lact_kernels.core.fast_weights import NEWTON_SCHULZ_COEFFICIENTS
-from lact_kernels.triton.configs import TRITON, CompileCase, TTTConfig, capability_of, ttt_config
+from lact_kernels.triton.configs import TRITON, TTTConfig, capability_of, ttt_config
 from lact_kernels.triton.fast_weights.layout import (
     Dims,
     dims_constexprs,
     num_tiles,
     tile_constexprs,
-    ttt_compile_cases,
 )
 from lact_kernels.triton.fast_weights.primitives import (
     matrix_place,
@@ -46,7 +44,6 @@ from lact_kernels.triton.fast_weights.primitives import (
 from lact_kernels.triton.fast_weights.update import (
     NUM_WARPS,
     matrix_rows,
-    row_compile_cases,
     row_programs,
 )
 from lact_kernels.triton.fast_weights.update_bwd import NEWTON_SCHULZ_EPS
@@ -425,28 +422,3 @@ def multiply_constexprs(dims: Dims, config: TTTConfig, in_place: bool) -> dict[s
         "CHECK_N": any(length % config.block_n for length in lengths),
         "CHECK_K": any(side % config.block_k for side in sides),
     }
-
-
-def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """Every shipped specialisation, for benchmarks/compile_report."""
-    name = "newton_schulz_symmetric"
-    for square in (False, True):
-        yield from ttt_compile_cases(
-            name, SYMMETRIC_KERNELS, arch,
-            functools.partial(symmetric_constexprs, square=square),
-            tokens=("a_ptr", "b_ptr", "y_ptr", "out_ptr"), absent=() if square else ("y_ptr",),
-        )  # fmt: skip
-    yield from ttt_compile_cases(
-        "newton_schulz_multiply", MULTIPLY_KERNELS, arch,
-        functools.partial(multiply_constexprs, in_place=False),
-        tokens=("square_ptr", "x_ptr", "square2_ptr", "x2_ptr", "out_ptr"),
-    )  # fmt: skip
-    yield from row_compile_cases(
-        "newton_schulz_inner", _inner_kernel, arch, ()
-    )  # fmt: skip
-    yield from ttt_compile_cases(
-        "newton_schulz_normalize", {TRITON: _normalize_kernel}, arch,
-        lambda dims, _: normalize_constexprs(dims, gradient=True),
-        tokens=("x_ptr",),
-        fixed=(torch.float16, TTTConfig(NORMALIZE_BLOCK, NORMALIZE_BLOCK, 1, NUM_WARPS, 3)),
-    )  # fmt: skip

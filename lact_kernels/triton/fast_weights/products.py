@@ -22,14 +22,11 @@ Products take the tokens' dtype and accumulate in float32. What comes in units (
 gradients of the second or the weights of the first pair among them, gets its scale back in float32.
 """
 
-import functools
-from collections.abc import Iterator
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lact_kernels.triton.configs import TRITON, CompileCase, TTTConfig, capability_of, ttt_config
+from lact_kernels.triton.configs import TRITON, TTTConfig, capability_of, ttt_config
 from lact_kernels.triton.fast_weights.layout import (
     TOKEN_ARGUMENTS,
     Dims,
@@ -38,7 +35,6 @@ from lact_kernels.triton.fast_weights.layout import (
     num_tiles,
     round_up,
     tile_constexprs,
-    ttt_compile_cases,
 )
 from lact_kernels.triton.fast_weights.primitives import (
     chunk_tokens,
@@ -316,18 +312,3 @@ def project_constexprs(dims: Dims, config: TTTConfig, to_values: bool) -> dict[s
         "BLOCK_K": config.block_k,
         "TO_VALUES": to_values,
     }
-
-
-def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """Every shipped specialisation, for benchmarks/compile_report."""
-    yield from ttt_compile_cases(
-        "ttt_outer", OUTER_KERNELS, arch, outer_constexprs,
-        tokens=("x_ptr", "y_ptr", "acts_ptr"), absent=("table_ptr",),
-    )  # fmt: skip
-    for to_values in (False, True):
-        yield from ttt_compile_cases(
-            "ttt_project", PROJECT_KERNELS, arch,
-            functools.partial(project_constexprs, to_values=to_values),
-            tokens=("acts_ptr", "weights_ptr", "acts2_ptr", "weights2_ptr", "out_ptr"),
-            absent=("table_ptr",) if to_values else ("table_ptr", "lr_ptr"),
-        )  # fmt: skip

@@ -13,24 +13,17 @@ One program computes some rows of one matrix of one head. Without Muon it does a
 launch ends at M', and another begins with the orthogonalised step.
 """
 
-from collections.abc import Iterator
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lact_kernels.core import fast_weights
-from lact_kernels.triton.configs import TRITON, CompileCase, TTTConfig
 from lact_kernels.triton.fast_weights.layout import (
-    MAX_DIM,
     Dims,
     Run,
     dims_constexprs,
     num_tiles,
     tile_constexprs,
-    ttt_compile_cases,
 )
 from lact_kernels.triton.fast_weights.primitives import (
     chunk_tokens,
@@ -193,44 +186,3 @@ def row_programs(dims: Dims) -> tuple[int, dict[str, int]]:
     tiles = tile_constexprs(dims.shapes, rows, columns)
     blocks = {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns}
     return num_tiles(tiles), {**dims_constexprs(dims), **tiles, **blocks}
-
-
-def row_compile_cases(
-    name: str,
-    kernel: Any,
-    arch: int,
-    absent: tuple[str, ...],
-    variant: str = "",
-    **more: int,
-) -> Iterator[CompileCase]:
-    """One specialisation of a kernel over rows, at the longest rows."""
-
-    def constexprs(dims: Dims, config: TTTConfig) -> dict:
-        return row_programs(dims)[1] | more
-
-    config = TTTConfig(PROGRAM_ELEMENTS // MAX_DIM, MAX_DIM, 1, NUM_WARPS, 3)
-    yield from ttt_compile_cases(
-        name, {TRITON: kernel}, arch, constexprs, ("next_weights_ptr", "dsteps_ptr"), absent,
-        (torch.bfloat16, config), variant,
-    )  # fmt: skip
-
-
-def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """The most demanding specialisations, for benchmarks/compile_report."""
-    gradients = ("parts_ptr", "steps_ptr", "next_steps_ptr", "betas_ptr")
-    orthogonal, squares = ("orthogonal_ptr",), ("squares_ptr",)
-    for variant, absent in (
-        ("", orthogonal + squares),
-        ("to Muon", orthogonal),
-        ("from Muon", gradients + squares),
-    ):
-        for prenorm in (False, True) if variant != "to Muon" else (False,):
-            yield from row_compile_cases(
-                "ttt_update", _ttt_update_kernel, arch, absent,
-                " ".join(filter(None, [variant, "pre-norm" * prenorm])), PRENORM=prenorm,
-            )  # fmt: skip
-    yield from ttt_compile_cases(
-        "ttt_mean_momentum", {TRITON: _ttt_mean_momentum_kernel}, arch,
-        lambda *_: {"BLOCK": TOKEN_BLOCK},
-        absent=("table_ptr",), fixed=(torch.float32, TTTConfig(1, TOKEN_BLOCK, 1, NUM_WARPS, 3)),
-    )  # fmt: skip

@@ -18,21 +18,15 @@ With Muon dG is about dw' 490 / |G|, which is beyond float16: there each matrix 
 power of two that brings it to at most 2^14. It is known before dG is, from the norms of the terms of dG.
 """
 
-from collections.abc import Iterator
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lact_kernels.core import fast_weights
-from lact_kernels.triton.configs import TRITON, CompileCase, TTTConfig
 from lact_kernels.triton.fast_weights.layout import (
-    MAX_DIM,
     TOKEN_ARGUMENTS,
     Dims,
     Run,
-    ttt_compile_cases,
 )
 from lact_kernels.triton.fast_weights.primitives import (
     GRADIENT_BITS,
@@ -46,7 +40,6 @@ from lact_kernels.triton.fast_weights.update import (
     NUM_WARPS,
     RENORM_EPS,
     matrix_rows,
-    row_compile_cases,
     row_lengths,
     row_programs,
     sum_parts,
@@ -255,26 +248,3 @@ def ttt_rates_bwd(
 def rates_constexprs(dims: Dims) -> dict[str, int]:
     rows = dims.rows
     return {"ROWS": rows, "BLOCK_TOTAL": triton.next_power_of_2(rows), "BLOCK_T": TOKEN_BLOCK}
-
-
-def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """The most demanding specialisations, for benchmarks/compile_report."""
-    apply, muon = ("apply_ptr",), ("next_steps_ptr", "dsquares_ptr", "squares_ptr")
-    iteration = (
-        "dx_ptr", "inner_ptr", "dx_squares_ptr", "dbuffers_squares_ptr", "units_ptr",
-    )  # fmt: skip
-    for variant, absent in (
-        ("", muon + iteration),
-        ("to Muon", (*iteration, "dsteps_ptr")),
-        ("from Muon", apply),
-    ):
-        for prenorm in (False, True) if variant != "from Muon" else (False,):
-            yield from row_compile_cases(
-                "ttt_update_bwd", _ttt_update_bwd_kernel, arch, absent,
-                " ".join(filter(None, [variant, "pre-norm" * prenorm])),
-                PRENORM=prenorm, BLOCK_TOTAL=MAX_DIM,
-            )  # fmt: skip
-    yield from ttt_compile_cases(
-        "ttt_rates_bwd", {TRITON: _ttt_rates_bwd_kernel}, arch, lambda dims, _: rates_constexprs(dims),
-        absent=("table_ptr",), fixed=(torch.float32, TTTConfig(1, TOKEN_BLOCK, 1, NUM_WARPS, 3)),
-    )  # fmt: skip

@@ -12,8 +12,6 @@ All is float32 and rounded to the dtype of the memory once. The backward compute
 from x, which it reads anyway. The sum over rows is taken in two steps (see `rows`).
 """
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -21,10 +19,7 @@ from torch import Tensor
 
 from lact_kernels.triton.configs import (
     TRITON,
-    CompileCase,
     RowConfig,
-    kernel_of,
-    others,
     row_config,
 )
 from lact_kernels.triton.launch import (
@@ -36,7 +31,6 @@ from lact_kernels.triton.launch import (
 )
 from lact_kernels.triton.layer.rows import (
     BACKWARD_PROGRAMS,
-    compiled_sizes,
     num_splits,
     row_offsets,
 )
@@ -208,28 +202,3 @@ def constexprs(fast_dim: int, eps: float, config: RowConfig) -> dict:
         "BLOCK_ROWS": config.block_m,
         "BLOCK_COLUMNS": config.block_n,
     }
-
-
-def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """The specialisations of some models' sizes, for benchmarks/compile_report."""
-    floats = ("weight_ptr", "dweight_ptr")
-    passes = {
-        "rms_norm_scale_add_fwd": FWD_KERNELS,
-        "rms_norm_scale_add_bwd": BWD_KERNELS,
-    }
-    for name, kernels in passes.items():
-        for dtype, _, fast_dim in compiled_sizes(arch):
-            config = row_config(name, fast_dim, dtype)
-            kernel = kernel_of(kernels, config)
-            names = [x.name for x in kernel.params if x.name.endswith("_ptr")]
-            yield CompileCase(
-                name=name,
-                kernel=kernel,
-                arch=arch,
-                dtype=dtype,
-                shape=f"Df{fast_dim}",
-                config=config,
-                pointers={x: torch.float32 if x in floats else dtype for x in names},
-                constexprs=constexprs(fast_dim, 1e-5, config),
-                also=others(arch),
-            )

@@ -4,21 +4,16 @@ Sums over all rows are taken in two steps, so that they come out the same each t
 programs walk over the rows, and PyTorch adds up what they found.
 """
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 
-from lact_kernels.triton.configs import ARCHITECTURES, FLOAT32_COMPILED_FOR
 from lact_kernels.triton.launch import num_multiprocessors
 
 # Programs walk over blocks of tokens: each reads scales and offsets once, and in the backward writes sums
 # once, so it should have some blocks to do. Only the forward's programs can be so many that they even out.
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 32, 8  # per multiprocessor
 MIN_BLOCKS = 4  # per program
-# D and Df of models: the padded tiles that have most to mask, the widest, and those of float32.
-COMPILED = ((torch.bfloat16, 80, 160), (torch.bfloat16, 64, 384), (torch.float32, 64, 192))
 
 
 @triton.jit
@@ -31,10 +26,3 @@ def num_splits(rows: int, block: int, heads: int, device: torch.device, programs
     """How many programs per head walk over the rows: `programs` in all per multiprocessor, or fewer."""
     wanted = triton.cdiv(num_multiprocessors(device) * programs, heads)
     return min(wanted, triton.cdiv(rows, block * MIN_BLOCKS))
-
-
-def compiled_sizes(arch: int) -> Iterator[tuple[torch.dtype, int, int]]:
-    """Those of COMPILED that the compile report compiles for `arch`: float32 once."""
-    for dtype, *dims in COMPILED:
-        if arch in ARCHITECTURES and (dtype != torch.float32 or arch == FLOAT32_COMPILED_FOR):
-            yield dtype, *dims

@@ -18,8 +18,6 @@ A program's tile holds pairs of channels that are rotated against each other: pa
 channel i % (D / 2) of its attention head i // (D / 2), and the channel D / 2 further on.
 """
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -28,10 +26,7 @@ from torch import Tensor
 from lact_kernels.core.silu_l2norm_rope import Inputs, Options, Outputs
 from lact_kernels.triton.configs import (
     TRITON,
-    CompileCase,
     RowConfig,
-    kernel_of,
-    others,
     row_config,
 )
 from lact_kernels.triton.launch import (
@@ -43,7 +38,6 @@ from lact_kernels.triton.launch import (
 from lact_kernels.triton.layer.rows import (
     BACKWARD_PROGRAMS,
     FORWARD_PROGRAMS,
-    compiled_sizes,
     num_splits,
     row_offsets,
 )
@@ -381,28 +375,3 @@ def constexprs(
         "BLOCK_T": config.block_m,
         "BLOCK_PAIRS": config.block_n,
     }
-
-
-def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """The specialisations of some models' sizes, for benchmarks/compile_report."""
-    floats = ("scale_ptr", "offset_ptr", "cos_ptr", "sin_ptr", "dscale_ptr", "doffset_ptr")
-    passes = {
-        "silu_l2norm_rope_fwd": FWD_KERNELS,
-        "silu_l2norm_rope_bwd": BWD_KERNELS,
-    }
-    for name, kernels in passes.items():
-        for dtype, head_dim, fast_dim in compiled_sizes(arch):
-            config = row_config(name, fast_dim // 2, dtype)
-            kernel = kernel_of(kernels, config)
-            names = [x.name for x in kernel.params if x.name.endswith("_ptr")]
-            yield CompileCase(
-                name=name,
-                kernel=kernel,
-                arch=arch,
-                dtype=dtype,
-                shape=f"D{head_dim} Df{fast_dim}",
-                config=config,
-                pointers={x: torch.float32 if x in floats else dtype for x in names},
-                constexprs=constexprs(head_dim, fast_dim, True, True, config),
-                also=others(arch),
-            )

@@ -21,21 +21,15 @@ P and dS are rounded to the input dtype for their second product. Everything is 
 nothing saved by the forward is written.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lact_kernels.triton.configs import (
     TRITON,
-    CompileCase,
     KernelConfig,
     capability_of,
     kernel_config,
-    kernel_of,
-    packing_cases,
-    shipped_cases,
 )
 from lact_kernels.triton.launch import (
     launch,
@@ -104,33 +98,6 @@ def window_attn_bwd(
                 **_constexprs(D, Dv, dkv_config, width), **owned,
             )  # fmt: skip
     return (dq if sign == 1 else dq * sign), dk, dv
-
-
-def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """Every shipped specialisation, for benchmarks/compile_report."""
-    passes = {
-        "window_attn_bwd_dkv": (DKV_KERNELS, ("do_ptr", "dk_ptr", "dv_ptr")),
-        "window_attn_bwd_dq": (DQ_KERNELS, ("o_ptr", "do_ptr", "dq_ptr")),
-    }
-    for name, (kernels, outputs) in passes.items():
-        for dtype, head_dim, config, more in shipped_cases(name, arch):
-            pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", *outputs), dtype)
-            pointers |= dict.fromkeys(("lse_ptr", "stats_ptr"), torch.float32)
-            constexprs = _constexprs(head_dim, head_dim, config, _stats_width(config))
-            is_dq = name == "window_attn_bwd_dq"
-            for variant in [{"dlse_ptr": None}] if is_dq else _owned(config):
-                case = CompileCase(
-                    name=name,
-                    kernel=kernel_of(kernels, config),
-                    arch=arch,
-                    dtype=dtype,
-                    shape=f"D{head_dim}",
-                    config=config,
-                    pointers=pointers,
-                    constexprs=constexprs | variant,
-                    **more,
-                )
-                yield from packing_cases(case)
 
 
 def _owned(config: KernelConfig) -> list[dict[str, bool]]:

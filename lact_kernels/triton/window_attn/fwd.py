@@ -12,8 +12,6 @@ are float32. The window and the lengths are runtime values: no length, window, b
 count makes the kernel compile again.
 """
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -21,13 +19,9 @@ from torch import Tensor
 
 from lact_kernels.triton.configs import (
     TRITON,
-    CompileCase,
     KernelConfig,
     capability_of,
     kernel_config,
-    kernel_of,
-    packing_cases,
-    shipped_cases,
 )
 from lact_kernels.triton.launch import (
     launch,
@@ -217,21 +211,3 @@ def window_attn_fwd(
             SIZES=Sizes.of(D, Dv, config),
         )  # fmt: skip
     return o, lse
-
-
-def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """Every shipped specialisation, for benchmarks/compile_report."""
-    for dtype, head_dim, config, more in shipped_cases("window_attn_fwd", arch):
-        pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), dtype)
-        case = CompileCase(
-            name="window_attn_fwd",
-            kernel=kernel_of(FWD_KERNELS, config),
-            arch=arch,
-            dtype=dtype,
-            shape=f"D{head_dim}",
-            config=config,
-            pointers={**pointers, "lse_ptr": torch.float32},
-            constexprs={"SIZES": Sizes.of(head_dim, head_dim, config)},
-            **more,
-        )
-        yield from packing_cases(case)

@@ -13,25 +13,16 @@ and a second kernel weighs them:
 Lengths, slots, the window and the number of parts are runtime values.
 """
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lact_kernels.triton.configs import (
-    ARCHITECTURES,
-    HEAD_DIM_CLASSES,
     TRITON,
-    CompileCase,
     KernelConfig,
-    RowConfig,
     capability_of,
     kernel_config,
-    kernel_of,
-    others,
-    shipped_cases,
 )
 from lact_kernels.triton.launch import (
     launch,
@@ -249,38 +240,6 @@ def choose_splits(num_keys: int, programs: int, config: KernelConfig, device: to
     """Parts of at most `num_keys` keys that a device with few programs is filled with."""
     wanted = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(device) // programs
     return max(1, min(wanted, triton.cdiv(num_keys, config.block_n), MAX_SPLITS))
-
-
-def compile_cases(arch: int) -> Iterator[CompileCase]:
-    """Every shipped specialisation, for benchmarks/compile_report."""
-    for name in ("window_attn_with_kvcache", "window_attn_with_kvcache_wide"):
-        for dtype, head_dim, config, more in shipped_cases(name, arch):
-            pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), dtype)
-            yield CompileCase(
-                name=name,
-                kernel=kernel_of(KVCACHE_KERNELS, config),
-                arch=arch,
-                dtype=dtype,
-                shape=f"D{head_dim}",
-                config=config,
-                pointers={**pointers, "lse_ptr": torch.float32, "seqlens_ptr": torch.int32},
-                constexprs={"SIZES": Sizes.of(head_dim, head_dim, config)},
-                **more,
-            )
-    if arch in ARCHITECTURES:
-        head_dim = HEAD_DIM_CLASSES[-1]
-        floats = ("parts_ptr", "part_lse_ptr", "lse_ptr")
-        yield CompileCase(
-            name="window_attn_combine",
-            kernel=_window_attn_combine_kernel,
-            arch=arch,
-            dtype=torch.bfloat16,
-            shape=f"D{head_dim}",
-            config=RowConfig(MAX_SPLITS, head_dim, COMBINE_WARPS),
-            pointers={"o_ptr": torch.bfloat16, **dict.fromkeys(floats, torch.float32)},
-            constexprs=_combine_constexprs(head_dim),
-            also=others(arch),
-        )
 
 
 def _combine_constexprs(Dv: int) -> dict[str, int]:

@@ -1,0 +1,194 @@
+"""The kernels of fast weights, as they ship."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks.compile_report.case import CompileCase, others, shipped_ttt_configs
+from lact_kernels.triton.configs import ARCHITECTURES, TRITON, TTTConfig, kernel_of
+from lact_kernels.triton.fast_weights import (
+    activations,
+    newton_schulz,
+    products,
+    update,
+    update_bwd,
+)
+from lact_kernels.triton.fast_weights.layout import MAX_DIM, Dims
+
+# Sizes that the tiles exceed, and sizes of whole tiles.
+COMPILED_DIMS = (Dims(192, 192, 192), Dims(768, 768, 768))
+LARGEST = Dims(MAX_DIM, MAX_DIM, MAX_DIM)
+
+
+def compile_cases(arch: int) -> Iterator[CompileCase]:
+    for cases in (_activations, _products, _update, _update_bwd, _newton_schulz):
+        yield from cases(arch)
+
+
+def _activations(arch: int) -> Iterator[CompileCase]:
+    acts = ("weights_ptr", "acts_ptr")
+    yield from _cases(
+        "ttt_hidden", activations.HIDDEN_KERNELS, arch, activations.activation_constexprs,
+        tokens=("x_ptr", *acts), absent=("y_ptr", "y_strides", "lr_ptr", "table_ptr"),
+    )  # fmt: skip
+    yield from _cases(
+        "ttt_hidden_grad", activations.HIDDEN_KERNELS, arch, activations.activation_constexprs,
+        tokens=("x_ptr", "y_ptr", *acts), absent=("table_ptr",),
+    )  # fmt: skip
+    yield from _cases(
+        "ttt_hidden_bwd", activations.HIDDEN_BWD_KERNELS, arch, activations.activation_constexprs,
+        tokens=("k_ptr", "v_ptr", *acts, "dsteps_ptr", "dacts_ptr"), absent=("table_ptr",),
+    )  # fmt: skip
+
+
+def _products(arch: int) -> Iterator[CompileCase]:
+    yield from _cases(
+        "ttt_outer", products.OUTER_KERNELS, arch, products.outer_constexprs,
+        tokens=("x_ptr", "y_ptr", "acts_ptr"), absent=("table_ptr",),
+    )  # fmt: skip
+    for to_values in (False, True):
+        yield from _cases(
+            "ttt_project", products.PROJECT_KERNELS, arch,
+            functools.partial(products.project_constexprs, to_values=to_values),
+            tokens=("acts_ptr", "weights_ptr", "acts2_ptr", "weights2_ptr", "out_ptr"),
+            absent=("table_ptr",) if to_values else ("table_ptr", "lr_ptr"),
+        )  # fmt: skip
+
+
+def _update(arch: int) -> Iterator[CompileCase]:
+    gradients = ("parts_ptr", "steps_ptr", "next_steps_ptr", "betas_ptr")
+    orthogonal, squares = ("orthogonal_ptr",), ("squares_ptr",)
+    for variant, absent in (
+        ("", orthogonal + squares),
+        ("to Muon", orthogonal),
+        ("from Muon", gradients + squares),
+    ):
+        for prenorm in (False, True) if variant != "to Muon" else (False,):
+            yield from _row_cases(
+                "ttt_update", update._ttt_update_kernel, arch, absent,
+                " ".join(filter(None, [variant, "pre-norm" * prenorm])), PRENORM=prenorm,
+            )  # fmt: skip
+    yield from _cases(
+        "ttt_mean_momentum", {TRITON: update._ttt_mean_momentum_kernel}, arch,
+        lambda *_: {"BLOCK": update.TOKEN_BLOCK},
+        absent=("table_ptr",),
+        fixed=(torch.float32, TTTConfig(1, update.TOKEN_BLOCK, 1, update.NUM_WARPS, 3)),
+    )  # fmt: skip
+
+
+def _update_bwd(arch: int) -> Iterator[CompileCase]:
+    apply, muon = ("apply_ptr",), ("next_steps_ptr", "dsquares_ptr", "squares_ptr")
+    iteration = (
+        "dx_ptr", "inner_ptr", "dx_squares_ptr", "dbuffers_squares_ptr", "units_ptr",
+    )  # fmt: skip
+    for variant, absent in (
+        ("", muon + iteration),
+        ("to Muon", (*iteration, "dsteps_ptr")),
+        ("from Muon", apply),
+    ):
+        for prenorm in (False, True) if variant != "from Muon" else (False,):
+            yield from _row_cases(
+                "ttt_update_bwd", update_bwd._ttt_update_bwd_kernel, arch, absent,
+                " ".join(filter(None, [variant, "pre-norm" * prenorm])),
+                PRENORM=prenorm, BLOCK_TOTAL=MAX_DIM,
+            )  # fmt: skip
+    yield from _cases(
+        "ttt_rates_bwd", {TRITON: update_bwd._ttt_rates_bwd_kernel}, arch,
+        lambda dims, _: update_bwd.rates_constexprs(dims), absent=("table_ptr",),
+        fixed=(torch.float32, TTTConfig(1, update_bwd.TOKEN_BLOCK, 1, update_bwd.NUM_WARPS, 3)),
+    )  # fmt: skip
+
+
+def _newton_schulz(arch: int) -> Iterator[CompileCase]:
+    name, block = "newton_schulz_symmetric", newton_schulz.NORMALIZE_BLOCK
+    for square in (False, True):
+        yield from _cases(
+            name, newton_schulz.SYMMETRIC_KERNELS, arch,
+            functools.partial(newton_schulz.symmetric_constexprs, square=square),
+            tokens=("a_ptr", "b_ptr", "y_ptr", "out_ptr"), absent=() if square else ("y_ptr",),
+        )  # fmt: skip
+    yield from _cases(
+        "newton_schulz_multiply", newton_schulz.MULTIPLY_KERNELS, arch,
+        functools.partial(newton_schulz.multiply_constexprs, in_place=False),
+        tokens=("square_ptr", "x_ptr", "square2_ptr", "x2_ptr", "out_ptr"),
+    )  # fmt: skip
+    yield from _row_cases(
+        "newton_schulz_inner", newton_schulz._inner_kernel, arch, ()
+    )  # fmt: skip
+    yield from _cases(
+        "newton_schulz_normalize", {TRITON: newton_schulz._normalize_kernel}, arch,
+        lambda dims, _: newton_schulz.normalize_constexprs(dims, gradient=True),
+        tokens=("x_ptr",),
+        fixed=(torch.float16, TTTConfig(block, block, 1, newton_schulz.NUM_WARPS, 3)),
+    )  # fmt: skip
+
+
+def _row_cases(
+    name: str,
+    kernel: Any,
+    arch: int,
+    absent: tuple[str, ...],
+    variant: str = "",
+    **more: int,
+) -> Iterator[CompileCase]:
+    """One specialisation of a kernel over rows, at the longest rows."""
+
+    def constexprs(dims: Dims, config: TTTConfig) -> dict:
+        return update.row_programs(dims)[1] | more
+
+    config = TTTConfig(update.PROGRAM_ELEMENTS // MAX_DIM, MAX_DIM, 1, update.NUM_WARPS, 3)
+    yield from _cases(
+        name, {TRITON: kernel}, arch, constexprs, ("next_weights_ptr", "dsteps_ptr"), absent,
+        (torch.bfloat16, config), variant,
+    )  # fmt: skip
+
+
+def _cases(
+    name: str,
+    kernels: Mapping[str, Any],
+    arch: int,
+    constexprs: Callable[[Dims, TTTConfig], dict],
+    tokens: tuple[str, ...] = (),  # pointers in the tokens' dtype
+    absent: tuple[str, ...] = (),  # arguments that are None
+    fixed: tuple[torch.dtype, TTTConfig] | None = None,  # of a kernel that has no rows in the table
+    variant: str = "",
+) -> Iterator[CompileCase]:
+    """One specialisation of one kernel, with every configuration of its, for the compile report.
+
+    Pointers are to float32, but for `tokens`. A kernel with a fixed configuration is compiled at the largest
+    sizes. One that reads packed sequences from a table is compiled with one as well, at the first sizes.
+    """
+    configs, dims = shipped_ttt_configs(name, arch), COMPILED_DIMS
+    if fixed is not None:
+        configs, dims = [fixed] if arch in ARCHITECTURES else [], (LARGEST,)
+    for dtype, config in configs:
+        kernel = kernel_of(kernels, config)
+        pointers = {
+            argument: dtype if argument in tokens else torch.float32
+            for argument in kernel.arg_names
+            if argument.endswith("_ptr") and argument not in (*absent, "table_ptr")
+        }
+        for sizes in dims:
+            case = CompileCase(
+                name=name,
+                kernel=kernel,
+                arch=arch,
+                dtype=dtype,
+                shape=" ".join(filter(None, ["x".join(map(str, sizes)), variant])),
+                config=config,
+                pointers=pointers,
+                constexprs={**constexprs(sizes, config), **dict.fromkeys(absent)},
+                also=others(arch),
+                demanding=sizes == dims[0] and "table_ptr" not in absent,
+            )
+            yield case
+            if "table_ptr" in absent and sizes == dims[0]:
+                constants = {k: v for k, v in case.constexprs.items() if k != "table_ptr"}
+                packed = pointers | {"table_ptr": torch.int32}
+                yield replace(
+                    case, shape=f"{case.shape} packed", pointers=packed, constexprs=constants,
+                    demanding=True,
+                )  # fmt: skip

@@ -1,0 +1,94 @@
+"""The kernels of attention, as they ship."""
+
+from collections.abc import Iterator
+
+import torch
+
+from benchmarks.compile_report.case import CompileCase, others, packing_cases, shipped_cases
+from lact_kernels.triton.configs import ARCHITECTURES, HEAD_DIM_CLASSES, RowConfig, kernel_of
+from lact_kernels.triton.primitives import Sizes
+from lact_kernels.triton.window_attn import bwd, with_kvcache
+from lact_kernels.triton.window_attn.fwd import FWD_KERNELS
+
+
+def compile_cases(arch: int) -> Iterator[CompileCase]:
+    yield from _fwd(arch)
+    yield from _bwd(arch)
+    yield from _with_kvcache(arch)
+
+
+def _fwd(arch: int) -> Iterator[CompileCase]:
+    """Of every row of the table."""
+    for dtype, head_dim, config, more in shipped_cases("window_attn_fwd", arch):
+        pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), dtype)
+        case = CompileCase(
+            name="window_attn_fwd",
+            kernel=kernel_of(FWD_KERNELS, config),
+            arch=arch,
+            dtype=dtype,
+            shape=f"D{head_dim}",
+            config=config,
+            pointers={**pointers, "lse_ptr": torch.float32},
+            constexprs={"SIZES": Sizes.of(head_dim, head_dim, config)},
+            **more,
+        )
+        yield from packing_cases(case)
+
+
+def _bwd(arch: int) -> Iterator[CompileCase]:
+    """Of every row of the table."""
+    passes = {
+        "window_attn_bwd_dkv": (bwd.DKV_KERNELS, ("do_ptr", "dk_ptr", "dv_ptr")),
+        "window_attn_bwd_dq": (bwd.DQ_KERNELS, ("o_ptr", "do_ptr", "dq_ptr")),
+    }
+    for name, (kernels, outputs) in passes.items():
+        for dtype, head_dim, config, more in shipped_cases(name, arch):
+            pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", *outputs), dtype)
+            pointers |= dict.fromkeys(("lse_ptr", "stats_ptr"), torch.float32)
+            constexprs = bwd._constexprs(head_dim, head_dim, config, bwd._stats_width(config))
+            is_dq = name == "window_attn_bwd_dq"
+            for variant in [{"dlse_ptr": None}] if is_dq else bwd._owned(config):
+                case = CompileCase(
+                    name=name,
+                    kernel=kernel_of(kernels, config),
+                    arch=arch,
+                    dtype=dtype,
+                    shape=f"D{head_dim}",
+                    config=config,
+                    pointers=pointers,
+                    constexprs=constexprs | variant,
+                    **more,
+                )
+                yield from packing_cases(case)
+
+
+def _with_kvcache(arch: int) -> Iterator[CompileCase]:
+    """Of every row of the table."""
+    for name in ("window_attn_with_kvcache", "window_attn_with_kvcache_wide"):
+        for dtype, head_dim, config, more in shipped_cases(name, arch):
+            pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), dtype)
+            yield CompileCase(
+                name=name,
+                kernel=kernel_of(with_kvcache.KVCACHE_KERNELS, config),
+                arch=arch,
+                dtype=dtype,
+                shape=f"D{head_dim}",
+                config=config,
+                pointers={**pointers, "lse_ptr": torch.float32, "seqlens_ptr": torch.int32},
+                constexprs={"SIZES": Sizes.of(head_dim, head_dim, config)},
+                **more,
+            )
+    if arch in ARCHITECTURES:
+        head_dim = HEAD_DIM_CLASSES[-1]
+        floats = ("parts_ptr", "part_lse_ptr", "lse_ptr")
+        yield CompileCase(
+            name="window_attn_combine",
+            kernel=with_kvcache._window_attn_combine_kernel,
+            arch=arch,
+            dtype=torch.bfloat16,
+            shape=f"D{head_dim}",
+            config=RowConfig(with_kvcache.MAX_SPLITS, head_dim, with_kvcache.COMBINE_WARPS),
+            pointers={"o_ptr": torch.bfloat16, **dict.fromkeys(floats, torch.float32)},
+            constexprs=with_kvcache._combine_constexprs(head_dim),
+            also=others(arch),
+        )
