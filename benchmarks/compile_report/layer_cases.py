@@ -27,7 +27,7 @@ def _silu_l2norm_rope(arch: int) -> Iterator[CompileCase]:
         for dtype, head_dim, fast_dim in _sizes(arch):
             config = row_config(name, fast_dim // 2, dtype)
             kernel = kernel_of(kernels, config)
-            names = [x.name for x in kernel.params if x.name.endswith("_ptr")]
+            names = [x for x in kernel.arg_names if x.endswith("_ptr")]
             yield CompileCase(
                 name=name,
                 kernel=kernel,
@@ -51,7 +51,7 @@ def _rms_norm_scale_add(arch: int) -> Iterator[CompileCase]:
         for dtype, _, fast_dim in _sizes(arch):
             config = row_config(name, fast_dim, dtype)
             kernel = kernel_of(kernels, config)
-            names = [x.name for x in kernel.params if x.name.endswith("_ptr")]
+            names = [x for x in kernel.arg_names if x.endswith("_ptr")]
             yield CompileCase(
                 name=name,
                 kernel=kernel,
