@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import reference
 from benchmarks.accuracy import COMPARISON_HEADER, compare_all, comparison_line
-from lact_kernels.layers import LaCTCache, LaCTLayer, lact
+from lact_kernels.layers import LaCTCache, LaCTLayer, contexts
 from lact_kernels.layers.mlp import SwiGLUMLP
 
 OURS, DENSE = "lact_kernels", "dense + chunk loop"
@@ -100,14 +100,14 @@ def chunk_loop(
 
 # What the LaCT layers of each variant call.
 VARIANTS: dict[str, dict[str, Callable[..., Tensor]]] = {
-    OURS: {"window_attn": lact.window_attn, "block_causal_ttt": lact.block_causal_ttt},
+    OURS: {"window_attn": contexts.window_attn, "block_causal_ttt": contexts.block_causal_ttt},
     DENSE: {"window_attn": dense_window_attn, "block_causal_ttt": chunk_loop},
 }
 
 
 def computed_by(variant: str):
     """A context in which all LaCT layers are of this variant."""
-    return mock.patch.multiple(lact, **VARIANTS[variant])
+    return mock.patch.multiple(contexts, **VARIANTS[variant])
 
 
 def gate_passes(size: Size, dtype: torch.dtype, device: torch.device) -> bool:
