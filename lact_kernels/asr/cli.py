@@ -5,7 +5,12 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from lact_kernels.asr.commands import evaluate, stream, train, transcribe
+try:
+    from lact_kernels.asr.commands import evaluate, stream, train, transcribe
+except ModuleNotFoundError as error:
+    raise ImportError(
+        f"lact-asr needs {error.name}: pip install 'lact-kernels[asr]'", name=error.name
+    ) from error
 
 COMMANDS = {"train": train, "evaluate": evaluate, "transcribe": transcribe, "stream": stream}
 
