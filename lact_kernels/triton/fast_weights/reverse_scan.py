@@ -88,7 +88,7 @@ class ReverseScan(Scan):
 
     @functools.cached_property
     def reach(self) -> Tensor | None:
-        """`[N, H, 3]`, see `ttt_activations`. None where gradients need no units."""
+        """`[N, H, 3]`, see `activations`. None where gradients need no units."""
         if not self.has_units:
             return None
         if not self.k.numel():
