@@ -203,6 +203,19 @@ def test_compiled_decoding_goes_through_a_state():
     torch.testing.assert_close(torch.cat(outputs, dim=1), whole)
 
 
+def test_packed_sequences_with_a_state_are_compiled_in_parts():
+    """Their borders are read in between."""
+    case = TTTCase("", B=1, T=9, cu_seqlens=(0, 3, 9))
+    inputs, options = case.inputs(torch.float32), case.options()
+
+    def fn(**tensors):
+        o, state = block_causal_ttt(**tensors, **options, return_state=True)
+        return o * 2, *state.weights
+
+    traced = torch.compile(fn, backend="eager")(**inputs)
+    assert all(torch.equal(a, b) for a, b in zip(fn(**inputs), traced, strict=True))
+
+
 @pytest.mark.parametrize("muon", [False, True], ids=["plain", "muon"])
 def test_autocast_changes_nothing_in_block_causal_ttt(muon):
     inputs = TTTCase("", momentum=True, muon=muon).inputs(torch.float32)

@@ -123,7 +123,7 @@ class TTTState(NamedTuple):
             if (t := waiting.lengths[n])
         )
         fast = self.fast_weights.at(slice(n, n + 1))
-        return self._replace(**fast._asdict(), pending=tuple(pending))
+        return TTTState(*fast, tuple(pending), *self[5:])
 
     def select(self, rows: Tensor) -> "TTTState":
         """The sequences of these numbers, int64 `[N']`, in this order, as copies: for beam search.

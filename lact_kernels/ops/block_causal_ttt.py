@@ -276,7 +276,8 @@ def check_call(q, tokens: Tokens, weights, rows: int, state, options: Options) -
     chunk_size = checks.check_count("chunk_size", options.chunk_size)
     checks.check_flags(muon=options.muon, prenorm=options.prenorm)
     interval = checks.check_count("checkpoint_interval", options.checkpoint_interval)
-    options = options._replace(chunk_size=chunk_size, checkpoint_interval=interval)
+    # Not by `_replace`: torch.compile loses what it makes where a call is compiled in parts.
+    options = Options(chunk_size, *options[1:5], interval)
     _check_tensors(q, tokens, weights, rows)
     if state is not None:
         _check_state(state, tokens, weights, rows, options.shared)
