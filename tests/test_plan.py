@@ -52,6 +52,23 @@ BIDIRECTIONAL = Plan([[0, 11]], [[0, 0, 11]])  # one update, which all see
 PLANS = {"update first": UPDATE_FIRST, "bidirectional": BIDIRECTIONAL}
 
 
+def test_other_orders_are_compiled():
+    """Of three updates in two whole chunks of keys: shapes follow from the plan."""
+    x = TTTCase("", T=11, B=1, H=1).inputs(torch.float32)
+    options, table = Options(4, False, False, False), UPDATE_FIRST.to_tensor()
+
+    def fn(**x):
+        start = new_state([x[name] for name in ("w0", "w1", "w2")], 1, options, torch.float32)
+        tokens = Tokens(*(x.get(name) for name in Tokens._fields))
+        return run(Call(x["q"], tokens, start.fast_weights, table, options), "eager")[0]
+
+    results = []
+    for f in (fn, torch.compile(fn, backend="aot_eager", fullgraph=True)):
+        o = f(**x)
+        results.append((o, *torch.autograd.grad(o.sum(), list(x.values()))))
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_other_orders(plan, backend):

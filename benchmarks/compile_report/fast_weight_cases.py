@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.compile_report.case import CompileCase, others, shipped_ttt_configs
+from lact_kernels.ops.block_causal_ttt import MAX_TRITON_DIM
 from lact_kernels.triton.configs import ARCHITECTURES, TRITON, TTTConfig, kernel_of
 from lact_kernels.triton.fast_weights import (
     activations,
@@ -16,11 +17,11 @@ from lact_kernels.triton.fast_weights import (
     update,
     update_bwd,
 )
-from lact_kernels.triton.fast_weights.layout import MAX_DIM, Dims
+from lact_kernels.triton.fast_weights.layout import Dims
 
 # Sizes that the tiles exceed, and sizes of whole tiles.
 COMPILED_DIMS = (Dims(192, 192, 192), Dims(768, 768, 768))
-LARGEST = Dims(MAX_DIM, MAX_DIM, MAX_DIM)
+LARGEST = Dims(MAX_TRITON_DIM, MAX_TRITON_DIM, MAX_TRITON_DIM)
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
@@ -93,7 +94,7 @@ def _update_bwd(arch: int) -> Iterator[CompileCase]:
             yield from _row_cases(
                 "ttt_update_bwd", update_bwd._ttt_update_bwd_kernel, arch, absent,
                 " ".join(filter(None, [variant, "pre-norm" * prenorm])),
-                PRENORM=prenorm, BLOCK_TOTAL=MAX_DIM,
+                PRENORM=prenorm, BLOCK_TOTAL=MAX_TRITON_DIM,
             )  # fmt: skip
     yield from _cases(
         "ttt_rates_bwd", {TRITON: update_bwd._ttt_rates_bwd_kernel}, arch,
@@ -139,7 +140,9 @@ def _row_cases(
     def constexprs(dims: Dims, config: TTTConfig) -> dict:
         return update.row_programs(dims)[1] | more
 
-    config = TTTConfig(update.PROGRAM_ELEMENTS // MAX_DIM, MAX_DIM, 1, update.NUM_WARPS, 3)
+    config = TTTConfig(
+        update.PROGRAM_ELEMENTS // MAX_TRITON_DIM, MAX_TRITON_DIM, 1, update.NUM_WARPS, 3
+    )
     yield from _cases(
         name, {TRITON: kernel}, arch, constexprs, ("next_weights_ptr", "dsteps_ptr"), absent,
         (torch.bfloat16, config), variant,

@@ -431,9 +431,8 @@ class _Interruption(TrainerCallback):
         self._handlers = {}
 
     def __enter__(self):
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # signal handlers work in no other thread
+        # Signal handlers work in no other thread.
+        if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, self._ask)
         return self

@@ -82,15 +82,14 @@ def block_causal_ttt_fwd(*inputs):
 @block_causal_ttt_fwd.register_fake
 def _(*inputs):
     call, backend = _call(inputs)
-    q, tokens, start, plan, options, _ = call
+    q, tokens, start, _, options, _ = call
     o = q.new_empty(*q.shape[:3], tokens.v.shape[-1])
     end = _empty_like(start.to_list()) if options.return_end else []
     if torch.compiler.is_exporting():
         # A program has the op as one call, whose backward alone reads the history. With the number of
         # chunks in its shape, the program would hold for some lengths only.
         return o, end, []
-    history = backend.block_causal_ttt_history(tokens.k, start, plan is not None, options)
-    return o, end, history
+    return o, end, backend.block_causal_ttt_history(call)
 
 
 @torch.library.custom_op(

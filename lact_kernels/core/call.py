@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lact_kernels.core.fast_weights import FastWeights
+from lact_kernels.core.plan import num_updates
 from lact_kernels.core.tokens import Tokens
 
 INFERENCE_SEGMENT = 16  # updates that are computed in one go where no backward will come
@@ -52,6 +53,17 @@ class Call(NamedTuple):
     plan: Tensor | None
     options: Options
     ranks: str = ""  # the name of those that share the work, see `core/ranks.py`
+
+    @property
+    def num_updates(self) -> int:
+        """Of each row, or with a plan the most that all its sequences have. It is known from shapes alone."""
+        B, Tk = self.tokens.k.shape[:2]
+        if self.plan is None:
+            return num_updates(Tk, self.options.chunk_size, self.options.return_end)
+        sequences = len(self.start.weights[0]) if B == 1 else 1  # 1: a plan of all rows alike
+        return (
+            self.plan.shape[0] - sequences
+        )  # of whose versions all but the first follow an update
 
 
 def phase(name: str) -> torch.profiler.record_function:

@@ -1,5 +1,6 @@
 """`FastWeights`: the weights between two updates, and the numbers that define an update."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -34,8 +35,11 @@ class FastWeights(NamedTuple):
     def to_list(self) -> list[Tensor]:
         return [x for triple in self for x in triple]
 
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "FastWeights":
+        return FastWeights(*(tuple(map(fn, triple)) for triple in self))
+
     def at(self, rows: slice) -> "FastWeights":
-        return FastWeights(*(tuple(x[rows] for x in triple) for triple in self))
+        return self.map(lambda x: x[rows])
 
     @property
     def updated(self) -> list[Tensor]:

@@ -37,10 +37,6 @@ class Plan(NamedTuple):
             plan.queries.append([max(b - ahead, first) for b in (*borders, stop)])
         return plan
 
-    @property
-    def num_updates(self) -> int:
-        return sum(len(borders) - 1 for borders in self.keys)
-
     def to_tensor(self, rows: int | None = None) -> Tensor:
         """What the registered op takes: int32 `[rows, 6]` on the host, a row for each version.
 

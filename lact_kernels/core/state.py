@@ -144,8 +144,8 @@ class TTTState(NamedTuple):
             )
             for waiting in self.pending
         )
-        fields = [tuple(x.index_select(0, rows) for x in triple) for triple in self[:4]]
-        return TTTState(*fields, tuple(pending), *self[5:])
+        fast = self.fast_weights.map(lambda x: x.index_select(0, rows))
+        return TTTState(*fast, tuple(pending), *self[5:])
 
     @staticmethod
     def stack(states: list["TTTState"]) -> "TTTState":
@@ -168,9 +168,8 @@ class TTTState(NamedTuple):
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "TTTState":
         """The state with `fn` applied to every tensor: `state.map(torch.Tensor.detach)`."""
-        fields = [tuple(map(fn, triple)) for triple in self[:4]]
         pending = tuple(waiting.map(fn) for waiting in self.pending)
-        return TTTState(*fields, pending, *self[5:])
+        return TTTState(*self.fast_weights.map(fn), pending, *self[5:])
 
 
 def joined_tokens(state: TTTState, tokens: Tokens) -> Tokens:
@@ -195,8 +194,7 @@ def behind_pending(
     if not state.pending:
         return row
     pending = [waiting.sequences()[entries] for waiting in state.pending]
-    new = row.map(lambda x: x[0]).split(lengths, dim=0)
-    parts = [part for sequence in zip(*pending, new) for part in sequence]
+    parts = [part for parts in zip(*pending, row.sequences(lengths)) for part in parts]
     return Tokens.cat(parts, dim=0).map(lambda x: x[None])
 
 

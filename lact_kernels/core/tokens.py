@@ -37,6 +37,10 @@ class Tokens(NamedTuple):
         )
         return [Tokens(*column) for column in zip(*columns)]
 
+    def sequences(self, lengths: Sequence[int]) -> list["Tokens"]:
+        """Of a packed row the sequences of these lengths, `[t, ...]`."""
+        return self.map(lambda x: x[0]).split(lengths, dim=0)
+
     def as_row(self) -> "Tokens":
         """The rows of a batch end to end in one, `[1, B T, ...]`."""
         return self.map(lambda x: x.flatten(0, 1)[None])

@@ -49,11 +49,12 @@ class Chain(Ranks):
     def receive_gradients(self, dend: FastWeights) -> FastWeights:
         if not self.sends:
             return dend
-        mine = dend.at(self.last)
+        total = dend.map(torch.clone)
+        mine = total.at(self.last)
         theirs = self._received(mine, self.pieces.rank + 1)
         for own, other in zip(mine.updated, theirs.updated):
             own += other
-        return dend
+        return total
 
     def send_gradients(self, dstart: FastWeights) -> None:
         if not self.receives:

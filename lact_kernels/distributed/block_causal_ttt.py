@@ -217,7 +217,7 @@ def _end_state(
         if left[0] > fetched[0]:
             rest = joined_tokens(state, rest)
         return new.append(TTTTokens(*rest, (left[0],) * state.num_sequences))
-    sequences = [sequence.map(lambda x: x[0]) for sequence in rest.split(fetched)]
+    sequences = rest.sequences(fetched)
     for n, sequence in enumerate(sequences):
         if left[n] > fetched[n]:
             row = joined_tokens(state.entry(n), sequence.map(lambda x: x[None]))

@@ -38,7 +38,7 @@ class SharedChunks(Ranks):
             x.copy_(total.view(x.shape))
 
     def sum_gradients(self, dend: FastWeights) -> FastWeights:
-        total = FastWeights(*(tuple(map(torch.clone, triple)) for triple in dend))
+        total = dend.map(torch.clone)
         self.sum_(*total.to_list())
         return total
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lact_kernels.core.call import Call, Options, phase
 from lact_kernels.core.fast_weights import RENORM_EPS, FastWeights, Triple
-from lact_kernels.core.plan import Plan, num_updates
+from lact_kernels.core.plan import Plan
 from lact_kernels.core.ranks import named
 from lact_kernels.core.tokens import Tokens
 from lact_kernels.eager import swiglu
@@ -75,8 +75,7 @@ def block_causal_ttt_fwd(call: Call) -> tuple[Tensor, FastWeights | None, list[T
     ranks = named(call.ranks)
     o = q.new_empty(*q.shape[:3], tokens.v.shape[-1])
     segments = _segments(call)
-    kept = sum(len(s.kept) for s in segments)
-    history = block_causal_ttt_history(tokens.k, start, call.plan is not None, options, kept)
+    history = block_causal_ttt_history(call)
     ends = []
     for s in segments:
         if s.is_first:
@@ -113,7 +112,7 @@ def block_causal_ttt_bwd(
     ranks = named(call.ranks)
     dq = q.new_empty(q.shape)
     dtokens = tokens.map(lambda x: x.new_zeros(x.shape))
-    dend = dend or FastWeights(*(tuple(map(torch.zeros_like, triple)) for triple in start))
+    dend = dend or start.map(torch.zeros_like)
     dstarts = []
     for s in reversed(_segments(call)):
         state = start.at(s.rows)
@@ -138,7 +137,7 @@ def block_causal_ttt_bwd(
             scan = _Scan(state, updates, s.keys, dapply)
             dstate, dpart = _reverse_scan(call, scan, dstate, dpart, dtokens)
         if s.is_first:
-            alike = FastWeights(*(tuple(map(ranks.part, triple)) for triple in dstate))
+            alike = dstate.map(ranks.part)
             dweights = tuple(map(torch.add, alike.weights, dpart))
             dstarts.append(alike._replace(weights=dweights))
         del updates, dapply, scan  # before the next segment makes its own
@@ -147,24 +146,17 @@ def block_causal_ttt_bwd(
     return dq, dtokens, dstart
 
 
-def block_causal_ttt_history(
-    k: Tensor, start: FastWeights, packed: bool, options: Options, at_least: int = 0
-) -> list[Tensor]:
+def block_causal_ttt_history(call: Call) -> list[Tensor]:
     """Room for the history, knowing shapes only: of packed sequences as much as they may need."""
-    B, Tk = k.shape[:2]
-    interval = options.checkpoint_interval
+    start, updates, interval = call.start, call.num_updates, call.options.checkpoint_interval
     if interval == 0:
         return []
-    updates = num_updates(Tk, options.chunk_size, options.return_end)
-    if packed:
-        rows = Tk // options.chunk_size // interval
-    elif interval == 1:
-        rows = updates
-    else:
+    rows = updates // interval
+    if call.plan is None and interval > 1:
         rows = max(updates - 1, 0) // interval
     steps = start.weights if interval == 1 else start.buffers  # a scan restarts from momentum alone
     like = (*start.weights, *start.masters, *steps)
-    return [x.new_zeros(max(rows, at_least), B, *x.shape[1:]) for x in like]
+    return [x.new_zeros(rows, call.q.shape[0], *x.shape[1:]) for x in like]
 
 
 def _segments(call: Call) -> list[_Segment]:

@@ -121,14 +121,18 @@ class CachedContext:
     Args:
         past: what the cache has of this layer.
         new: the context that these tokens would have without it.
+        lengths: those of `new`, which reads them from its borders.
     """
 
-    def __init__(self, past: LayerCache, new: BatchContext | PackedContext):
-        self.past, self.new = past, new
-        self.T, self.cu_seqlens, self.lengths = new.T, new.cu_seqlens, new.lengths
+    def __init__(
+        self, past: LayerCache, new: BatchContext | PackedContext, lengths: tuple[int, ...]
+    ):
+        self.past, self.new, self.lengths = past, new, lengths
+        self.T, self.cu_seqlens = new.T, new.cu_seqlens
 
     def of_groups(self, size: int) -> "CachedContext":
-        return CachedContext(self.past, self.new.of_groups(size))
+        groups = self.new.of_groups(size)
+        return CachedContext(self.past, groups, groups.lengths)
 
     def positions(self, x: Tensor) -> Tensor:
         kv = self.past.kv

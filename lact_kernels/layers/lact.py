@@ -335,7 +335,7 @@ class LaCTLayer(nn.Module):
             return y.flatten(0, 1)[None]
         past = cache.layer(self.layer_idx, self._options, lengths, x)
         with past.advance(lengths, max(lengths) if padding is None else padding.shape[1]):
-            return self._mix(x, CachedContext(past, context))
+            return self._mix(x, CachedContext(past, context, lengths))
 
     def _mix(self, x: Tensor, context: Context) -> Tensor:
         """The layer, on tokens `[B, T, C]` without padding."""

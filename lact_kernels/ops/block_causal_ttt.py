@@ -235,7 +235,7 @@ def _continue(
             return o, None
         if offsets is None:
             return o, state.append(TTTTokens(*tokens, lengths))
-        return o, state.append(TTTTokens.padded(_sequences(tokens, lengths)))
+        return o, state.append(TTTTokens.padded(tokens.sequences(lengths)))
 
     if offsets is None and len(set(totals)) == 1:
         tokens = joined_tokens(state, tokens)
@@ -254,13 +254,8 @@ def _continue(
     o = o.view(B, T, *o.shape[2:])
     if end is None:
         return o, None
-    rest = [x.map(lambda x: x[len(x) // C * C :]) for x in _sequences(tokens, totals)]
+    rest = [x.map(lambda x: x[len(x) // C * C :]) for x in tokens.sequences(totals)]
     return o, TTTState.of(end, options, state.dtype).append(TTTTokens.padded(rest))
-
-
-def _sequences(row: Tokens, lengths: Sequence[int]) -> list[Tokens]:
-    """The sequences of these lengths, `[t, ...]`, of a packed row."""
-    return row.map(lambda x: x[0]).split(lengths, dim=0)
 
 
 def _borders(lengths: Sequence[int]) -> list[int]:

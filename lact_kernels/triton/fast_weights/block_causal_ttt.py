@@ -4,11 +4,10 @@ import sys
 
 from torch import Tensor
 
-from lact_kernels.core.call import Call, Options
+from lact_kernels.core.call import Call
 from lact_kernels.core.fast_weights import FastWeights
 from lact_kernels.core.tokens import Tokens
 from lact_kernels.triton.fast_weights.history import block_causal_ttt_history
-from lact_kernels.triton.fast_weights.layout import Chunks
 from lact_kernels.triton.fast_weights.reverse_scan import ReverseScan
 from lact_kernels.triton.fast_weights.scan import Scan
 from lact_kernels.triton.launch import on_device
@@ -19,13 +18,11 @@ __all__ = ["block_causal_ttt_bwd", "block_causal_ttt_fwd", "block_causal_ttt_his
 def block_causal_ttt_fwd(call: Call) -> tuple[Tensor, FastWeights | None, list[Tensor]]:
     """Outputs `[B, Tq, H, Dv]`, the fast weights after the last update if asked for, and the history."""
     with on_device(call.q):
-        chunks = Chunks(call)
-        history = _room(call, chunks, call.options)
-        arrays = history
+        history = arrays = block_causal_ttt_history(call)
         if not arrays:  # those of the first step only, which say what a segment's are like
             alone = call.options._replace(checkpoint_interval=sys.maxsize)
-            arrays = _room(call, chunks, alone)
-        o, end = Scan(call, chunks, arrays).forward()
+            arrays = block_causal_ttt_history(call._replace(options=alone))
+        o, end = Scan(call, arrays).forward()
     return o, end, history
 
 
@@ -34,9 +31,4 @@ def block_causal_ttt_bwd(
 ) -> tuple[Tensor, Tokens, FastWeights]:
     """Gradients of the queries, the tokens and the starting weights."""
     with on_device(call.q):
-        return ReverseScan(call, Chunks(call), history).backward(do, dend)
-
-
-def _room(call: Call, chunks: Chunks, options: Options) -> list[Tensor]:
-    packed = call.plan is not None
-    return block_causal_ttt_history(call.tokens.k, call.start, packed, options, chunks.num_updates)
+        return ReverseScan(call, history).backward(do, dend)

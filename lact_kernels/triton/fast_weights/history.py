@@ -17,25 +17,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lact_kernels.core.call import Options
-from lact_kernels.core.fast_weights import FastWeights
-from lact_kernels.core.plan import num_updates
+from lact_kernels.core.call import Call
 from lact_kernels.triton.fast_weights.layout import Chunks, Dims
 
 
-def block_causal_ttt_history(
-    k: Tensor, start: FastWeights, packed: bool, options: Options, at_least: int = 0
-) -> list[Tensor]:
-    """Room for weights, sums, steps (with momentum or Muon) and betas (with momentum), knowing shapes only.
-
-    Of packed sequences the number of updates is known by its upper bound, with all tokens in one; ranks that
-    share chunks have more of them than their own tokens make.
-    """
+def block_causal_ttt_history(call: Call) -> list[Tensor]:
+    """Room for weights, sums, steps (with momentum or Muon) and betas (with momentum), by shapes alone."""
+    k, start, options, packed = call.tokens.k, call.start, call.options, call.plan is not None
     if options.checkpoint_interval == 0:
         return []
     N, H = start.weights[0].shape[:2]
-    Tk, C = k.shape[1], options.chunk_size
-    updates = max(Tk // C, at_least) if packed else num_updates(Tk, C, options.return_end)
+    updates = call.num_updates
     kept = updates // options.checkpoint_interval
     dims = Dims.of(start.weights)
     shape = (N + kept if packed else N * (1 + kept), H, dims.size)

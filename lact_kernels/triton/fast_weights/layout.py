@@ -23,13 +23,11 @@ from torch import Tensor
 
 from lact_kernels.core.call import Call
 from lact_kernels.core.fast_weights import Triple
-from lact_kernels.core.plan import num_updates
 from lact_kernels.triton.configs import (
     TTTConfig,
 )
 
 ALIGNMENT = 16  # elements
-MAX_DIM = 1024
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -116,16 +114,16 @@ class Chunks:
     """The chunks of a call. With a plan they have tables, of which kernels read a chunk's tokens."""
 
     def __init__(self, call: Call):
-        q, k, options = call.q, call.tokens.k, call.options
+        q, k = call.q, call.tokens.k
         self.N = call.start.weights[0].shape[0]
         self.B, self.Tk, self.Tq = q.shape[0], k.shape[1], q.shape[1]
-        self.chunk_size = C = options.chunk_size
+        self.chunk_size = C = call.options.chunk_size
         self.order = self.key_table = self.query_table = None
         if call.plan is None:
-            updates = num_updates(self.Tk, C, options.return_end)
-            self.counts = [self.N] * (updates + 1)
+            steps = call.num_updates + 1
+            self.counts = [self.N] * steps
             self.max_length = min(C, self.Tk)
-            self.rows = [self.N * self.max_length] * (updates + 1)
+            self.rows = [self.N * self.max_length] * steps
         else:
             self._read(call.plan, q.device)
         self.firsts = [0, *itertools.accumulate(self.counts)]
@@ -175,11 +173,6 @@ class Chunks:
     @property
     def updates(self) -> int:
         return self.steps - 1
-
-    @property
-    def num_updates(self) -> int:
-        """Of all sequences."""
-        return self.firsts[self.steps] - self.N
 
     def active(self, step: int) -> int:
         """The sequences that `step` updates: those which have a next chunk."""

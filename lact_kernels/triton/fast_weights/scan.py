@@ -29,15 +29,15 @@ ACTIVATION_BYTES = 2**30
 class Scan:
     """The phases of one call, and what they share."""
 
-    def __init__(self, call: Call, chunks: Chunks, history: list[Tensor]):
+    def __init__(self, call: Call, history: list[Tensor]):
         q, tokens, start = call.q, call.tokens, call.start
         self.ranks, self.options, self.start = named(call.ranks), call.options, start
         self.q, self.k, self.v = readable_in_place(q, tokens.k, tokens.v)
         self.lr = torch.stack([lr.mT for lr in tokens[2:5]])  # [3, B, H, T]
         self.momentum = tokens.momentum
         self.dims, self.H = Dims.of(start.weights), q.shape[2]
-        self.chunks = chunks
-        self.norms = chunks.sorted(torch.cat(start.norms, dim=-1)).flatten(0, 1)
+        self.chunks = Chunks(call)
+        self.norms = self.chunks.sorted(torch.cat(start.norms, dim=-1)).flatten(0, 1)
         self.betas = history[3] if self.momentum is not None else None  # [chunks, H]
         self.history = Arrays(*history[:3]) if len(history) > 2 else Arrays(*history, None)
 
