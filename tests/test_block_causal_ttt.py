@@ -14,8 +14,8 @@ from lact_kernels import block_causal_ttt
 from lact_kernels.core.call import Call, Options
 from lact_kernels.core.fast_weights import FastWeights
 from lact_kernels.core.tokens import Tokens
-from lact_kernels.eager import block_causal_ttt as eager
 from lact_kernels.eager import swiglu
+from lact_kernels.eager import ttt as eager
 from lact_kernels.eager.newton_schulz import newton_schulz, newton_schulz_bwd
 from lact_kernels.ops import block_causal_ttt as ops
 from tests.cases import (
@@ -191,9 +191,9 @@ def test_an_interval_bounds_the_memory_of_both_directions():
         options = Options(1, False, False, True, checkpoint_interval=interval)
         call = Call(x["q"], tokens, start, None, options)
         with PeakBytes() as forward:
-            o, _, history = eager.block_causal_ttt_fwd(call)
+            o, _, history = eager.ttt_fwd(call)
         with PeakBytes() as backward:
-            eager.block_causal_ttt_bwd(call, history, torch.ones_like(o), None)
+            eager.ttt_bwd(call, history, torch.ones_like(o), None)
         peaks[interval] = forward.peak / copy, backward.peak / copy
     kept, segment, everything = 2 * 5, 6 + 1, 2 * 33
     assert peaks[6][0] < kept + 4 * segment < everything < peaks[1][0]
@@ -289,14 +289,14 @@ def test_muon_in_float16_is_accurate():
 
 def test_without_gradients_nothing_is_kept(monkeypatch):
     histories = []
-    original = ops.block_causal_ttt_fwd
+    original = ops.ttt_fwd
 
     def spy(*args):
         o, end, history = original(*args)
         histories.append([len(x) for x in history])
         return o, end, history
 
-    monkeypatch.setattr(ops, "block_causal_ttt_fwd", spy)
+    monkeypatch.setattr(ops, "ttt_fwd", spy)
     case = TTTCase("", T=60, chunk_size=2, momentum=True, muon=True)
     inputs = case.inputs(torch.float64)
     expected = eager_block_causal_ttt(**inputs, **case.options())

@@ -15,7 +15,7 @@ V, B, T, H = 3, 2, 7, 2  # entries of a vmapped axis, rows, tokens, heads
 HAVE_NO_BACKWARD = (
     "silu_l2norm_rope_bwd",
     "rms_norm_scale_add_bwd",
-    "block_causal_ttt_bwd",
+    "ttt_bwd",
     "window_attn_bwd",
 )
 
@@ -37,9 +37,9 @@ def op_calls():
     start = [*randn(3, B, H, 4, 4), *randn(3, B, H, 4)]
     tokens = (q, k, v, *randn(3, B, T, H), None, start, None)
     options = (2, False, False, False, 1, "eager", "")
-    o, end, history = ops.block_causal_ttt_fwd(*tokens, *options)
-    yield "block_causal_ttt_fwd", (*tokens, *options)
-    yield "block_causal_ttt_bwd", (o, end, history, *tokens, *options)
+    o, end, history = ops.ttt_fwd(*tokens, *options)
+    yield "ttt_fwd", (*tokens, *options)
+    yield "ttt_bwd", (o, end, history, *tokens, *options)
 
     x, table = randn(3, B, T, 8), randn(2, 1, T, 2)
     qkv = (*x, randn(8, 2), randn(8, 2), *table, 2, 2, True, True, "eager")
@@ -358,9 +358,7 @@ def refuses_all_but_first_derivatives():
                     transform(q if transform is transforms[0] else q[None])
             leaf = q.clone().requires_grad_()
             (first,) = torch.autograd.grad(fn(leaf).sum(), leaf, create_graph=True)
-            with pytest.raises(
-                RuntimeError, match="[.:](window_attn|block_causal_ttt_bwd) has no second"
-            ):
+            with pytest.raises(RuntimeError, match="[.:](window_attn|ttt_bwd) has no second"):
                 (first.sum() + leaf.sum()).backward()
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import reference
-from lact_kernels.autograd.block_causal_ttt import block_causal_ttt_fwd
+from lact_kernels.autograd.ttt import ttt_fwd
 from lact_kernels.core.call import Call, Options
 from lact_kernels.core.plan import Plan
 from lact_kernels.core.tokens import Tokens
@@ -63,7 +63,7 @@ def test_shapes_of_other_orders_are_known(backend):
     tensors = [x.get(name) for name in ("q", *Tokens._fields)]
     start = [w.detach() for w in start.fast_weights.to_list()]
     args = (*tensors, start, UPDATE_FIRST.to_tensor(), 4, False, False, False, 1, backend, "")
-    torch.library.opcheck(block_causal_ttt_fwd, args, test_utils="test_faketensor")
+    torch.library.opcheck(ttt_fwd, args, test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from lact_kernels import TTTState, block_causal_ttt, window_attn
-from lact_kernels.autograd import block_causal_ttt as ttt_ops
+from lact_kernels.autograd import ttt as ttt_ops
 from lact_kernels.autograd import window_attn as attn_ops
 from lact_kernels.core.call import Options
 from lact_kernels.core.plan import Plan
-from lact_kernels.eager import block_causal_ttt as eager
+from lact_kernels.eager import ttt as eager
 from lact_kernels.ops.block_causal_ttt import new_state
 from lact_kernels.triton import fast_weights
 from tests.cases import BACKWARD_OPCHECKS, OPCHECKS, TTTCase, WindowCase, check_window_attn
@@ -99,7 +99,7 @@ def opcheck_block_causal_ttt(
     start = [w.clone().requires_grad_() for triple in state[:4] for w in triple]
     options = (C, case.muon, case.prenorm, return_end, checkpoint_interval, backend, "")
     torch.library.opcheck(
-        ttt_ops.block_causal_ttt_fwd,
+        ttt_ops.ttt_fwd,
         (*tokens, start, plan, *options),
         test_utils=checks,
         atol=1e-4,
@@ -107,10 +107,10 @@ def opcheck_block_causal_ttt(
     )
     tokens = [None if t is None else t.detach() for t in tokens]
     start = [w.detach() for w in start]
-    o, end, history = ttt_ops.block_causal_ttt_fwd(*tokens, start, plan, *options)
+    o, end, history = ttt_ops.ttt_fwd(*tokens, start, plan, *options)
     dend = [torch.ones_like(w) for w in end]
     torch.library.opcheck(
-        ttt_ops.block_causal_ttt_bwd,
+        ttt_ops.ttt_bwd,
         (torch.ones_like(o), dend, history, *tokens, start, plan, *options),
         test_utils=[check for check in checks if check in BACKWARD_OPCHECKS],
     )
@@ -127,9 +127,9 @@ def test_every_part_of_block_causal_ttt_goes_to_the_chosen_backend(monkeypatch):
 
         return fn
 
-    names = [f"block_causal_ttt_{part}" for part in ("fwd", "bwd", "history")]
+    names = [f"ttt_{part}" for part in ("fwd", "bwd", "history")]
     stand_in = types.SimpleNamespace(**{name: recording(name) for name in names})
-    monkeypatch.setattr(fast_weights, "block_causal_ttt", stand_in, raising=False)
+    monkeypatch.setattr(fast_weights, "ttt", stand_in, raising=False)
     inputs = TTTCase("").inputs(torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
     leaves = list(inputs.values())
 

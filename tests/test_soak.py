@@ -68,10 +68,8 @@ def token_lost(patch):
 
 
 def rates_exchanged(patch):
-    op = ttt_ops.block_causal_ttt_fwd
-    patch.setattr(
-        ttt_ops, "block_causal_ttt_fwd", lambda q, k, v, a, b, c, *x: op(q, k, v, c, b, a, *x)
-    )
+    op = ttt_ops.ttt_fwd
+    patch.setattr(ttt_ops, "ttt_fwd", lambda q, k, v, a, b, c, *x: op(q, k, v, c, b, a, *x))
 
 
 def pending_tokens_lost(patch):

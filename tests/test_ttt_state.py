@@ -98,13 +98,13 @@ def test_packed_sequences_go_on(case):
 def op_calls(monkeypatch):
     """How many keys each call of the registered op is given."""
     calls = []
-    original = ops.block_causal_ttt_fwd
+    original = ops.ttt_fwd
 
     def spy(q, k, *args):
         calls.append(k.shape[1])
         return original(q, k, *args)
 
-    monkeypatch.setattr(ops, "block_causal_ttt_fwd", spy)
+    monkeypatch.setattr(ops, "ttt_fwd", spy)
     return calls
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from lact_kernels.autograd.block_causal_ttt import block_causal_ttt_fwd, packed_plan
+from lact_kernels.autograd.ttt import packed_plan, ttt_fwd
 from lact_kernels.core.call import Call, Options
 from lact_kernels.core.fast_weights import FastWeights
 from lact_kernels.core.offsets import packed_offsets
@@ -203,7 +203,7 @@ def run(call: Call, backend: Backend) -> tuple[Tensor, FastWeights | None]:
     interval = options.checkpoint_interval
     if not checks.may_need_backward(q, *tokens, *start):
         interval = 0
-    o, end, _ = block_causal_ttt_fwd(
+    o, end, _ = ttt_fwd(
         q, *tokens, start, plan, options.chunk_size, options.muon, options.prenorm,
         options.return_end, interval, backend, ranks,
     )  # fmt: skip

@@ -1,1 +1,1 @@
-"""Kernels of `block_causal_ttt`."""
+"""Kernels of test-time training."""

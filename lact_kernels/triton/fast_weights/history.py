@@ -21,7 +21,7 @@ from lact_kernels.core.call import Call
 from lact_kernels.triton.fast_weights.layout import Chunks, Dims
 
 
-def block_causal_ttt_history(call: Call) -> list[Tensor]:
+def ttt_history(call: Call) -> list[Tensor]:
     """Room for weights, sums, steps (with momentum or Muon) and betas (with momentum), by shapes alone."""
     k, start, options, packed = call.tokens.k, call.start, call.options, call.plan is not None
     if options.checkpoint_interval == 0:

@@ -1,4 +1,4 @@
-"""The backward of `block_causal_ttt` in Triton.
+"""The backward of test-time training in Triton.
 
 apply backward  dq, and the weights' gradients by apply, of all chunks at once
 reverse scan    the weights' gradients by the updates, step by step, the last first

@@ -1,4 +1,4 @@
-"""The forward of `block_causal_ttt` in Triton.
+"""The forward of test-time training in Triton.
 
     scan     gradients -> momentum -> Muon -> renorm, step by step: each chunk's weights
     apply    the queries of all chunks through the weights of their chunk, at once

@@ -1,4 +1,4 @@
-"""`block_causal_ttt` in Triton: the forward is in `scan`, the backward in `reverse_scan`."""
+"""Test-time training in Triton: the forward is in `scan`, the backward in `reverse_scan`."""
 
 import sys
 
@@ -7,26 +7,26 @@ from torch import Tensor
 from lact_kernels.core.call import Call
 from lact_kernels.core.fast_weights import FastWeights
 from lact_kernels.core.tokens import Tokens
-from lact_kernels.triton.fast_weights.history import block_causal_ttt_history
+from lact_kernels.triton.fast_weights.history import ttt_history
 from lact_kernels.triton.fast_weights.reverse_scan import ReverseScan
 from lact_kernels.triton.fast_weights.scan import Scan
 from lact_kernels.triton.launch import on_device
 
-__all__ = ["block_causal_ttt_bwd", "block_causal_ttt_fwd", "block_causal_ttt_history"]
+__all__ = ["ttt_bwd", "ttt_fwd", "ttt_history"]
 
 
-def block_causal_ttt_fwd(call: Call) -> tuple[Tensor, FastWeights | None, list[Tensor]]:
+def ttt_fwd(call: Call) -> tuple[Tensor, FastWeights | None, list[Tensor]]:
     """Outputs `[B, Tq, H, Dv]`, the fast weights after the last update if asked for, and the history."""
     with on_device(call.q):
-        history = arrays = block_causal_ttt_history(call)
+        history = arrays = ttt_history(call)
         if not arrays:  # those of the first step only, which say what a segment's are like
             alone = call.options._replace(checkpoint_interval=sys.maxsize)
-            arrays = block_causal_ttt_history(call._replace(options=alone))
+            arrays = ttt_history(call._replace(options=alone))
         o, end = Scan(call, arrays).forward()
     return o, end, history
 
 
-def block_causal_ttt_bwd(
+def ttt_bwd(
     call: Call, history: list[Tensor], do: Tensor, dend: FastWeights | None
 ) -> tuple[Tensor, Tokens, FastWeights]:
     """Gradients of the queries, the tokens and the starting weights."""

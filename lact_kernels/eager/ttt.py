@@ -66,7 +66,7 @@ class _Segment(NamedTuple):
         return [border - self.queries[0] for border in self.queries]
 
 
-def block_causal_ttt_fwd(call: Call) -> tuple[Tensor, FastWeights | None, list[Tensor]]:
+def ttt_fwd(call: Call) -> tuple[Tensor, FastWeights | None, list[Tensor]]:
     """Outputs `[B, Tq, H, Dv]`, the fast weights after the last update, and the history.
 
     The last sequence is scanned first: another rank may wait for it.
@@ -75,7 +75,7 @@ def block_causal_ttt_fwd(call: Call) -> tuple[Tensor, FastWeights | None, list[T
     ranks = named(call.ranks)
     o = q.new_empty(*q.shape[:3], tokens.v.shape[-1])
     segments = _segments(call)
-    history = block_causal_ttt_history(call)
+    history = ttt_history(call)
     ends = []
     for s in segments:
         if s.is_first:
@@ -101,7 +101,7 @@ def block_causal_ttt_fwd(call: Call) -> tuple[Tensor, FastWeights | None, list[T
     return o, _concatenated(ends[::-1]) if options.return_end else None, history
 
 
-def block_causal_ttt_bwd(
+def ttt_bwd(
     call: Call, history: list[Tensor], do: Tensor, dend: FastWeights | None
 ) -> tuple[Tensor, Tokens, FastWeights]:
     """Gradients of q, the tokens and the starting weights.
@@ -146,7 +146,7 @@ def block_causal_ttt_bwd(
     return dq, dtokens, dstart
 
 
-def block_causal_ttt_history(call: Call) -> list[Tensor]:
+def ttt_history(call: Call) -> list[Tensor]:
     """Room for the history, knowing shapes only: of packed sequences as much as they may need."""
     start, updates, interval = call.start, call.num_updates, call.options.checkpoint_interval
     if interval == 0:

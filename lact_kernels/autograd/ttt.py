@@ -1,4 +1,4 @@
-"""`block_causal_ttt` as registered ops: what the backward remembers, and what shapes come out.
+"""Test-time training as registered ops: what the backward remembers, and what shapes come out.
 
 Fast weights travel through the ops as lists, three tensors (for w0, w1, w2) at a time: weights, target
 norms, then masters with pre-norm, then buffers with momentum.
@@ -12,9 +12,8 @@ norms, then masters with pre-norm, then buffers with momentum.
              with a checkpoint interval of 0, where no backward will come. Behind it are the fast weights that
              another rank has sent, if one has
 
-A backend is a module with the three functions `block_causal_ttt_fwd`, `block_causal_ttt_bwd` and
-`block_causal_ttt_history` of `lact_kernels.eager.block_causal_ttt`. What they return is contiguous and
-shares no memory with what they are given.
+A backend is a module with the three functions `ttt_fwd`, `ttt_bwd` and `ttt_history` of
+`lact_kernels.eager.ttt`. What they return is contiguous and shares no memory with what they are given.
 """
 
 from types import ModuleType
@@ -31,10 +30,10 @@ from lact_kernels.core.offsets import packed_offsets
 from lact_kernels.core.plan import Plan
 from lact_kernels.core.ranks import named
 from lact_kernels.core.tokens import Tokens
-from lact_kernels.eager import block_causal_ttt as eager
+from lact_kernels.eager import ttt as eager
 
 NO_HISTORY = (
-    "lact_kernels::block_causal_ttt_fwd kept nothing for a backward: where it was called, or exported,"
+    "lact_kernels::ttt_fwd kept nothing for a backward: where it was called, or exported,"
     " nothing needed a gradient"
 )
 INPUTS = (
@@ -67,19 +66,19 @@ def _plan_rows(cu_seqlens: Tensor, T: int, chunk_size: int) -> int:
 
 
 @torch.library.custom_op(
-    "lact_kernels::block_causal_ttt_fwd",
+    "lact_kernels::ttt_fwd",
     mutates_args=(),
     schema=f"({INPUTS}) -> (Tensor o, Tensor[] end, Tensor[] history)",
 )
-def block_causal_ttt_fwd(*inputs):
+def ttt_fwd(*inputs):
     call, backend = _call(inputs)
     start = named(call.ranks).receive(call.start)
-    o, end, history = backend.block_causal_ttt_fwd(call._replace(start=start))
+    o, end, history = backend.ttt_fwd(call._replace(start=start))
     received = [] if start is call.start else [x.clone() for x in start.updated]
     return o, [] if end is None else end.to_list(), [*history, *received]
 
 
-@block_causal_ttt_fwd.register_fake
+@ttt_fwd.register_fake
 def _(*inputs):
     call, backend = _call(inputs)
     q, tokens, start, _, options, _ = call
@@ -89,16 +88,16 @@ def _(*inputs):
         # A program has the op as one call, whose backward alone reads the history. With the number of
         # chunks in its shape, the program would hold for some lengths only.
         return o, end, []
-    return o, end, backend.block_causal_ttt_history(call)
+    return o, end, backend.ttt_history(call)
 
 
 @torch.library.custom_op(
-    "lact_kernels::block_causal_ttt_bwd",
+    "lact_kernels::ttt_bwd",
     mutates_args=(),
     schema=f"(Tensor do, Tensor[] dend, Tensor[] history, {INPUTS})"
     " -> (Tensor dq, Tensor[] dtokens, Tensor[] dstart)",
 )
-def block_causal_ttt_bwd(do, dend, history, *inputs):
+def ttt_bwd(do, dend, history, *inputs):
     call, backend = _call(inputs)
     ranks = named(call.ranks)
     if ranks.receives:
@@ -107,11 +106,11 @@ def block_causal_ttt_bwd(do, dend, history, *inputs):
         call = call._replace(start=start)
     if dend:
         dend = ranks.sum_gradients(FastWeights.from_list(dend, call.options.prenorm))
-    dq, dtokens, dstart = backend.block_causal_ttt_bwd(call, history, do, dend or None)
+    dq, dtokens, dstart = backend.ttt_bwd(call, history, do, dend or None)
     return dq, [x for x in dtokens if x is not None], dstart.to_list()
 
 
-@block_causal_ttt_bwd.register_fake
+@ttt_bwd.register_fake
 def _(do, dend, history, *inputs):
     q, *tokens = (x for x in inputs[:NUM_TENSORS] if x is not None)
     start = inputs[NUM_TENSORS]
@@ -137,22 +136,20 @@ def _backward(ctx, do, dend, _dhistory):
         do = q.new_zeros(*q.shape[:3], v.shape[-1])
     if dend:
         dend = [torch.zeros_like(x) if g is None else g for x, g in zip(start, dend)]
-    dq, dtokens, dstart = block_causal_ttt_bwd(
-        do, dend or [], history, *tensors, start, plan, *ctx.options
-    )
+    dq, dtokens, dstart = ttt_bwd(do, dend or [], history, *tensors, start, plan, *ctx.options)
     dmomentum = dtokens[5] if momentum is not None else None
     return dq, *dtokens[:5], dmomentum, dstart, None, *(None for _ in ctx.options)
 
 
 register_derivatives(packed_plan)
-register_derivatives(block_causal_ttt_fwd, _backward, _setup_context)
-register_derivatives(block_causal_ttt_bwd)
+register_derivatives(ttt_fwd, _backward, _setup_context)
+register_derivatives(ttt_bwd)
 register_vmap(packed_plan)
-register_vmap(block_causal_ttt_fwd, batched=True)
-register_vmap(block_causal_ttt_bwd, batched=True)
+register_vmap(ttt_fwd, batched=True)
+register_vmap(ttt_bwd, batched=True)
 register_autocast(packed_plan)
-register_autocast(block_causal_ttt_fwd)
-register_autocast(block_causal_ttt_bwd)
+register_autocast(ttt_fwd)
+register_autocast(ttt_bwd)
 
 
 def _call(inputs: tuple) -> tuple[Call, ModuleType]:
@@ -164,9 +161,9 @@ def _call(inputs: tuple) -> tuple[Call, ModuleType]:
     options = Options(chunk_size, muon, prenorm, momentum, return_end, interval)
     call = Call(q, tokens, start, plan, options, ranks)
     if backend == "triton":
-        from lact_kernels.triton.fast_weights import block_causal_ttt
+        from lact_kernels.triton.fast_weights import ttt
 
-        return call, block_causal_ttt
+        return call, ttt
     return call, eager
 
 
