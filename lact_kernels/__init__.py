@@ -9,21 +9,30 @@ Triton. Importing this package imports no Triton and touches no GPU.
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from lact_kernels.core.newton_schulz import NewtonSchulz
+from lact_kernels.core.ttt_plan import Apply, TTTPlan, Update
 from lact_kernels.core.version import __version__ as __version__
 from lact_kernels.layers import LaCTCache, LaCTLayer
 from lact_kernels.layers.contexts import Context, context_of_pieces
 from lact_kernels.ops.block_causal_ttt import TTTState, TTTTokens, block_causal_ttt
 from lact_kernels.ops.ring_kv_cache import RingKVCache
+from lact_kernels.ops.ttt import ttt, ttt_update
 from lact_kernels.ops.window_attn import window_attn
 from lact_kernels.ops.window_attn_with_kvcache import window_attn_with_kvcache
 
 __all__ = [
+    "Apply",
     "LaCTCache",
     "LaCTLayer",
+    "NewtonSchulz",
     "RingKVCache",
+    "TTTPlan",
     "TTTState",
     "TTTTokens",
+    "Update",
     "block_causal_ttt",
+    "ttt",
+    "ttt_update",
     "window_attn",
     "window_attn_with_kvcache",
 ]

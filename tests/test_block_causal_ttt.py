@@ -17,7 +17,7 @@ from lact_kernels.core.tokens import Tokens
 from lact_kernels.eager import swiglu
 from lact_kernels.eager import ttt as eager
 from lact_kernels.eager.newton_schulz import newton_schulz, newton_schulz_bwd
-from lact_kernels.ops import block_causal_ttt as ops
+from lact_kernels.ops import fast_weights as ops
 from tests.cases import (
     FLOAT16_MUON,
     TTT_OPTIONS,

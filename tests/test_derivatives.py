@@ -36,7 +36,7 @@ def op_calls():
 
     start = [*randn(3, B, H, 4, 4), *randn(3, B, H, 4)]
     tokens = (q, k, v, *randn(3, B, T, H), None, start, None)
-    options = (2, False, False, False, 1, "eager", "")
+    options = (2, None, False, True, False, False, 1, "eager", "")
     o, end, history = ops.ttt_fwd(*tokens, *options)
     yield "ttt_fwd", (*tokens, *options)
     yield "ttt_bwd", (o, end, history, *tokens, *options)

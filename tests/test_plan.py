@@ -8,7 +8,7 @@ from lact_kernels.autograd.ttt import ttt_fwd
 from lact_kernels.core.call import Call, Options
 from lact_kernels.core.plan import Plan
 from lact_kernels.core.tokens import Tokens
-from lact_kernels.ops.block_causal_ttt import new_state, run
+from lact_kernels.ops.fast_weights import new_state, run
 from tests.cases import TTTCase
 
 C = 4
@@ -31,7 +31,8 @@ def test_block_causal_plans(lengths, new, return_end):
         zip(lengths, borders_of(lengths), borders_of(new))
     ):
         updates = length // C if return_end else max(length - 1, 0) // C
-        assert plan.keys[n] == [first_key + C * c for c in range(updates + 1)]
+        firsts = [first_key + C * c for c in range(updates)]
+        assert plan.keys[n] == [(first, first + C) for first in firsts]
         seen = [
             range(a - first_query, b - first_query)
             for a, b in zip(plan.queries[n], plan.queries[n][1:])
@@ -48,8 +49,8 @@ def test_block_causal_plans(lengths, new, return_end):
     assert versions == sorted(versions) and versions.count(0) == len(lengths)
 
 
-UPDATE_FIRST = Plan([[0, 4, 8, 11]], [[0, 0, 4, 8, 11]])  # each chunk sees itself
-BIDIRECTIONAL = Plan([[0, 11]], [[0, 0, 11]])  # one update, which all see
+UPDATE_FIRST = Plan([[(0, 4), (4, 8), (8, 11)]], [[0, 0, 4, 8, 11]])  # each chunk sees itself
+BIDIRECTIONAL = Plan([[(0, 11)]], [[0, 0, 11]])  # one update, which all see
 PLANS = {"update first": UPDATE_FIRST, "bidirectional": BIDIRECTIONAL}
 
 
@@ -62,7 +63,8 @@ def test_shapes_of_other_orders_are_known(backend):
     start = new_state([x[name] for name in ("w0", "w1", "w2")], 1, options, torch.float32)
     tensors = [x.get(name) for name in ("q", *Tokens._fields)]
     start = [w.detach() for w in start.fast_weights.to_list()]
-    args = (*tensors, start, UPDATE_FIRST.to_tensor(), 4, False, False, False, 1, backend, "")
+    args = (*tensors, start, UPDATE_FIRST.to_tensor(), 4, None, False)
+    args = (*args, True, False, False, 1, backend, "")
     torch.library.opcheck(ttt_fwd, args, test_utils="test_faketensor")
 
 
@@ -80,7 +82,7 @@ def test_other_orders(plan, backend):
     leaves = list(x.values())
     exact = {name: value.detach().double().requires_grad_() for name, value in x.items()}
     (keys,) = plan.keys
-    sizes = [b - a for a, b in zip(keys, keys[1:])]
+    sizes = [b - a for a, b in keys]
     size = max(sizes)
 
     def later(name, value):

@@ -12,9 +12,10 @@ from lact_kernels import TTTState, block_causal_ttt, window_attn
 from lact_kernels.autograd import ttt as ttt_ops
 from lact_kernels.autograd import window_attn as attn_ops
 from lact_kernels.core.call import Options
+from lact_kernels.core.newton_schulz import LACT
 from lact_kernels.core.plan import Plan
 from lact_kernels.eager import ttt as eager
-from lact_kernels.ops.block_causal_ttt import new_state
+from lact_kernels.ops.fast_weights import new_state
 from lact_kernels.triton import fast_weights
 from tests.cases import BACKWARD_OPCHECKS, OPCHECKS, TTTCase, WindowCase, check_window_attn
 
@@ -97,7 +98,9 @@ def opcheck_block_causal_ttt(
     shared = Options(C, case.muon, case.prenorm, case.momentum)
     state = new_state(weights, N, shared, torch.float32)
     start = [w.clone().requires_grad_() for triple in state[:4] for w in triple]
-    options = (C, case.muon, case.prenorm, return_end, checkpoint_interval, backend, "")
+    muon = [x for triple in LACT.coefficients for x in triple] if case.muon else None
+    how = (C, muon, case.prenorm, True, False)
+    options = (*how, return_end, checkpoint_interval, backend, "")
     torch.library.opcheck(
         ttt_ops.ttt_fwd,
         (*tokens, start, plan, *options),

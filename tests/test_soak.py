@@ -11,6 +11,7 @@ from lact_kernels import RingKVCache, TTTState
 from lact_kernels.layers.padding import Padding
 from lact_kernels.ops import block_causal_ttt as ttt_ops
 from lact_kernels.ops import checks
+from lact_kernels.ops import fast_weights as shared_ops
 from tests.soak import __main__ as soak
 from tests.soak.bar import DRAWS, Gradients, Rounding, hold, hold_gradients
 from tests.soak.draw import KINDS, fault_of
@@ -68,8 +69,8 @@ def token_lost(patch):
 
 
 def rates_exchanged(patch):
-    op = ttt_ops.ttt_fwd
-    patch.setattr(ttt_ops, "ttt_fwd", lambda q, k, v, a, b, c, *x: op(q, k, v, c, b, a, *x))
+    op = shared_ops.ttt_fwd
+    patch.setattr(shared_ops, "ttt_fwd", lambda q, k, v, a, b, c, *x: op(q, k, v, c, b, a, *x))
 
 
 def pending_tokens_lost(patch):

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lact_kernels import TTTState, block_causal_ttt
-from lact_kernels.ops import block_causal_ttt as ops
+from lact_kernels.ops import fast_weights as ops
 from tests.cases import TTT_OPTIONS, TTTCase, tensors_of
 
 TOKENS = ("q", "k", "v", "lr0", "lr1", "lr2", "momentum")

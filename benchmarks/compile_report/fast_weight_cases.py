@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.compile_report.case import CompileCase, others, shipped_ttt_configs
-from lact_kernels.ops.block_causal_ttt import MAX_TRITON_DIM
+from lact_kernels.ops.fast_weights import MAX_TRITON_DIM
 from lact_kernels.triton.configs import ARCHITECTURES, TRITON, TTTConfig, kernel_of
 from lact_kernels.triton.fast_weights import (
     activations,

@@ -5,8 +5,9 @@ norms, then masters with pre-norm, then buffers with momentum.
 
     start    before the first token, `[B, H, ...]`, or `[N, H, ...]` for N packed sequences
     end      the same after each sequence's last update; empty unless `return_end`
-    plan     the chunks of packed sequences, see `core/plan.py`; made once, by `packed_plan` where a compiled
-             program cannot know the borders
+    plan     the updates, and the queries of each version of the weights, see `core/plan.py`; made once, by
+             `packed_plan` where a compiled program cannot know the borders of packed sequences
+    muon     the coefficients of Newton-Schulz, three for each step; None without Muon
     ranks    the name of those among which the call is split, see `core/ranks.py`; "" for none
     history  what the backend's backward needs beside its inputs; only the backend can read it. It is empty
              with a checkpoint interval of 0, where no backward will come. Behind it are the fast weights that
@@ -26,6 +27,7 @@ from lact_kernels.autograd.derivatives import register_derivatives
 from lact_kernels.autograd.vmap import register_vmap
 from lact_kernels.core.call import Call, Options
 from lact_kernels.core.fast_weights import FastWeights
+from lact_kernels.core.newton_schulz import NewtonSchulz
 from lact_kernels.core.offsets import packed_offsets
 from lact_kernels.core.plan import Plan
 from lact_kernels.core.ranks import named
@@ -37,9 +39,9 @@ NO_HISTORY = (
     " nothing needed a gradient"
 )
 INPUTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor lr0, Tensor lr1, Tensor lr2, Tensor? momentum,"
-    " Tensor[] start, Tensor? plan, SymInt chunk_size, bool muon, bool prenorm, bool return_end,"
-    " SymInt checkpoint_interval, str backend, str ranks"
+    "Tensor q, Tensor k, Tensor v, Tensor? lr0, Tensor? lr1, Tensor? lr2, Tensor? momentum,"
+    " Tensor[] start, Tensor? plan, SymInt chunk_size, float[]? muon, bool prenorm, bool weight_norm,"
+    " bool momentum_after_muon, bool return_end, SymInt checkpoint_interval, str backend, str ranks"
 )
 NUM_TENSORS = 7  # before the start
 
@@ -131,14 +133,15 @@ def _backward(ctx, do, dend, _dhistory):
     start, history = lists[: ctx.num_start], lists[ctx.num_start :]
     if not history:
         raise RuntimeError(NO_HISTORY)
-    q, _, v, *_, momentum = tensors
+    q, _, v, *_ = tensors
     if do is None:
         do = q.new_zeros(*q.shape[:3], v.shape[-1])
     if dend:
         dend = [torch.zeros_like(x) if g is None else g for x, g in zip(start, dend)]
     dq, dtokens, dstart = ttt_bwd(do, dend or [], history, *tensors, start, plan, *ctx.options)
-    dmomentum = dtokens[5] if momentum is not None else None
-    return dq, *dtokens[:5], dmomentum, dstart, None, *(None for _ in ctx.options)
+    given = iter(dtokens)
+    dtokens = (None if x is None else next(given) for x in tensors[1:])
+    return dq, *dtokens, dstart, None, *(None for _ in ctx.options)
 
 
 register_derivatives(packed_plan)
@@ -155,10 +158,10 @@ register_autocast(ttt_bwd)
 def _call(inputs: tuple) -> tuple[Call, ModuleType]:
     """What an op is asked to compute, and the backend, imported only now."""
     q, *tokens, start, plan = inputs[: NUM_TENSORS + 2]
-    chunk_size, muon, prenorm, return_end, interval, backend, ranks = inputs[NUM_TENSORS + 2 :]
+    chunk_size, muon, prenorm, *rest, backend, ranks = inputs[NUM_TENSORS + 2 :]
     tokens, start = Tokens(*tokens), FastWeights.from_list(start, prenorm)
-    momentum = tokens.momentum is not None
-    options = Options(chunk_size, muon, prenorm, momentum, return_end, interval)
+    muon = muon is not None and NewtonSchulz([muon[i : i + 3] for i in range(0, len(muon), 3)])
+    options = Options(chunk_size, muon, prenorm, tokens.momentum is not None, *rest)
     call = Call(q, tokens, start, plan, options, ranks)
     if backend == "triton":
         from lact_kernels.triton.fast_weights import ttt

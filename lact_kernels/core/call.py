@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lact_kernels.core.fast_weights import FastWeights
+from lact_kernels.core.newton_schulz import LACT, Coefficients, NewtonSchulz
 from lact_kernels.core.plan import num_updates
 from lact_kernels.core.tokens import Tokens
 
@@ -13,19 +14,32 @@ INFERENCE_SEGMENT = 16  # updates that are computed in one go where no backward 
 
 
 class Options(NamedTuple):
-    """How fast weights are updated, which all calls of one sequence share, and what one call wants of it."""
+    """How fast weights are updated, which all calls of one sequence share, and what one call wants of it.
 
-    chunk_size: int
-    muon: bool
+    `chunk_size` is what rows are cut by where there is no plan. An update divides the sum of its keys'
+    momentum by it. States that have gone through a plan have none.
+    """
+
+    chunk_size: int | None
+    muon: bool | NewtonSchulz  # True: LaCT's triples
     prenorm: bool
     momentum: bool  # whether the tokens have one
+    weight_norm: bool = True  # whether an update ends in renorm
+    momentum_after_muon: bool = False
     return_end: bool = False
     checkpoint_interval: int = 1  # 0: no backward will come, and the history is empty
 
     @property
     def shared(self) -> "Options":
         """Without what is one call's own."""
-        return Options(*self[:4])
+        return Options(*self[:6])
+
+    @property
+    def coefficients(self) -> Coefficients | None:
+        """The triples of Newton-Schulz, None without Muon."""
+        if isinstance(self.muon, NewtonSchulz):
+            return self.muon.coefficients
+        return LACT.coefficients if self.muon else None
 
     @property
     def segment(self) -> int:
@@ -33,11 +47,12 @@ class Options(NamedTuple):
         return self.checkpoint_interval or INFERENCE_SEGMENT
 
     def __str__(self) -> str:
+        order = "a plan" if self.chunk_size is None else f"chunk_size={self.chunk_size}"
         given = "given" if self.momentum else "not given"
-        return (
-            f"chunk_size={self.chunk_size}, muon={self.muon}, prenorm={self.prenorm},"
-            f" momentum {given}"
-        )
+        said = f"{order}, muon={self.muon}, prenorm={self.prenorm}, momentum {given}"
+        if not self.weight_norm:
+            said += ", weight_norm=False"
+        return said + ", momentum_after_muon=True" * self.momentum_after_muon
 
 
 class Call(NamedTuple):
@@ -45,6 +60,7 @@ class Call(NamedTuple):
 
     `plan` is that of packed sequences, or of all rows alike, as a tensor (`Plan.to_tensor`). Without one each
     row is a sequence that is cut every `chunk_size` tokens, and the queries are those of its last Tq tokens.
+    A weight whose rates are None is not trained: updates leave it, and its master and buffer, as they are.
     """
 
     q: Tensor
@@ -53,6 +69,11 @@ class Call(NamedTuple):
     plan: Tensor | None
     options: Options
     ranks: str = ""  # the name of those that share the work, see `core/ranks.py`
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """Which of w0, w1 and w2 are updated."""
+        return tuple(i for i, lr in enumerate(self.tokens.rates) if lr is not None)
 
     @property
     def num_updates(self) -> int:

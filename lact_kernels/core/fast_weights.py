@@ -6,14 +6,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 RENORM_EPS = 1e-5
-NEWTON_SCHULZ_EPS = 1e-7
-NEWTON_SCHULZ_COEFFICIENTS = (
-    (4.0848, -6.8946, 2.9270),
-    (3.9505, -6.3029, 2.6377),
-    (3.7418, -5.5913, 2.3037),
-    (2.8769, -3.1427, 1.2046),
-    (2.8366, -3.0525, 1.2012),
-)
 
 Triple = tuple[Tensor, ...]  # one tensor for each of w0, w1, w2; empty where an option is off
 

@@ -1,4 +1,4 @@
-"""`TTTState`: what `block_causal_ttt` needs to go on where an earlier call stopped."""
+"""`TTTState`: what `block_causal_ttt` and `ttt` need to go on where an earlier call stopped."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lact_kernels.core.call import Options
 from lact_kernels.core.fast_weights import FastWeights, Triple
+from lact_kernels.core.newton_schulz import NewtonSchulz
 from lact_kernels.core.tokens import Tokens
 
 
@@ -63,7 +64,9 @@ class TTTState(NamedTuple):
         buffers: momentum, where the calls are given any, else empty.
         pending: the tokens since the last update, in order, as one or more `TTTTokens`. Short ones are
             merged as more arrive, so that a token is copied at most log2(chunk_size) times while it waits.
-        chunk_size, muon, dtype: options that every call of one sequence shares, and the tokens' dtype.
+        chunk_size, muon, weight_norm, momentum_after_muon: options that every call of one sequence shares.
+            `chunk_size` is None, and no token is pending, after a plan.
+        dtype: that of the tokens.
     """
 
     weights: Triple
@@ -71,9 +74,11 @@ class TTTState(NamedTuple):
     masters: Triple
     buffers: Triple
     pending: tuple[TTTTokens, ...]
-    chunk_size: int
-    muon: bool
+    chunk_size: int | None
+    muon: bool | NewtonSchulz
     dtype: torch.dtype
+    weight_norm: bool = True
+    momentum_after_muon: bool = False
 
     def __repr__(self) -> str:
         w0, w1, w2 = (f"w{i} {list(w.shape)}" for i, w in enumerate(self.weights))
@@ -85,7 +90,9 @@ class TTTState(NamedTuple):
     @staticmethod
     def of(fast: FastWeights, options: Options, dtype: torch.dtype) -> "TTTState":
         """With no token pending."""
-        return TTTState(*fast, (), options.chunk_size, options.muon, dtype)
+        chunk_size, muon, *_ = options
+        how = options.weight_norm, options.momentum_after_muon
+        return TTTState(*fast, (), chunk_size, muon, dtype, *how)
 
     @property
     def fast_weights(self) -> FastWeights:
@@ -164,7 +171,8 @@ class TTTState(NamedTuple):
     @property
     def options(self) -> Options:
         """The options of the calls that made this state."""
-        return Options(self.chunk_size, self.muon, bool(self.masters), bool(self.buffers))
+        given = bool(self.masters), bool(self.buffers)
+        return Options(self.chunk_size, self.muon, *given, *self[8:])
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "TTTState":
         """The state with `fn` applied to every tensor: `state.map(torch.Tensor.detach)`."""

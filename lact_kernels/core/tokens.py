@@ -12,10 +12,14 @@ class Tokens(NamedTuple):
 
     k: Tensor
     v: Tensor
-    lr0: Tensor
-    lr1: Tensor
-    lr2: Tensor
+    lr0: Tensor | None  # None: that weight is not trained
+    lr1: Tensor | None
+    lr2: Tensor | None
     momentum: Tensor | None
+
+    @property
+    def rates(self) -> tuple[Tensor | None, ...]:
+        return self.lr0, self.lr1, self.lr2
 
     def map(self, fn: Callable[..., Tensor], *others: "Tokens") -> "Tokens":
         """`fn` of every tensor, and of those of `others` with it. What is None stays None."""

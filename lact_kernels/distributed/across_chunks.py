@@ -19,7 +19,7 @@ from lact_kernels.distributed.exchange import TokenExchange, exchanged
 from lact_kernels.distributed.pending import behind_pending, pending_lengths
 from lact_kernels.distributed.pieces import SequencePieces
 from lact_kernels.ops import checks
-from lact_kernels.ops.block_causal_ttt import run
+from lact_kernels.ops.fast_weights import run
 
 
 class Chain(Ranks):

@@ -18,6 +18,7 @@ from torch import Tensor
 from lact_kernels.autograd.derivatives import refuse_transforms
 from lact_kernels.core.call import Call, Options
 from lact_kernels.core.fast_weights import FastWeights
+from lact_kernels.core.newton_schulz import NewtonSchulz
 from lact_kernels.core.state import TTTState, TTTTokens, joined_tokens
 from lact_kernels.core.tokens import Tokens
 from lact_kernels.distributed.across_chunks import scan_across_chunks
@@ -25,8 +26,8 @@ from lact_kernels.distributed.exchange import TokenExchange, exchanged
 from lact_kernels.distributed.pending import pending_lengths
 from lact_kernels.distributed.pieces import SequencePieces
 from lact_kernels.distributed.within_chunks import scan_within_chunks
-from lact_kernels.ops import block_causal_ttt as ops
 from lact_kernels.ops import checks
+from lact_kernels.ops import fast_weights as ops
 from lact_kernels.ops.checks import Backend
 
 Scheme = Literal["auto", "across_chunks", "within_chunks"]
@@ -37,7 +38,8 @@ SCHEMES = get_args(Scheme)
 def block_causal_ttt(
     q: Tensor, k: Tensor, v: Tensor, w0: Tensor, w1: Tensor, w2: Tensor,
     lr0: Tensor, lr1: Tensor, lr2: Tensor, *, pieces: SequencePieces, scheme: Scheme = "auto",
-    chunk_size: int = 2048, momentum: Tensor | None = None, muon: bool = False, prenorm: bool = False,
+    chunk_size: int = 2048, momentum: Tensor | None = None, muon: bool | NewtonSchulz = False,
+    prenorm: bool = False,
     initial_state: TTTState | None = None, checkpoint_interval: int = 1, backend: Backend = "auto",
     return_state: Literal[False] = False,
 ) -> Tensor: ...  # fmt: skip
@@ -45,7 +47,8 @@ def block_causal_ttt(
 def block_causal_ttt(
     q: Tensor, k: Tensor, v: Tensor, w0: Tensor, w1: Tensor, w2: Tensor,
     lr0: Tensor, lr1: Tensor, lr2: Tensor, *, pieces: SequencePieces, scheme: Scheme = "auto",
-    chunk_size: int = 2048, momentum: Tensor | None = None, muon: bool = False, prenorm: bool = False,
+    chunk_size: int = 2048, momentum: Tensor | None = None, muon: bool | NewtonSchulz = False,
+    prenorm: bool = False,
     initial_state: TTTState | None = None, checkpoint_interval: int = 1, backend: Backend = "auto",
     return_state: Literal[True],
 ) -> tuple[Tensor, TTTState]: ...  # fmt: skip
@@ -53,7 +56,8 @@ def block_causal_ttt(
 def block_causal_ttt(
     q: Tensor, k: Tensor, v: Tensor, w0: Tensor, w1: Tensor, w2: Tensor,
     lr0: Tensor, lr1: Tensor, lr2: Tensor, *, pieces: SequencePieces, scheme: Scheme = "auto",
-    chunk_size: int = 2048, momentum: Tensor | None = None, muon: bool = False, prenorm: bool = False,
+    chunk_size: int = 2048, momentum: Tensor | None = None, muon: bool | NewtonSchulz = False,
+    prenorm: bool = False,
     initial_state: TTTState | None = None, checkpoint_interval: int = 1, backend: Backend = "auto",
     return_state: bool = False,
 ) -> Tensor | tuple[Tensor, TTTState]: ...  # fmt: skip
@@ -73,7 +77,7 @@ def block_causal_ttt(
     scheme: Scheme = "auto",
     chunk_size: int = 2048,
     momentum: Tensor | None = None,
-    muon: bool = False,
+    muon: bool | NewtonSchulz = False,
     prenorm: bool = False,
     initial_state: TTTState | None = None,
     return_state: bool = False,
@@ -126,8 +130,9 @@ def block_causal_ttt(
     if isinstance(q, Tensor):
         q, tokens, weights = ops.autocast_inputs(q, tokens, weights)
     options = Options(
-        chunk_size, muon, prenorm, momentum is not None, return_state, checkpoint_interval
-    )
+        chunk_size, muon, prenorm, momentum is not None,
+        return_end=return_state, checkpoint_interval=checkpoint_interval,
+    )  # fmt: skip
 
     def facts():
         nonlocal options
@@ -146,7 +151,7 @@ def block_causal_ttt(
             "dtype": str(q.dtype),
             "weights": tuple(tuple(w.shape) for w in weights),
             "chunk_size": options.chunk_size,
-            "muon": muon,
+            "muon": options.muon,
             "prenorm": prenorm,
             "momentum": options.momentum,
             "scheme": scheme,

@@ -13,7 +13,7 @@ from lact_kernels.core.ranks import Ranks, remember
 from lact_kernels.core.state import TTTState
 from lact_kernels.distributed.pending import behind_pending, pending_lengths
 from lact_kernels.distributed.pieces import SequencePieces
-from lact_kernels.ops.block_causal_ttt import run
+from lact_kernels.ops.fast_weights import run
 
 
 class SharedChunks(Ranks):
@@ -82,7 +82,7 @@ def _shared_plan(pieces: SequencePieces, pending: tuple[int, ...], options: Opti
         if pieces.rank > 0:
             before = 0
         keys = [borders[0] + shift, *(border + shift + before for border in borders[1:-1])]
-        plan.keys.append(keys)
+        plan.keys.append(list(itertools.pairwise(keys)))
         shift += before
     return plan
 
@@ -90,6 +90,6 @@ def _shared_plan(pieces: SequencePieces, pending: tuple[int, ...], options: Opti
 def _repeated(plan: Plan, rows: int, queries: int, keys: int) -> Plan:
     """The plan of one row for several that lie end to end."""
     return Plan(
-        [[border + row * keys for border in plan.keys[0]] for row in range(rows)],
+        [[(a + row * keys, b + row * keys) for a, b in plan.keys[0]] for row in range(rows)],
         [[border + row * queries for border in plan.queries[0]] for row in range(rows)],
     )

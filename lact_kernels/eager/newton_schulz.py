@@ -15,25 +15,27 @@ runs in float32 (float64 for float64) whatever the dtype of the op's inputs.
 import torch
 from torch import Tensor
 
-from lact_kernels.core.fast_weights import NEWTON_SCHULZ_COEFFICIENTS, NEWTON_SCHULZ_EPS
+from lact_kernels.core.newton_schulz import EPS, LACT, Coefficients
 
 
-def newton_schulz(g: Tensor) -> Tensor:
+def newton_schulz(g: Tensor, coefficients: Coefficients = LACT.coefficients) -> Tensor:
     """Orthogonalise each matrix of `[..., rows, columns]`."""
     x, _ = _normalized(g)
-    for coefficients in NEWTON_SCHULZ_COEFFICIENTS:
-        x = _step(x, *coefficients)
+    for triple in coefficients:
+        x = _step(x, *triple)
     return _wide(x, like=g)
 
 
-def newton_schulz_bwd(dx: Tensor, g: Tensor) -> Tensor:
+def newton_schulz_bwd(
+    dx: Tensor, g: Tensor, coefficients: Coefficients = LACT.coefficients
+) -> Tensor:
     """Gradient of `newton_schulz(g)` with respect to g, iterates recomputed."""
     x, norm = _normalized(g)
     iterates = [x]
-    for coefficients in NEWTON_SCHULZ_COEFFICIENTS[:-1]:
-        iterates.append(_step(iterates[-1], *coefficients))
+    for triple in coefficients[:-1]:
+        iterates.append(_step(iterates[-1], *triple))
     dx = _wide(dx, like=g)
-    for x, (a, b, c) in zip(reversed(iterates), reversed(NEWTON_SCHULZ_COEFFICIENTS)):
+    for x, (a, b, c) in zip(reversed(iterates[: len(coefficients)]), reversed(coefficients)):
         s = x @ x.mT
         ds = dx @ x.mT
         ds, dx = b * ds + c * (ds @ s + s @ ds), a * dx + (b * s + c * s @ s) @ dx
@@ -41,12 +43,12 @@ def newton_schulz_bwd(dx: Tensor, g: Tensor) -> Tensor:
     dx = _wide(dx, like=g)
     along = (dx * g).sum(dim=(-2, -1), keepdim=True)
     along = torch.where(norm > 0, along / norm, 0)  # next to nothing where the squares underflow
-    return (dx - g * (along / (norm + NEWTON_SCHULZ_EPS))) / (norm + NEWTON_SCHULZ_EPS)
+    return (dx - g * (along / (norm + EPS))) / (norm + EPS)
 
 
 def _normalized(g: Tensor) -> tuple[Tensor, Tensor]:
     norm = torch.linalg.matrix_norm(g, keepdim=True)
-    return _wide(g / (norm + NEWTON_SCHULZ_EPS), like=g), norm
+    return _wide(g / (norm + EPS), like=g), norm
 
 
 def _step(x: Tensor, a: float, b: float, c: float) -> Tensor:

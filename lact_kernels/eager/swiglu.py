@@ -10,6 +10,7 @@ stays in a CPU's cache.
 Names, for a key k and a value v: gate = w0 k, up = w2 k, hidden = silu(gate) * up, dhidden = w1^T v.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -95,32 +96,40 @@ def apply_bwd(
     return dq, dweights
 
 
-def gradients(tokens: Tokens, weights: Triple) -> Triple:
+def gradients(tokens: Tokens, weights: Triple) -> tuple[Tensor | None, ...]:
     """Gradients of `sum_t <f(k_t), v_t>` with respect to w0, w1 and w2, one chunk's tokens.
 
-    Each token's share is weighted by its learning rate for that matrix. The weights and the result are
-    `[B, H, ...]`.
+    Each token's share is weighted by its learning rate for that matrix; where that is None, so is the
+    gradient. The weights and the result are `[B, H, ...]`.
     """
-    k, v, lr0, lr1, lr2, _ = tokens
+    k, v, *rates, _ = tokens
     dtype = k.dtype
-    sums = _zeros_like(weights)
+    sums = tuple(None if lr is None else zeros for lr, zeros in zip(rates, _zeros_like(weights)))
     weights = [_rounded(w, dtype)[None] for w in weights]
-    g0, g1, g2 = (g.flatten(0, 1) for g in sums)
+    g0, g1, g2 = (None if g is None else g.flatten(0, 1) for g in sums)
     for block in _blocks(k, weights[0].shape[-2]):
         w0, w1, w2 = (block.weights(w) for w in weights)
+        lr0, lr1, lr2 = (None if lr is None else block.scalars(lr) for lr in rates)
         x, y = block.tokens(k), block.tokens(v)
-        gate, up, dhidden = x @ w0.mT, x @ w2.mT, y @ w1
+        gate = x @ w0.mT
         silu = F.silu(gate)
-        dup = (silu * dhidden).mul_(block.scalars(lr2))
-        dgate = silu_backward(dhidden.mul_(up), gate).mul_(block.scalars(lr0))
-        lr1_v, hidden = y * block.scalars(lr1), silu.mul_(up)
-        g0.baddbmm_(_rounded_gradient(dgate, dtype).mT, x)
-        g1.baddbmm_(_rounded_gradient(lr1_v, dtype).mT, _rounded_gradient(hidden, dtype))
-        g2.baddbmm_(_rounded_gradient(dup, dtype).mT, x)
+        up = None if g0 is None and g1 is None else x @ w2.mT
+        dhidden = None if g0 is None and g2 is None else y @ w1
+        if g2 is not None:
+            dup = (silu * dhidden).mul_(lr2)
+            g2.baddbmm_(_rounded_gradient(dup, dtype).mT, x)
+        if g0 is not None:
+            dgate = silu_backward(dhidden.mul_(up), gate).mul_(lr0)
+            g0.baddbmm_(_rounded_gradient(dgate, dtype).mT, x)
+        if g1 is not None:
+            lr1_v, hidden = y * lr1, silu.mul_(up)
+            g1.baddbmm_(_rounded_gradient(lr1_v, dtype).mT, _rounded_gradient(hidden, dtype))
     return sums
 
 
-def gradients_bwd(dsums: Triple, tokens: Tokens, weights: Triple, out: Tokens) -> Triple:
+def gradients_bwd(
+    dsums: tuple[Tensor | None, ...], tokens: Tokens, weights: Triple, out: Tokens
+) -> Triple:
     """Gradients of `gradients`: those of k, v and the rates into `out`, those of the weights returned.
 
     The products with the incoming gradients give what the three factors of each outer product get:
@@ -128,51 +137,79 @@ def gradients_bwd(dsums: Triple, tokens: Tokens, weights: Triple, out: Tokens) -
         dgate_k = lr0 * (dg0 k)      dup_k = lr2 * (dg2 k)      hidden_v = lr1 * (dg1^T v)
 
     and the rest is the chain rule through hidden = silu(gate) up, dup = dhidden silu(gate) and
-    dgate = dhidden up silu'(gate).
+    dgate = dhidden up silu'(gate). A weight that is not trained has no gradient, and no share in this.
     """
-    k, v, lr0, lr1, lr2, _ = tokens
-    dk, dv, dlr0, dlr1, dlr2, _ = out
+    k, v, *rates, _ = tokens
+    dk, dv, *drates, _ = out
     dtype = k.dtype
     dweights = _zeros_like(weights)
     weights = [_rounded(w, dtype)[None] for w in weights]
-    cotangents = [_rounded_gradient(g, dtype)[None] for g in dsums]
+    cotangents = [None if g is None else _rounded_gradient(g, dtype)[None] for g in dsums]
     dw0, dw1, dw2 = (dw.flatten(0, 1) for dw in dweights)
     for block in _blocks(k, weights[0].shape[-2]):
         w0, w1, w2 = (block.weights(w) for w in weights)
-        dg0, dg1, dg2 = (block.weights(g) for g in cotangents)
-        rate0, rate1, rate2 = (block.scalars(lr) for lr in (lr0, lr1, lr2))
+        dg0, dg1, dg2 = (None if g is None else block.weights(g) for g in cotangents)
+        lr0, lr1, lr2 = (None if lr is None else block.scalars(lr) for lr in rates)
         x, y = block.tokens(k), block.tokens(v)
 
         gate, up, dhidden = x @ w0.mT, x @ w2.mT, y @ w1
         sigmoid = torch.sigmoid(gate)
         silu = gate * sigmoid
         slope = sigmoid * (1 + gate - silu)  # silu'
-        bend = sigmoid * (1 - sigmoid) * (2 + gate - 2 * silu)  # silu''
-        hidden, dup, dgate = silu * up, dhidden * silu, dhidden * up * slope
 
-        dgate_k, dup_k, hidden_v = x @ dg0.mT, x @ dg2.mT, y @ dg1
-        block.write(dlr0[..., None], (dgate_k * dgate).sum(dim=-1, keepdim=True))
-        block.write(dlr1[..., None], (hidden_v * hidden).sum(dim=-1, keepdim=True))
-        block.write(dlr2[..., None], (dup_k * dup).sum(dim=-1, keepdim=True))
-        dgate_k, dup_k, hidden_v = dgate_k * rate0, dup_k * rate2, hidden_v * rate1
+        # What the left factors dgate, hidden and dup pass on, in terms; and dk and dv, in products.
+        through_gate, through_silu, through_up, through_dhidden = [], [], [], []
+        dx, dy = [], []
+        if dg0 is not None:
+            bend = sigmoid * (1 - sigmoid) * (2 + gate - 2 * silu)  # silu''
+            dgate, dgate_k = dhidden * up * slope, x @ dg0.mT
+            block.write(drates[0][..., None], (dgate_k * dgate).sum(dim=-1, keepdim=True))
+            dx.append((_rounded_gradient(lr0 * dgate, dtype), dg0))
+            dgate_k = dgate_k * lr0
+            through_gate.append(dgate_k * dhidden * up * bend)
+            through_up.append(dgate_k * dhidden * slope)
+            through_dhidden.append(dgate_k * up * slope)
+        if dg2 is not None:
+            dup, dup_k = dhidden * silu, x @ dg2.mT
+            block.write(drates[2][..., None], (dup_k * dup).sum(dim=-1, keepdim=True))
+            dx.append((_rounded_gradient(lr2 * dup, dtype), dg2))
+            dup_k = dup_k * lr2
+            through_silu.append(dup_k * dhidden)
+            through_dhidden.append(dup_k * silu)
+        if dg1 is not None:
+            hidden, hidden_v = silu * up, y @ dg1
+            block.write(drates[1][..., None], (hidden_v * hidden).sum(dim=-1, keepdim=True))
+            dy.append((_rounded_gradient(lr1 * hidden, dtype), dg1.mT))
+            hidden_v = hidden_v * lr1
+            through_silu.append(hidden_v * up)
+            through_up.append(hidden_v * silu)
+        if through_silu:
+            through_gate.append(_sum(through_silu) * slope)
 
-        # What hidden, dup and dgate, the left factors, pass on to dhidden, up and gate.
-        ddhidden = _rounded_gradient(dup_k * silu + dgate_k * up * slope, dtype)
-        dsilu = dup_k * dhidden + hidden_v * up
-        through_up = _rounded_gradient(dgate_k * dhidden * slope + hidden_v * silu, dtype)
-        through_gate = _rounded_gradient(dgate_k * dhidden * up * bend + dsilu * slope, dtype)
-
-        dx = _rounded_gradient(rate0 * dgate, dtype) @ dg0
-        dx.baddbmm_(_rounded_gradient(rate2 * dup, dtype), dg2)
-        dx.baddbmm_(through_gate, w0).baddbmm_(through_up, w2)
-        block.write(dk, dx)
-        block.write(
-            dv, (rate1 * (_rounded_gradient(hidden, dtype) @ dg1.mT)).baddbmm_(ddhidden, w1.mT)
-        )
-        dw0.baddbmm_(through_gate.mT, x)
-        dw1.baddbmm_(y.mT, ddhidden)
-        dw2.baddbmm_(through_up.mT, x)
+        for through, w, dw in ((through_gate, w0, dw0), (through_up, w2, dw2)):
+            if through:
+                through = _rounded_gradient(_sum(through), dtype)
+                dx.append((through, w))
+                dw.baddbmm_(through.mT, x)
+        if through_dhidden:
+            through = _rounded_gradient(_sum(through_dhidden), dtype)
+            dy.append((through, w1.mT))
+            dw1.baddbmm_(y.mT, through)
+        block.write(dk, _sum_of_products(dx))
+        block.write(dv, _sum_of_products(dy))
     return dweights
+
+
+def _sum(terms: list[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, terms)
+
+
+def _sum_of_products(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    (a, b), *rest = pairs
+    total = a @ b
+    for a, b in rest:
+        total.baddbmm_(a, b)
+    return total
 
 
 def _blocks(x: Tensor, hidden_dim: int, borders: Sequence[int] | None = None) -> Iterator[_Block]:

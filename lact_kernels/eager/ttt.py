@@ -8,13 +8,12 @@ sequences take turns. With a checkpoint interval n > 1 so do segments of n updat
 the fast weights between two of them, and the backward scans each again when its turn comes. The
 products over tokens are in `swiglu.py`; this file is the recurrence over weights.
 
-The history is a stack `[rows, B, H, ...]` for each tensor of an `Update`: a row for each update, or,
+The history is a stack `[rows, B, H, ...]` for each tensor of an `Updated`: a row for each update, or,
 with an interval n > 1, for each border between segments.
 
 Weights are `[B, H, rows, columns]`, float32 (float64 for float64 tokens), tokens `[B, T, H, D]`.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -30,16 +29,20 @@ from lact_kernels.eager import swiglu
 from lact_kernels.eager.newton_schulz import newton_schulz, newton_schulz_bwd
 
 
-class Update(NamedTuple):
-    """What one update leaves behind for its backward."""
+class Updated(NamedTuple):
+    """What one update leaves behind for its backward, of each weight that is trained."""
 
     weights: Triple  # after the update
     masters: Triple  # after the update: pre-norm only
-    steps: Triple  # gradients plus momentum, before Muon
+    steps: Triple  # what momentum has been added to, if there is any
+    gradients: Triple  # with momentum after Muon, which is applied to these
 
-    def after(self, state: FastWeights) -> FastWeights:
+    def after(self, state: FastWeights, trained: Sequence[int]) -> FastWeights:
         """The fast weights that follow `state`."""
-        return FastWeights(self.weights, state.norms, self.masters, state.buffers and self.steps)
+        weights = _replaced(state.weights, trained, self.weights)
+        masters = _replaced(state.masters, trained, self.masters)
+        buffers = _replaced(state.buffers, trained, self.steps)
+        return FastWeights(weights, state.norms, masters, buffers)
 
 
 class _Segment(NamedTuple):
@@ -47,7 +50,7 @@ class _Segment(NamedTuple):
 
     rows: slice  # of the fast weights: the batch, or one packed sequence
     queries: list[int]  # borders of each version's queries
-    keys: list[int]  # borders of each update's keys
+    keys: list[tuple[int, int]]  # of each update
     kept: range  # what this segment adds to the history
     is_first: bool
     is_last: bool
@@ -55,15 +58,21 @@ class _Segment(NamedTuple):
 
     @property
     def updates(self) -> int:
-        return len(self.keys) - 1
+        return len(self.keys)
 
     def of_queries(self, x: Tensor) -> Tensor:
         return x[:, self.queries[0] : self.queries[-1]]
 
     @property
+    def applied(self) -> list[int]:
+        """The versions that have queries, counted from that before the first update."""
+        return [c for c in range(len(self.queries) - 1) if self.queries[c] < self.queries[c + 1]]
+
+    @property
     def local_queries(self) -> list[int]:
-        """The borders, counted from the first query of this segment."""
-        return [border - self.queries[0] for border in self.queries]
+        """The borders of their queries, counted from the first query of this segment."""
+        first = self.queries[0]
+        return [0, *(self.queries[c + 1] - first for c in self.applied)]
 
 
 def ttt_fwd(call: Call) -> tuple[Tensor, FastWeights | None, list[Tensor]]:
@@ -83,20 +92,21 @@ def ttt_fwd(call: Call) -> tuple[Tensor, FastWeights | None, list[Tensor]]:
         with phase("scan"):
             updates = _scan(call, state, s.keys)
         if s.is_last:
-            end = updates[-1].after(state) if updates else state
+            end = updates[-1].after(state, call.trained) if updates else state
             ends.append(end)
             if s.is_of_last_sequence:
                 ranks.send(end)
         with phase("apply"):
-            s.of_queries(o).copy_(
-                swiglu.apply(s.of_queries(q), s.local_queries, _all_weights(state, updates))
-            )
+            if s.applied:
+                weights = _applied_weights(state, updates, s, call.trained)
+                s.of_queries(o).copy_(swiglu.apply(s.of_queries(q), s.local_queries, weights))
+                del weights
         kept = updates if options.checkpoint_interval == 1 else updates[-1:]
         for row, update in zip(s.kept, kept):
-            for stack, x in zip(history, (*update.weights, *update.masters, *update.steps)):
+            for stack, x in zip(history, (x for triple in update for x in triple)):
                 stack[row] = x
         if updates:
-            state = updates[-1].after(state)
+            state = updates[-1].after(state, call.trained)
         del updates, kept  # before the next segment makes its own
     return o, _concatenated(ends[::-1]) if options.return_end else None, history
 
@@ -117,17 +127,22 @@ def ttt_bwd(
     for s in reversed(_segments(call)):
         state = start.at(s.rows)
         if not s.is_first:
-            state = _read(history, s.kept.start - 1, options).after(state)
+            state = _read(history, s.kept.start - 1, call).after(state, call.trained)
         if options.checkpoint_interval == 1:
-            updates = [_read(history, row, options) for row in s.kept]
+            updates = [_read(history, row, call) for row in s.kept]
         else:
             with phase("scan"):
                 updates = _scan(call, state, s.keys)
+        dapply = {}
         with phase("apply backward"):
-            dq_part, dapply = swiglu.apply_bwd(
-                s.of_queries(do), s.of_queries(q), s.local_queries, _all_weights(state, updates)
-            )
-            s.of_queries(dq).copy_(dq_part)
+            if s.applied:
+                weights = _applied_weights(state, updates, s, call.trained)
+                dq_part, stacks = swiglu.apply_bwd(
+                    s.of_queries(do), s.of_queries(q), s.local_queries, weights
+                )
+                s.of_queries(dq).copy_(dq_part)
+                dapply = dict(zip(s.applied, zip(*stacks)))
+                del weights, dq_part, stacks
         if s.is_last:
             dstate = dend.at(s.rows)
             if s.is_of_last_sequence:
@@ -155,7 +170,9 @@ def ttt_history(call: Call) -> list[Tensor]:
     if call.plan is None and interval > 1:
         rows = max(updates - 1, 0) // interval
     steps = start.weights if interval == 1 else start.buffers  # a scan restarts from momentum alone
-    like = (*start.weights, *start.masters, *steps)
+    gradients = start.weights if interval == 1 and call.options.momentum_after_muon else ()
+    kept = (start.weights, start.masters, steps, gradients)
+    like = (x for triple in kept for x in _of(call.trained or range(3), triple))
     return [x.new_zeros(rows, call.q.shape[0], *x.shape[1:]) for x in like]
 
 
@@ -169,7 +186,7 @@ def _segments(call: Call) -> list[_Segment]:
         plan = Plan.block_causal(*borders, options.chunk_size, options.return_end)
     sequences, num_kept = [], 0
     for n, (keys, queries) in enumerate(zip(*plan)):
-        segments, updates = [], len(keys) - 1
+        segments, updates = [], len(keys)
         length = options.segment if interval != 1 else max(updates, 1)
         for begin in range(0, max(updates, 1), length):
             stop = min(begin + length, updates)
@@ -180,7 +197,7 @@ def _segments(call: Call) -> list[_Segment]:
                 _Segment(
                     rows=slice(None) if len(plan.keys) == 1 else slice(n, n + 1),
                     queries=queries[begin : stop + 1 + is_last],
-                    keys=keys[begin : stop + 1],
+                    keys=keys[begin:stop],
                     kept=kept,
                     is_first=begin == 0,
                     is_last=is_last,
@@ -191,19 +208,25 @@ def _segments(call: Call) -> list[_Segment]:
     return [s for segments in reversed(sequences) for s in segments]
 
 
-def _scan(call: Call, state: FastWeights, borders: list[int]) -> list[Update]:
-    """The updates of the chunks between these borders."""
-    ranks = named(call.ranks)
-    updates, betas = [], _betas(call, borders)
-    for chunk, beta in zip(_chunks(call.tokens, borders), betas):
-        steps = swiglu.gradients(chunk, state.weights)
+def _scan(call: Call, state: FastWeights, keys: list[tuple[int, int]]) -> list[Updated]:
+    """The updates with these keys."""
+    ranks, options, trained = named(call.ranks), call.options, call.trained
+    late = options.momentum_after_muon
+    updates, betas = [], _betas(call, keys)
+    for chunk, beta in zip(_chunks(call.tokens, keys), betas):
+        steps = gradients = _of(trained, swiglu.gradients(chunk, state.weights))
         ranks.sum_(*steps)
+        if late:
+            steps = _orthogonalised(steps, options)
         if state.buffers:
-            steps = tuple(g + beta * m for g, m in zip(steps, state.buffers))
-        sums = _add_steps(state, steps, call.options.muon)
-        weights = tuple(_renorm(x, norm) for x, norm in zip(sums, state.norms))
-        updates.append(Update(weights, state.masters and sums, steps))
-        state = updates[-1].after(state)
+            steps = tuple(g + beta * m for g, m in zip(steps, _of(trained, state.buffers)))
+        sums = _add_steps(call, state, steps)
+        weights = sums
+        if options.weight_norm:
+            weights = tuple(map(_renorm, sums, _of(trained, state.norms)))
+        masters = sums if state.masters else ()
+        updates.append(Updated(weights, masters, steps, gradients if late else ()))
+        state = updates[-1].after(state, trained)
     return updates
 
 
@@ -211,9 +234,13 @@ class _Scan(NamedTuple):
     """A scan of some chunks, to be gone through in reverse."""
 
     state: FastWeights  # before the first update
-    updates: list[Update]
-    borders: list[int]  # of the chunks' keys
-    dapply: Triple  # gradients that the weights, `[updates + 1, B, H, ...]`, get from their queries
+    updates: list[Updated]
+    keys: list[tuple[int, int]]
+    dapply: dict[int, Triple]  # gradients of the versions that have queries, by these
+
+    def with_apply(self, dweights: Triple, version: int) -> Triple:
+        """These gradients of a version's weights and those by its queries."""
+        return tuple(map(torch.add, dweights, self.dapply.get(version, (0, 0, 0))))
 
 
 def _reverse_scan(
@@ -224,50 +251,74 @@ def _reverse_scan(
     The gradient of the weights comes in two parts: what ranks that share chunks know alike, in `dend` and the
     first result, and what this one has from its own tokens, `dpart`.
     """
-    options, ranks = call.options, named(call.ranks)
-    updates, dapply = scan.updates, scan.dapply
+    options, ranks, trained, updates = call.options, named(call.ranks), call.trained, scan.updates
     states = [scan.state]
     for update in updates[:-1]:
-        states.append(update.after(states[-1]))
+        states.append(update.after(states[-1], trained))
     dweights, dnorms, dmasters, dbuffers = dend
-    chunks, dchunks = (list(_chunks(x, scan.borders)) for x in (call.tokens, dtokens))
-    betas = _betas(call, scan.borders)
+    chunks, dchunks = (list(_chunks(x, scan.keys)) for x in (call.tokens, dtokens))
+    betas = _betas(call, scan.keys)
     for c in reversed(range(len(updates))):
         chunk, dchunk = chunks[c], dchunks[c]
         state, steps = states[c], updates[c].steps
 
         # renorm and the sum before it
-        dpart = tuple(dp + da[c + 1] for dp, da in zip(dpart, dapply))
+        dpart = scan.with_apply(dpart, c + 1)
         ranks.sum_(*dpart)
         dweights = tuple(map(torch.add, dweights, dpart))
-        sums = updates[c].masters or _add_steps(state, steps, options.muon)
-        dsums, dtargets = zip(*map(_renorm_bwd, dweights, sums, state.norms))
-        dnorms = tuple(dn + dt for dn, dt in zip(dnorms, dtargets))
+        dsums = _of(trained, dweights)
+        if options.weight_norm:
+            sums = updates[c].masters or _add_steps(call, state, steps)
+            dsums, dtargets = zip(*map(_renorm_bwd, dsums, sums, _of(trained, state.norms)))
+            dtargets = map(torch.add, _of(trained, dnorms), dtargets)
+            dnorms = _replaced(dnorms, trained, tuple(dtargets))
         if state.masters:
-            dsums = dmasters = tuple(dm + ds for dm, ds in zip(dmasters, dsums))
-            dweights = tuple(torch.zeros_like(ds) for ds in dsums)
+            dsums = tuple(map(torch.add, _of(trained, dmasters), dsums))
+            dmasters = _replaced(dmasters, trained, dsums)
+            dweights = _replaced(dweights, trained, tuple(map(torch.zeros_like, dsums)))
         else:
-            dweights = dsums
+            dweights = _replaced(dweights, trained, dsums)
 
         # Muon and momentum
-        dsteps = tuple(map(newton_schulz_bwd, dsums, steps)) if options.muon else dsums
+        dsteps = dsums
+        if not options.momentum_after_muon:
+            dsteps = _orthogonalised_bwd(dsteps, steps, options)
         if state.buffers:
-            dsteps = tuple(d + db for d, db in zip(dsteps, dbuffers))
-            dbuffers = tuple(betas[c] * d for d in dsteps)
-            dbeta = sum((d * m).sum(dim=(-2, -1)) for d, m in zip(dsteps, state.buffers))  # [B, H]
+            before = _of(trained, state.buffers)
+            dsteps = tuple(map(torch.add, dsteps, _of(trained, dbuffers)))
+            dbuffers = _replaced(dbuffers, trained, tuple(betas[c] * d for d in dsteps))
+            dbeta = sum((d * m).sum(dim=(-2, -1)) for d, m in zip(dsteps, before))  # [B, H]
             dchunk.momentum.copy_((dbeta / options.chunk_size)[:, None])
+        if options.momentum_after_muon:
+            dsteps = _orthogonalised_bwd(dsteps, updates[c].gradients, options)
 
+        dsteps = _replaced((None, None, None), trained, dsteps)
         dpart = swiglu.gradients_bwd(dsteps, chunk, state.weights, out=dchunk)
 
-    dpart = tuple(dp + da[0] for dp, da in zip(dpart, dapply))
-    return FastWeights(dweights, dnorms, dmasters, dbuffers), dpart
+    return FastWeights(dweights, dnorms, dmasters, dbuffers), scan.with_apply(dpart, 0)
 
 
-def _read(history: list[Tensor], row: int, options: Options) -> Update:
+def _of(trained: Sequence[int], triple: Triple) -> Triple:
+    """Those of the weights that are trained; none where there are none at all."""
+    return tuple(triple[i] for i in trained) if triple else ()
+
+
+def _replaced(triple: Triple, trained: Sequence[int], new: Triple) -> Triple:
+    """The triple with `new` in the places of the weights that are trained."""
+    if not triple:
+        return ()
+    replaced = list(triple)
+    for i, x in zip(trained, new):
+        replaced[i] = x
+    return tuple(replaced)
+
+
+def _read(history: list[Tensor], row: int, call: Call) -> Updated:
     """The update that this row of the history holds."""
-    x = [stack[row] for stack in history]
-    masters = 3 if options.prenorm else 0
-    return Update(tuple(x[:3]), tuple(x[3 : 3 + masters]), tuple(x[3 + masters :]))
+    x, number = [stack[row] for stack in history], len(call.trained)
+    triples = [tuple(x[i : i + number]) for i in range(0, len(x), number)]
+    weights, masters = triples.pop(0), triples.pop(0) if call.options.prenorm else ()
+    return Updated(weights, masters, *triples, *((),) * (2 - len(triples)))
 
 
 def _concatenated(states: list[FastWeights]) -> FastWeights:
@@ -275,16 +326,32 @@ def _concatenated(states: list[FastWeights]) -> FastWeights:
     return FastWeights(*(tuple(map(torch.cat, zip(*triples))) for triples in zip(*states)))
 
 
-def _all_weights(start: FastWeights, updates: list[Update]) -> Triple:
-    """The weights of every chunk, `[updates + 1, B, H, ...]`."""
-    return tuple(map(torch.stack, zip(start.weights, *(update.weights for update in updates))))
+def _applied_weights(start: FastWeights, updates: list[Updated], segment, trained) -> Triple:
+    """The weights of the versions that have queries, `[versions, B, H, ...]`."""
+    versions = [start.weights]
+    for update in updates:
+        versions.append(_replaced(start.weights, trained, update.weights))
+    return tuple(map(torch.stack, zip(*(versions[c] for c in segment.applied))))
 
 
-def _add_steps(state: FastWeights, steps: Triple, muon: bool) -> Triple:
+def _add_steps(call: Call, state: FastWeights, steps: Triple) -> Triple:
     """The weights before renorm: `w + step`, or `m + step` of pre-norm's masters."""
-    if muon:
-        steps = map(newton_schulz, steps)
-    return tuple(x + step for x, step in zip(state.masters or state.weights, steps))
+    if not call.options.momentum_after_muon:
+        steps = _orthogonalised(steps, call.options)
+    return tuple(map(torch.add, _of(call.trained, state.masters or state.weights), steps))
+
+
+def _orthogonalised(steps: Triple, options: Options) -> Triple:
+    """The steps by Newton-Schulz, without Muon as they are."""
+    if options.coefficients is None:
+        return steps
+    return tuple(newton_schulz(step, options.coefficients) for step in steps)
+
+
+def _orthogonalised_bwd(dsteps: Triple, steps: Triple, options: Options) -> Triple:
+    if options.coefficients is None:
+        return dsteps
+    return tuple(newton_schulz_bwd(d, x, options.coefficients) for d, x in zip(dsteps, steps))
 
 
 def _renorm(x: Tensor, norm: Tensor) -> Tensor:
@@ -300,16 +367,16 @@ def _renorm_bwd(dout: Tensor, x: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
     return (dout - radial) * (norm[..., None] / (length + RENORM_EPS)), along[..., 0]
 
 
-def _chunks(tokens: Tokens, borders: Sequence[int]) -> Iterator[Tokens]:
-    return (tokens.at(slice(*chunk)) for chunk in itertools.pairwise(borders))
+def _chunks(tokens: Tokens, keys: Sequence[tuple[int, int]]) -> Iterator[Tokens]:
+    return (tokens.at(slice(*chunk)) for chunk in keys)
 
 
-def _betas(call: Call, borders: Sequence[int]) -> list[Tensor]:
+def _betas(call: Call, keys: Sequence[tuple[int, int]]) -> list[Tensor]:
     """The mean momentum of each chunk, `[B, H, 1, 1]`; without momentum None for each."""
     momentum = call.tokens.momentum
-    if momentum is None or len(borders) < 2:
-        return [None] * (len(borders) - 1)
-    sums = torch.stack([momentum[:, a:b].sum(dim=1) for a, b in itertools.pairwise(borders)])
+    if momentum is None or not keys:
+        return [None] * len(keys)
+    sums = torch.stack([momentum[:, a:b].sum(dim=1) for a, b in keys])
     betas = sums / call.options.chunk_size
     named(call.ranks).sum_(betas)
     return list(betas[..., None, None])

@@ -7,30 +7,32 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
-from lact_kernels.autograd.ttt import packed_plan, ttt_fwd
+from lact_kernels.autograd.ttt import packed_plan
 from lact_kernels.core.call import Call, Options
-from lact_kernels.core.fast_weights import FastWeights
+from lact_kernels.core.newton_schulz import NewtonSchulz
 from lact_kernels.core.offsets import packed_offsets
 from lact_kernels.core.plan import Plan, num_updates
 from lact_kernels.core.state import TTTState, TTTTokens, behind_pending, joined_tokens
 from lact_kernels.core.tokens import Tokens
 from lact_kernels.ops import checks
-from lact_kernels.ops.autocast import autocast_dtype, autocasts
 from lact_kernels.ops.checks import Backend
+from lact_kernels.ops.fast_weights import (
+    autocast_inputs,
+    check_call,
+    new_state,
+    run,
+    triton_obstacle,
+)
 
 __all__ = ["TTTState", "TTTTokens", "block_causal_ttt"]
-
-MAX_TRITON_DIM = 1024
-HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @overload
 def block_causal_ttt(
     q: Tensor, k: Tensor, v: Tensor, w0: Tensor, w1: Tensor, w2: Tensor,
     lr0: Tensor, lr1: Tensor, lr2: Tensor, *, chunk_size: int = 2048, momentum: Tensor | None = None,
-    muon: bool = False, prenorm: bool = False, cu_seqlens: Tensor | None = None,
+    muon: bool | NewtonSchulz = False, prenorm: bool = False, cu_seqlens: Tensor | None = None,
     initial_state: TTTState | None = None, checkpoint_interval: int = 1, backend: Backend = "auto",
     return_state: Literal[False] = False,
 ) -> Tensor: ...  # fmt: skip
@@ -38,7 +40,7 @@ def block_causal_ttt(
 def block_causal_ttt(
     q: Tensor, k: Tensor, v: Tensor, w0: Tensor, w1: Tensor, w2: Tensor,
     lr0: Tensor, lr1: Tensor, lr2: Tensor, *, chunk_size: int = 2048, momentum: Tensor | None = None,
-    muon: bool = False, prenorm: bool = False, cu_seqlens: Tensor | None = None,
+    muon: bool | NewtonSchulz = False, prenorm: bool = False, cu_seqlens: Tensor | None = None,
     initial_state: TTTState | None = None, checkpoint_interval: int = 1, backend: Backend = "auto",
     return_state: Literal[True],
 ) -> tuple[Tensor, TTTState]: ...  # fmt: skip
@@ -46,7 +48,7 @@ def block_causal_ttt(
 def block_causal_ttt(
     q: Tensor, k: Tensor, v: Tensor, w0: Tensor, w1: Tensor, w2: Tensor,
     lr0: Tensor, lr1: Tensor, lr2: Tensor, *, chunk_size: int = 2048, momentum: Tensor | None = None,
-    muon: bool = False, prenorm: bool = False, cu_seqlens: Tensor | None = None,
+    muon: bool | NewtonSchulz = False, prenorm: bool = False, cu_seqlens: Tensor | None = None,
     initial_state: TTTState | None = None, checkpoint_interval: int = 1, backend: Backend = "auto",
     return_state: bool = False,
 ) -> Tensor | tuple[Tensor, TTTState]: ...  # fmt: skip
@@ -63,7 +65,7 @@ def block_causal_ttt(
     *,
     chunk_size: int = 2048,
     momentum: Tensor | None = None,
-    muon: bool = False,
+    muon: bool | NewtonSchulz = False,
     prenorm: bool = False,
     cu_seqlens: Tensor | None = None,
     initial_state: TTTState | None = None,
@@ -103,7 +105,8 @@ def block_causal_ttt(
         lr2: the same for w2.
         chunk_size: tokens from one update to the next, at least 1.
         momentum: `[B, T, H]`; its mean over a chunk is the share of the last step kept, in LaCT from 0 to 1.
-        muon: orthogonalise each step by five Newton-Schulz iterations.
+        muon: orthogonalise each step by Newton-Schulz iterations: LaCT's five, or those of a
+            `NewtonSchulz`.
         prenorm: accumulate steps in un-normalised masters instead of the normalised weights.
         cu_seqlens: int32 `[N+1]`, the borders of N sequences laid end to end in one row (`B = 1`); the
             fast weights start afresh in each. It starts at 0, does not descend and ends at T. It is on
@@ -153,8 +156,9 @@ def block_causal_ttt(
         checks.check_cu_seqlens(cu_seqlens, q)
         N = cu_seqlens.shape[0] - 1
     options = Options(
-        chunk_size, muon, prenorm, momentum is not None, return_state, checkpoint_interval
-    )
+        chunk_size, muon, prenorm, momentum is not None,
+        return_end=return_state, checkpoint_interval=checkpoint_interval,
+    )  # fmt: skip
     options = check_call(q, tokens, weights, N, initial_state, options)
     backend = checks.choose_backend(backend, q, triton_obstacle(q, v, w0))
     state = initial_state or new_state(weights, N, options, q.dtype)
@@ -170,44 +174,6 @@ def block_causal_ttt(
         Call(q, tokens, state.fast_weights, None, options), state, offsets, backend
     )
     return (o, state) if return_state else o
-
-
-def autocast_inputs(q: Tensor, tokens: Tokens, weights) -> tuple[Tensor, Tokens, tuple]:
-    """The arguments as they are, or where autocast has made dtypes that do not fit, in those that do."""
-    if not autocasts(q):
-        return q, tokens, weights
-    qkv, scalars = (q, *tokens[:2]), tokens[2:]
-    if len({x.dtype for x in qkv if isinstance(x, Tensor)}) > 1:
-        qkv = tree_map_only(Tensor, lambda x: x.to(autocast_dtype(x)), qkv)
-    scalars, weights = tree_map_only(
-        Tensor, lambda x: x.float() if x.dtype in HALF_DTYPES else x, (scalars, weights)
-    )
-    return qkv[0], Tokens(*qkv[1:], *scalars), weights
-
-
-def new_state(weights, N: int, options: Options, dtype: torch.dtype) -> TTTState:
-    """The state before the first token of N sequences, which shares the memory of the weights."""
-    weights = tuple(w.expand(N, *w.shape[-3:]) for w in weights)
-    norms = tuple(torch.linalg.vector_norm(w, dim=-1) for w in weights)
-    buffers = ()
-    if options.momentum:
-        buffers = tuple(w.new_zeros(()).expand(w.shape) for w in weights)
-    masters = weights if options.prenorm else ()
-    return TTTState.of(FastWeights(weights, norms, masters, buffers), options, dtype)
-
-
-def run(call: Call, backend: Backend) -> tuple[Tensor, FastWeights | None]:
-    """The registered op: outputs, and with `return_end` the fast weights after the last update."""
-    q, tokens, start, plan, options, ranks = call
-    start = start.to_list()
-    interval = options.checkpoint_interval
-    if not checks.may_need_backward(q, *tokens, *start):
-        interval = 0
-    o, end, _ = ttt_fwd(
-        q, *tokens, start, plan, options.chunk_size, options.muon, options.prenorm,
-        options.return_end, interval, backend, ranks,
-    )  # fmt: skip
-    return o, FastWeights.from_list(end, options.prenorm) if end else None
 
 
 def _continue(
@@ -260,83 +226,3 @@ def _continue(
 
 def _borders(lengths: Sequence[int]) -> list[int]:
     return [0, *itertools.accumulate(lengths)]
-
-
-def check_call(q, tokens: Tokens, weights, rows: int, state, options: Options) -> Options:
-    """What every call must fulfil; `rows` is the number of its sequences.
-
-    Returns:
-        The options, with plain numbers.
-    """
-    chunk_size = checks.check_count("chunk_size", options.chunk_size)
-    checks.check_flags(muon=options.muon, prenorm=options.prenorm)
-    interval = checks.check_count("checkpoint_interval", options.checkpoint_interval)
-    # Not by `_replace`: torch.compile loses what it makes where a call is compiled in parts.
-    options = Options(chunk_size, *options[1:5], interval)
-    _check_tensors(q, tokens, weights, rows)
-    if state is not None:
-        _check_state(state, tokens, weights, rows, options.shared)
-    return options
-
-
-def _check_tensors(q, tokens: Tokens, weights, rows: int) -> None:
-    k, v, *lrs, momentum = tokens
-    checks.check_floating("q", q, "[B, T, H, Dk]")
-    checks.check_floating("v", v, "[B, T, H, Dv]")
-    B, T, H, Dk = q.shape
-    Dv = v.shape[-1]
-    checks.check_tensor("k", k, (B, T, H, Dk), "[B, T, H, Dk]", q.dtype, q.device)
-    checks.check_tensor("v", v, (B, T, H, Dv), "[B, T, H, Dv]", q.dtype, q.device)
-
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    checks.check_floating("w0", weights[0], "[H, Dh, Dk]", "[B, H, Dh, Dk]")
-    Dh = weights[0].shape[-2]
-    shapes = {
-        "w0": ((H, Dh, Dk), "H, Dh, Dk"),
-        "w1": ((H, Dv, Dh), "H, Dv, Dh"),
-        "w2": ((H, Dh, Dk), "H, Dh, Dk"),
-    }
-    for (name, (shape, layout)), w in zip(shapes.items(), weights):
-        batched = isinstance(w, Tensor) and w.ndim == 4
-        shape, layout = ((rows, *shape), f"[B, {layout}]") if batched else (shape, f"[{layout}]")
-        _check_wide(name, w, shape, layout, wide, q.device)
-    for name, x in zip(("lr0", "lr1", "lr2", "momentum"), (*lrs, momentum)):
-        if x is not None or name != "momentum":
-            _check_wide(name, x, (B, T, H), "[B, T, H]", wide, q.device)
-
-
-def _check_wide(name: str, x: Tensor, shape, layout: str, dtype, device) -> None:
-    if isinstance(x, Tensor) and x.dtype in HALF_DTYPES:
-        raise TypeError(
-            f"{name} must have the dtype {dtype}, got {x.dtype}: weights, rates and momentum are not"
-            f" rounded to 16 bits, pass {name}.to({dtype})"
-        )
-    checks.check_tensor(name, x, shape, layout, dtype, device)
-
-
-def triton_obstacle(q, v, w0) -> str | None:
-    for name, size in (("Dk", q.shape[-1]), ("Dv", v.shape[-1]), ("Dh", w0.shape[-2])):
-        if size > MAX_TRITON_DIM:
-            return f"Dk, Dv and Dh go up to {MAX_TRITON_DIM}, got {name} = {size} (choose a smaller one)"
-    return None
-
-
-def _check_state(state, tokens: Tokens, weights, rows: int, options: Options) -> None:
-    if not isinstance(state, TTTState):
-        raise TypeError(f"initial_state must be a TTTState, got {type(state).__name__}")
-    if state.options != options:
-        raise ValueError(f"initial_state was made with {state.options}; this call has {options}")
-    for i, (ours, w) in enumerate(zip(state.weights, weights)):
-        layout = f"[N, H, {('Dh, Dk', 'Dv, Dh', 'Dh, Dk')[i]}] of this call"
-        shape = (rows, *w.shape[-3:])
-        checks.check_tensor(f"initial_state.weights[{i}]", ours, shape, layout, w.dtype, w.device)
-    for name, i, x in (("k", 0, tokens.k), ("v", 1, tokens.v)):
-        for waiting in state.pending[:1]:
-            shape = (rows, waiting[i].shape[1], *x.shape[2:])
-            layout = "[N, pending, H, D] of this call"
-            checks.check_tensor(
-                f"initial_state.pending.{name}", waiting[i], shape, layout, x.dtype, x.device
-            )
-    if state.dtype != tokens.k.dtype:
-        dtype = tokens.k.dtype
-        raise TypeError(f"initial_state was made of {state.dtype} tokens; this call has {dtype}")

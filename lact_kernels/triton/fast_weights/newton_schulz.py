@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lact_kernels.core.fast_weights import NEWTON_SCHULZ_COEFFICIENTS
+from lact_kernels.core.newton_schulz import LACT
 from lact_kernels.triton.configs import TRITON, TTTConfig, capability_of, ttt_config
 from lact_kernels.triton.fast_weights.layout import (
     Dims,
@@ -330,11 +330,11 @@ class NewtonSchulz:
     def _iterates(self, g: Tensor, squares: Tensor) -> Iterator[tuple]:
         """X, S and B of each step, with its coefficients."""
         x = self._normalize(g, squares, gradient=False)
-        for step, (a, b, c) in enumerate(NEWTON_SCHULZ_COEFFICIENTS):
+        for step, (a, b, c) in enumerate(LACT.coefficients):
             s = self._symmetric(x)
             polynomial = self._symmetric(s, y=s, y_factor=b, factor=c)
             yield x, s, polynomial, (a, b, c)
-            if step < len(NEWTON_SCHULZ_COEFFICIENTS) - 1:
+            if step < len(LACT.coefficients) - 1:
                 x = self._multiply(polynomial, x, a)
 
     def _normalize(self, g: Tensor, squares: Tensor, gradient: bool) -> Tensor:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lact_kernels.core import fast_weights
+from lact_kernels.core import newton_schulz
 from lact_kernels.triton.fast_weights.layout import (
     TOKEN_ARGUMENTS,
     Dims,
@@ -46,7 +46,7 @@ from lact_kernels.triton.fast_weights.update import (
 )
 
 INFINITY = tl.constexpr(float("inf"))
-NEWTON_SCHULZ_EPS = tl.constexpr(fast_weights.NEWTON_SCHULZ_EPS)
+NEWTON_SCHULZ_EPS = tl.constexpr(newton_schulz.EPS)
 TOKEN_BLOCK = 256
 
 

@@ -1,0 +1,156 @@
+"""`TTTPlan`: the order of updates and applies that `ttt` computes."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+class TTTOperator(Protocol):
+    """A step as LaCT's code for views and video has it: an update, an apply, or first one and then the
+    other."""
+
+    start: int
+    end: int  # -1: that of the sequence
+    update: bool
+    apply: bool
+
+
+@dataclass(frozen=True, init=False)
+class Update:
+    """One step of the fast weights on some keys.
+
+    `Update(start, stop)` takes the keys `start:stop`, `Update([(a, b), (c, d)])` those of several ranges,
+    whose gradients are summed. A stop of None is the end of the sequence.
+
+    Raises:
+        TypeError: a border is no int.
+        ValueError: a range begins before 0 or ends before it begins, or there is none.
+    """
+
+    ranges: tuple[tuple[int, int | None], ...]
+
+    def __init__(self, start: int | Sequence[tuple[int, int | None]], stop: int | None = None):
+        ranges = tuple(start) if isinstance(start, Sequence) else ((start, stop),)
+        if isinstance(start, Sequence) and stop is not None:
+            raise TypeError(f"Update takes (start, stop) or ranges, got {start!r} and {stop!r}")
+        if not ranges:
+            raise ValueError("Update must have at least one range, got none")
+        object.__setattr__(self, "ranges", tuple(_range("Update", r) for r in ranges))
+
+    def __repr__(self) -> str:
+        if len(self.ranges) == 1:
+            return "Update({}, {})".format(*self.ranges[0])
+        return f"Update({list(self.ranges)})"
+
+
+@dataclass(frozen=True)
+class Apply:
+    """The fast weights as they now are, applied to the queries `start:stop` (None: to the last).
+
+    Raises:
+        TypeError: a border is no int.
+        ValueError: the range begins before 0, or has no query.
+    """
+
+    start: int
+    stop: int | None = None
+
+    def __post_init__(self):
+        start, stop = _range("Apply", (self.start, self.stop))
+        if start == stop:
+            raise ValueError(f"Apply must have at least one query, got the range ({start}, {stop})")
+
+    def __repr__(self) -> str:
+        return f"Apply({self.start}, {self.stop})"
+
+
+Step = Update | Apply
+
+
+@dataclass(frozen=True)
+class TTTPlan:
+    """Updates and applies of one sequence, in the order in which they happen.
+
+    `TTTPlan([Update(0, 64), Apply(0, 96)])` makes one step on the keys 0 to 63, and gives the outputs of 96
+    queries. Ranges may come more than once, overlap, and leave out what they like.
+
+    Raises:
+        TypeError: a step is neither an `Update` nor an `Apply`.
+    """
+
+    steps: tuple[Step, ...]
+
+    def __post_init__(self):
+        steps = self.steps
+        if not isinstance(steps, Iterable):
+            raise TypeError(f"steps must be a sequence of Update and Apply, got {steps!r}")
+        steps = tuple(steps)
+        for i, step in enumerate(steps):
+            if not isinstance(step, (Update, Apply)):
+                raise TypeError(f"step {i} of a plan must be an Update or an Apply, got {step!r}")
+        object.__setattr__(self, "steps", steps)
+
+    def __repr__(self) -> str:
+        return f"TTTPlan({list(self.steps)})"
+
+    @classmethod
+    def block_causal(cls, T: int, chunk_size: int) -> "TTTPlan":
+        """The order of language models: each chunk is read with the weights that those before it have
+        made."""
+        chunks = _chunks(T, chunk_size)
+        steps = [step for chunk in chunks for step in (Apply(*chunk), Update(*chunk))]
+        return cls(steps[:-1])
+        # the last update would change no output
+
+    @classmethod
+    def bidirectional(cls, T: int | None = None) -> "TTTPlan":
+        """One step on all keys, then all queries: every token sees every other."""
+        return cls([] if T == 0 else [Update(0, T), Apply(0, T)])
+
+    @classmethod
+    def update_first(cls, T: int, chunk_size: int) -> "TTTPlan":
+        """Chunk by chunk, each of which sees itself, too."""
+        chunks = _chunks(T, chunk_size)
+        return cls([step for chunk in chunks for step in (Update(*chunk), Apply(*chunk))])
+
+    @classmethod
+    def of_ttt_operators(cls, order: Iterable[TTTOperator]) -> "TTTPlan":
+        """The `ttt_ua_order` of LaCT's code: objects with the fields start, end, update and apply.
+
+        An end of -1 is that of the sequence.
+
+        Raises:
+            TypeError: an entry lacks one of the fields.
+        """
+        steps = []
+        for i, entry in enumerate(order):
+            missing = [x for x in ("start", "end", "update", "apply") if not hasattr(entry, x)]
+            if missing:
+                raise TypeError(f"entry {i} of the order has no {', '.join(missing)}: {entry!r}")
+            stop = None if entry.end == -1 else entry.end
+            if entry.update:
+                steps.append(Update(entry.start, stop))
+            if entry.apply:
+                steps.append(Apply(entry.start, stop))
+        return cls(steps)
+
+
+def _range(step: str, given: tuple[int, int | None]) -> tuple[int, int | None]:
+    if not isinstance(given, Sequence) or len(given) != 2:
+        raise TypeError(f"{step} must have ranges (start, stop), got {given!r}")
+    start, stop = given
+    for name, value in (("start", start), ("stop", stop)):
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        if not is_int and (name == "start" or value is not None):
+            raise TypeError(f"{name} of {step} must be an int, got {value!r}")
+    if start < 0 or (stop is not None and stop < start):
+        raise ValueError(f"{step} must have a range 0 <= start <= stop, got ({start}, {stop})")
+    return start, stop
+
+
+def _chunks(T: int, chunk_size: int) -> list[tuple[int, int]]:
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    if T < 0:
+        raise ValueError(f"T must not be negative, got {T}")
+    return [(start, min(start + chunk_size, T)) for start in range(0, T, chunk_size)]
