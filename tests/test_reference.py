@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import reference
-from reference.block_causal_ttt import newton_schulz
+from reference.ttt import newton_schulz
 
 
 def qkv(T, Hq=2, Hkv=2, D=4, Dv=3, Tk=None):

@@ -141,7 +141,8 @@ def _backward(ctx, do, dend, _dhistory):
     dq, dtokens, dstart = ttt_bwd(do, dend or [], history, *tensors, start, plan, *ctx.options)
     given = iter(dtokens)
     dtokens = (None if x is None else next(given) for x in tensors[1:])
-    return dq, *dtokens, dstart, None, *(None for _ in ctx.options)
+    # An empty list counts as one of tensors: no coefficients have no gradients.
+    return dq, *dtokens, dstart, None, *([] if x == [] else None for x in ctx.options)
 
 
 register_derivatives(packed_plan)
