@@ -1,6 +1,7 @@
 """`ttt`: updates of SwiGLU fast weights and applies, in any order; `ttt_update`: one update alone."""
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -26,6 +27,36 @@ from lact_kernels.ops.fast_weights import (
 __all__ = ["ttt", "ttt_update"]
 
 
+@overload
+def ttt(
+    q: Tensor, k: Tensor, v: Tensor, w0: Tensor, w1: Tensor, w2: Tensor,
+    lr0: Tensor | None, lr1: Tensor | None, lr2: Tensor | None, plan: TTTPlan | Sequence[TTTPlan], *,
+    momentum: Tensor | None = None, muon: bool | NewtonSchulz = False, prenorm: bool = False,
+    weight_norm: bool = True, detach_norms: bool = False, momentum_after_muon: bool = False,
+    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None, initial_state: TTTState | None = None,
+    checkpoint_interval: int = 1, backend: Backend = "auto",
+    return_state: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+@overload
+def ttt(
+    q: Tensor, k: Tensor, v: Tensor, w0: Tensor, w1: Tensor, w2: Tensor,
+    lr0: Tensor | None, lr1: Tensor | None, lr2: Tensor | None, plan: TTTPlan | Sequence[TTTPlan], *,
+    momentum: Tensor | None = None, muon: bool | NewtonSchulz = False, prenorm: bool = False,
+    weight_norm: bool = True, detach_norms: bool = False, momentum_after_muon: bool = False,
+    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None, initial_state: TTTState | None = None,
+    checkpoint_interval: int = 1, backend: Backend = "auto",
+    return_state: Literal[True],
+) -> tuple[Tensor, TTTState]: ...  # fmt: skip
+@overload
+def ttt(
+    q: Tensor, k: Tensor, v: Tensor, w0: Tensor, w1: Tensor, w2: Tensor,
+    lr0: Tensor | None, lr1: Tensor | None, lr2: Tensor | None, plan: TTTPlan | Sequence[TTTPlan], *,
+    momentum: Tensor | None = None, muon: bool | NewtonSchulz = False, prenorm: bool = False,
+    weight_norm: bool = True, detach_norms: bool = False, momentum_after_muon: bool = False,
+    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None, initial_state: TTTState | None = None,
+    checkpoint_interval: int = 1, backend: Backend = "auto",
+    return_state: bool = False,
+) -> Tensor | tuple[Tensor, TTTState]: ...  # fmt: skip
 def ttt(
     q: Tensor,
     k: Tensor,
@@ -147,6 +178,33 @@ def ttt(
     return (o, TTTState.of(end, options, q.dtype)) if return_state else o
 
 
+@overload
+def ttt_update(
+    k: Tensor, v: Tensor, w0: Tensor, w1: Tensor, w2: Tensor,
+    lr0: Tensor | None, lr1: Tensor | None, lr2: Tensor | None, *, momentum: Tensor | None = None,
+    muon: bool | NewtonSchulz = False, prenorm: bool = False, weight_norm: bool = True,
+    detach_norms: bool = False, momentum_after_muon: bool = False, initial_state: TTTState | None = None,
+    backend: Backend = "auto",
+    return_state: Literal[False] = False,
+) -> Triple: ...  # fmt: skip
+@overload
+def ttt_update(
+    k: Tensor, v: Tensor, w0: Tensor, w1: Tensor, w2: Tensor,
+    lr0: Tensor | None, lr1: Tensor | None, lr2: Tensor | None, *, momentum: Tensor | None = None,
+    muon: bool | NewtonSchulz = False, prenorm: bool = False, weight_norm: bool = True,
+    detach_norms: bool = False, momentum_after_muon: bool = False, initial_state: TTTState | None = None,
+    backend: Backend = "auto",
+    return_state: Literal[True],
+) -> tuple[Triple, TTTState]: ...  # fmt: skip
+@overload
+def ttt_update(
+    k: Tensor, v: Tensor, w0: Tensor, w1: Tensor, w2: Tensor,
+    lr0: Tensor | None, lr1: Tensor | None, lr2: Tensor | None, *, momentum: Tensor | None = None,
+    muon: bool | NewtonSchulz = False, prenorm: bool = False, weight_norm: bool = True,
+    detach_norms: bool = False, momentum_after_muon: bool = False, initial_state: TTTState | None = None,
+    backend: Backend = "auto",
+    return_state: bool = False,
+) -> Triple | tuple[Triple, TTTState]: ...  # fmt: skip
 def ttt_update(
     k: Tensor,
     v: Tensor,
