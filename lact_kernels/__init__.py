@@ -2,8 +2,8 @@
 
 `window_attn` is causal attention in a sliding window. `block_causal_ttt` is the chunk-by-chunk training of a
 SwiGLU fast-weight network while the sequence is read ("Test-Time Training Done Right", arXiv 2505.23884), and
-`ttt` the same in any order of updates and applies. They run forward and backward on any device; on NVIDIA GPUs
-through Triton. Importing this package imports no Triton and touches no GPU.
+`ttt` the same in any order of updates and applies. They run forward and backward on any device, and on NVIDIA
+GPUs through Triton. Importing this package imports no Triton and touches no GPU.
 """
 
 from torch import Tensor

@@ -174,7 +174,7 @@ def lact(model: torch.nn.Module, x: Tensor, w: Tensor, lr: Tensor) -> None:
 def plans(x: Tensor, w: Tensor, lr: Tensor, flag: bool) -> None:
     ttt, plan = lact_kernels.ttt, lact_kernels.TTTPlan([lact_kernels.Update(0, 4)])
     assert_type(ttt(x, x, x, w, w, w, None, lr, None, plan, muon=True), Tensor)
-    ttt(x, x, x, w, w, w, lr, lr, lr, [lact_kernels.Update(0, 4)])  # type: ignore[call-overload]
+    ttt(x, x, x, w, w, w, lr, lr, lr, [lact_kernels.Update(0, 4)])  # type: ignore[list-item]
     result = ttt(x, x, x, w, w, w, lr, lr, lr, [plan], return_state=flag)
     assert_type(result, Tensor | tuple[Tensor, lact_kernels.TTTState])
     _, state = lact_kernels.ttt_update(x, x, w, w, w, lr, lr, lr, return_state=True)

@@ -9,7 +9,7 @@ EPS = 1e-7  # added to the norm that the iteration begins with a division by
 Coefficients = tuple[tuple[float, float, float], ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class NewtonSchulz:
     """Newton-Schulz steps `X <- a X + b (X X^T) X + c (X X^T)^2 X`, one for each triple (a, b, c).
 
@@ -23,14 +23,10 @@ class NewtonSchulz:
 
     coefficients: Coefficients
 
-    def __post_init__(self):
-        object.__setattr__(self, "coefficients", tuple(map(_triple, _list(self.coefficients))))
-
-
-def _list(coefficients: object) -> Sequence:
-    if not isinstance(coefficients, Sequence) or isinstance(coefficients, str):
-        raise TypeError(f"coefficients must be a sequence of triples, got {coefficients!r}")
-    return coefficients
+    def __init__(self, coefficients: Sequence[Sequence[float]]):
+        if not isinstance(coefficients, Sequence) or isinstance(coefficients, str):
+            raise TypeError(f"coefficients must be a sequence of triples, got {coefficients!r}")
+        object.__setattr__(self, "coefficients", tuple(map(_triple, coefficients)))
 
 
 def _triple(triple: object) -> tuple[float, float, float]:

@@ -67,7 +67,7 @@ class Apply:
 Step = Update | Apply
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class TTTPlan:
     """Updates and applies of one sequence, in the order in which they happen.
 
@@ -80,8 +80,7 @@ class TTTPlan:
 
     steps: tuple[Step, ...]
 
-    def __post_init__(self):
-        steps = self.steps
+    def __init__(self, steps: Iterable[Step]):
         if not isinstance(steps, Iterable):
             raise TypeError(f"steps must be a sequence of Update and Apply, got {steps!r}")
         steps = tuple(steps)
