@@ -10,7 +10,15 @@ from multiprocessing.connection import Connection
 import torch
 
 from tests.interpreter import faster_interpreter
-from tests.soak import arguments, attention, buffers, drop_ins, fast_weights, layers  # noqa: F401
+from tests.soak import (  # noqa: F401
+    arguments,
+    attention,
+    buffers,
+    drop_ins,
+    fast_weights,
+    layers,
+    plans,
+)
 from tests.soak.draw import fault_of
 
 Case = tuple[str, int]  # kind and seed
