@@ -42,6 +42,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lact_kernels.core.fast_weights import Triple
 from lact_kernels.triton.configs import TRITON, TTTConfig, capability_of, ttt_config
 from lact_kernels.triton.fast_weights.layout import (
     TOKEN_ARGUMENTS,
@@ -53,9 +54,11 @@ from lact_kernels.triton.fast_weights.primitives import (
     GRADIENT_BITS,
     dot_columns,
     dot_rows,
+    head_weights,
     power_of_two,
     token_pointers,
     token_tile,
+    weight_arguments,
 )
 from lact_kernels.triton.launch import launch, outer_strides
 from lact_kernels.triton.primitives import load_rows
@@ -66,7 +69,7 @@ def _ttt_hidden_kernel(
     x_ptr,  # queries, or keys
     y_ptr,  # values, or the gradients of outputs; None: only `hidden` is stored
     lr_ptr,  # [3, B, H, T], contiguous, or None for rates of 1
-    weights_ptr,  # [chunks, H, SIZE]
+    weights_ptr,  # [chunks, H, SIZE], or with strides three: see head_weights
     acts_ptr,  # [3, H, rows, DH], or [1, H, rows, DH]
     table_ptr,  # tokens of packed chunks, or None
     first_chunk,
@@ -83,6 +86,7 @@ def _ttt_hidden_kernel(
     num_h,
     x_strides,  # of batch row, token and head, like the next
     y_strides,
+    weight_strides,
     NET: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -106,12 +110,12 @@ def _ttt_hidden_kernel(
         return
     tokens = tl.arange(0, BLOCK_T)
     units = first_unit + tl.arange(0, BLOCK_H)
-    w_ptr = weights_ptr + (chunk * H + h) * NET.SIZE
+    w0_ptr, w1_ptr, w2_ptr = head_weights(weights_ptr, weight_strides, chunk, b, h, H, NET)
     x_pointers = token_pointers(x_ptr, x_strides, b, first, h, tokens)
     gate = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     up = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     gate, up = dot_rows(
-        gate, up, x_pointers, tokens, number, w_ptr, w_ptr + NET.OFFSET2, units, num_k,
+        gate, up, x_pointers, tokens, number, w0_ptr, w2_ptr, units, num_k,
         NET.DK, NET.DH, BLOCK_H, BLOCK_K,
     )  # fmt: skip
     plane = tl.cast(num_rows, tl.int64) * H * NET.DH
@@ -126,7 +130,7 @@ def _ttt_hidden_kernel(
         y_pointers = token_pointers(y_ptr, y_strides, b, first, h, tokens)
         dhidden = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
         dhidden, _ = dot_columns(
-            dhidden, dhidden, y_pointers, tokens, number, w_ptr + NET.OFFSET1, None, units, num_v,
+            dhidden, dhidden, y_pointers, tokens, number, w1_ptr, None, units, num_v,
             NET.DV, NET.DH, BLOCK_H, BLOCK_K,
         )  # fmt: skip
         dgate = dhidden * up * (sigmoid * (1 + gate * (1 - sigmoid)))
@@ -296,7 +300,7 @@ def ttt_hidden(
     x: Tensor,  # queries or keys `[B, T, H, Dk]`
     y: Tensor | None,  # `[B, T, H, Dv]`
     lr: Tensor | None,  # `[3, B, H, T]`
-    weights: Tensor,  # `[chunks, H, SIZE]`
+    weights: Tensor | Triple,  # `[chunks, H, SIZE]`, or three: see weight_arguments
     acts: Tensor,  # `[1, H, rows, Dh]` without y, else `[3, H, rows, Dh]`: written
     run: Run,
     dims: Dims,
@@ -304,9 +308,10 @@ def ttt_hidden(
     """The hidden activations of a run of chunks, or what G0, G1 and G2 have to do with."""
     name = "ttt_hidden" if y is None else "ttt_hidden_grad"
     config = ttt_config(name, x.dtype, capability_of(x.device))
+    weights, weight_strides = weight_arguments(weights)
     launch(
         HIDDEN_KERNELS, config, (run.num_programs(config, dims.Dh, acts.shape[1]),),
-        x, y, lr, weights, acts, *run.arguments(acts, dims), *outer_strides(x, y),
+        x, y, lr, weights, acts, *run.arguments(acts, dims), *outer_strides(x, y), weight_strides,
         **activation_constexprs(dims, config),
     )  # fmt: skip
 

@@ -6,7 +6,10 @@ at row 0; `first_chunk` and `first_row` lead from there to the numbering of `lay
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from lact_kernels.core.fast_weights import Triple
+from lact_kernels.triton.launch import strides
 from lact_kernels.triton.primitives import load_rows
 
 # Where gradients are given a power of two as their unit: |dG|_F is at most 2^14 of its unit. Smaller units
@@ -35,6 +38,35 @@ def chunk_tokens(chunk, table_ptr, first_chunk, first_row, B, T, shift, chunk_si
         number = tl.maximum(tl.minimum(start + chunk_size, T) - first, 0)
         row = chunk * width - first_row
     return tl.cast(b, tl.int64), tl.cast(first, tl.int64), number, tl.cast(row, tl.int64)
+
+
+@triton.jit
+def head_weights(weights_ptr, strides, chunk, b, h, H, NET: tl.constexpr):
+    """First elements of w0, w1 and w2 of one chunk and head.
+
+    Either they lie packed `[chunks, H, SIZE]`, and strides are None; or there are three pointers, to weights
+    that all chunks of a batch row share, and `strides` are those of batch row and head of each.
+    """
+    if strides is None:
+        w0_ptr = weights_ptr + (chunk * H + h) * NET.SIZE
+        w1_ptr = w0_ptr + NET.OFFSET1
+        w2_ptr = w0_ptr + NET.OFFSET2
+    else:
+        w0_ptr = weights_ptr[0] + b * strides[0] + h * strides[1]
+        w1_ptr = weights_ptr[1] + b * strides[2] + h * strides[3]
+        w2_ptr = weights_ptr[2] + b * strides[4] + h * strides[5]
+    return w0_ptr, w1_ptr, w2_ptr
+
+
+def weight_arguments(weights: Tensor | Triple) -> tuple[Tensor | Triple, tuple[int, ...] | None]:
+    """`weights_ptr` and `strides` of `head_weights`.
+
+    The weights are packed `[chunks, H, SIZE]`, or three tensors `[B or 1, H, rows, columns]`, of which
+    each head's matrix is contiguous; with 1 all batch rows share them.
+    """
+    if isinstance(weights, Tensor):
+        return weights, None
+    return tuple(weights), tuple(stride for w in weights for stride in strides(w)[:2])
 
 
 @triton.jit

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lact_kernels.core.fast_weights import Triple
 from lact_kernels.triton.configs import TRITON, TTTConfig, capability_of, ttt_config
 from lact_kernels.triton.fast_weights.layout import (
     TOKEN_ARGUMENTS,
@@ -40,12 +41,14 @@ from lact_kernels.triton.fast_weights.primitives import (
     chunk_tokens,
     dot_columns,
     dot_rows,
+    head_weights,
     matrix_place,
     matrix_shape,
     matrix_tile,
     token_offset,
     token_pointers,
     token_tile,
+    weight_arguments,
 )
 from lact_kernels.triton.launch import launch, num_multiprocessors, outer_strides
 from lact_kernels.triton.primitives import load_tile, store_rows
@@ -141,7 +144,7 @@ def _ttt_outer_kernel(
 def _project(
     acc,  # [BLOCK_T, BLOCK_N]
     acts_ptr,  # of the tile's first token
-    weights_ptr,  # of the chunk and head, like the units
+    weights,  # of the chunk and head: where its three matrices begin
     units_ptr,  # of the three matrices, in which the result is too, to keys that of w2; or None
     tokens,
     number,
@@ -156,18 +159,18 @@ def _project(
     rows = acts_ptr + tokens[:, None] * NET.DH
     if TO_VALUES:
         acc, _ = dot_rows(
-            acc, acc, rows, tokens, number, weights_ptr + NET.OFFSET1, None, columns, num_h,
+            acc, acc, rows, tokens, number, weights[1], None, columns, num_h,
             NET.DH, NET.DV, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         acc, _ = dot_columns(
-            acc, acc, rows, tokens, number, weights_ptr, None, columns, num_h,
+            acc, acc, rows, tokens, number, weights[0], None, columns, num_h,
             NET.DH, NET.DK, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if units_ptr is not None:
             acc *= tl.div_rn(tl.load(units_ptr), tl.load(units_ptr + 2))
         acc, _ = dot_columns(
-            acc, acc, rows + 2 * plane, tokens, number, weights_ptr + NET.OFFSET2, None, columns, num_h,
+            acc, acc, rows + 2 * plane, tokens, number, weights[2], None, columns, num_h,
             NET.DH, NET.DK, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     return acc
@@ -176,9 +179,9 @@ def _project(
 @triton.jit(do_not_specialize=TOKEN_ARGUMENTS)
 def _ttt_project_kernel(
     acts_ptr,  # [3, H, rows, DH]; to values [H, rows, DH]: only the middle one
-    weights_ptr,  # [chunks, H, SIZE]
+    weights_ptr,  # [chunks, H, SIZE], or with strides three: see head_weights
     acts2_ptr,  # a second pair, or None
-    weights2_ptr,
+    weights2_ptr,  # [chunks, H, SIZE]
     units_ptr,  # [chunks, H, 4]: of the first pair's three matrices and the second's activations, or None
     lr_ptr,  # [B, H, T], contiguous: factors of the first pair, or None
     out_ptr,
@@ -196,6 +199,7 @@ def _ttt_project_kernel(
     num_v,
     num_h,
     out_strides,  # of batch row, token and head
+    weight_strides,
     NET: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -212,12 +216,12 @@ def _ttt_project_kernel(
     columns = first_column + tl.arange(0, BLOCK_N)
     plane = tl.cast(num_rows, tl.int64) * H * NET.DH
     first_element = (h * num_rows + row) * NET.DH
-    matrices = (chunk * H + h) * NET.SIZE
+    weights = head_weights(weights_ptr, weight_strides, chunk, b, h, H, NET)
     if units_ptr is not None:
         units_ptr += (chunk * H + h) * 4
     acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     acc = _project(
-        acc, acts_ptr + first_element, weights_ptr + matrices, units_ptr, tokens, number, columns,
+        acc, acts_ptr + first_element, weights, units_ptr, tokens, number, columns,
         plane, num_h, NET, BLOCK_N, BLOCK_K, TO_VALUES,
     )  # fmt: skip
     if lr_ptr is not None:
@@ -227,8 +231,9 @@ def _ttt_project_kernel(
         unit = tl.load(units_ptr + 3)
         acc *= tl.div_rn(tl.load(units_ptr + (1 if TO_VALUES else 2)), unit)
     if acts2_ptr is not None:
+        weights2 = head_weights(weights2_ptr, None, chunk, b, h, H, NET)
         acc = _project(
-            acc, acts2_ptr + first_element, weights2_ptr + matrices, None, tokens, number, columns,
+            acc, acts2_ptr + first_element, weights2, None, tokens, number, columns,
             plane, num_h, NET, BLOCK_N, BLOCK_K, TO_VALUES,
         )  # fmt: skip
     if units_ptr is not None:
@@ -272,22 +277,23 @@ def num_outer_splits(x: Tensor, num_chunks: int, length: int, dims: Dims) -> int
 
 def ttt_project(
     acts: Tensor,  # `[3, H, rows, Dh]`; to values `[1, H, rows, Dh]`
-    weights: Tensor,  # `[chunks, H, SIZE]`
+    weights: Tensor | Triple,  # `[chunks, H, SIZE]`, or three: see weight_arguments
     out: Tensor,  # `[B, T, H, Dv or Dk]`: written
     run: Run,
     dims: Dims,
     to_values: bool,
-    second: tuple[Tensor, Tensor] | None = None,  # the same again, added
+    second: tuple[Tensor, Tensor] | None = None,  # the same again, with packed weights, added
     lr: Tensor | None = None,  # `[B, H, T]`: factors of the first
     units: Tensor | None = None,  # `[chunks, H, 4]`: of the weights, and of the second activations
 ) -> None:
     """Activations back to the tokens' channels: `a[0] w1^T` to values, `a[0] w0 + a[2] w2` to keys."""
     config = ttt_config("ttt_project", out.dtype, capability_of(out.device))
     columns = dims.Dv if to_values else dims.Dk
+    weights, weight_strides = weight_arguments(weights)
     launch(
         PROJECT_KERNELS, config, (run.num_programs(config, columns, acts.shape[1]),),
         acts, weights, *(second or (None, None)), units, lr, out,
-        *run.arguments(acts, dims), *outer_strides(out),
+        *run.arguments(acts, dims), *outer_strides(out), weight_strides,
         **project_constexprs(dims, config, to_values),
     )  # fmt: skip
 
