@@ -1,6 +1,7 @@
 """The kernels of fast weights, as they ship."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -31,14 +32,17 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
 
 def _activations(arch: int) -> Iterator[CompileCase]:
     acts = ("weights_ptr", "acts_ptr")
-    yield from _cases(
-        "ttt_hidden", activations.HIDDEN_KERNELS, arch, activations.activation_constexprs,
-        tokens=("x_ptr", *acts), absent=("y_ptr", "y_strides", "lr_ptr", "table_ptr"),
-    )  # fmt: skip
-    yield from _cases(
-        "ttt_hidden_grad", activations.HIDDEN_KERNELS, arch, activations.activation_constexprs,
-        tokens=("x_ptr", "y_ptr", *acts), absent=("table_ptr",),
-    )  # fmt: skip
+    for name, cases in (("ttt_hidden", _cases), ("ttt_hidden_given", _given_weights_cases)):
+        yield from cases(
+            name, activations.HIDDEN_KERNELS, arch, activations.activation_constexprs,
+            tokens=("x_ptr", *acts),
+            absent=("y_ptr", "y_strides", "lr_ptr", "table_ptr", "weight_strides"),
+        )  # fmt: skip
+    for cases in (_cases, _given_weights_cases):
+        yield from cases(
+            "ttt_hidden_grad", activations.HIDDEN_KERNELS, arch, activations.activation_constexprs,
+            tokens=("x_ptr", "y_ptr", *acts), absent=("table_ptr", "weight_strides"),
+        )  # fmt: skip
     yield from _cases(
         "ttt_hidden_bwd", activations.HIDDEN_BWD_KERNELS, arch, activations.activation_constexprs,
         tokens=("k_ptr", "v_ptr", *acts, "dsteps_ptr", "dacts_ptr"), absent=("table_ptr",),
@@ -50,12 +54,13 @@ def _products(arch: int) -> Iterator[CompileCase]:
         "ttt_outer", products.OUTER_KERNELS, arch, products.outer_constexprs,
         tokens=("x_ptr", "y_ptr", "acts_ptr"), absent=("table_ptr",),
     )  # fmt: skip
-    for to_values in (False, True):
-        yield from _cases(
+    for to_values, cases in itertools.product((False, True), (_cases, _given_weights_cases)):
+        absent = ("table_ptr", "weight_strides")
+        yield from cases(
             "ttt_project", products.PROJECT_KERNELS, arch,
             functools.partial(products.project_constexprs, to_values=to_values),
             tokens=("acts_ptr", "weights_ptr", "acts2_ptr", "weights2_ptr", "out_ptr"),
-            absent=("table_ptr",) if to_values else ("table_ptr", "lr_ptr"),
+            absent=absent if to_values else (*absent, "lr_ptr"),
         )  # fmt: skip
 
 
@@ -125,6 +130,20 @@ def _newton_schulz(arch: int) -> Iterator[CompileCase]:
         tokens=("x_ptr",),
         fixed=(torch.float16, TTTConfig(block, block, 1, newton_schulz.NUM_WARPS, 3)),
     )  # fmt: skip
+
+
+def _given_weights_cases(*arguments: Any, **keywords: Any) -> Iterator[CompileCase]:
+    """Of `_cases` those of the first sizes, with weights where they lie and without what only a scan has."""
+    of_scans = ("table_ptr", "lr_ptr", "acts2_ptr", "weights2_ptr", "units_ptr")
+    for case in _cases(*arguments, **keywords):
+        if case.shape == "x".join(map(str, COMPILED_DIMS[0])):
+            pointers = {k: v for k, v in case.pointers.items() if k not in of_scans}
+            constants = case.constexprs | {k: None for k in of_scans if k in case.kernel.arg_names}
+            del constants["weight_strides"]
+            yield replace(
+                case, shape=f"{case.shape} given", constexprs=constants, demanding=True,
+                pointers=pointers | {"weights_ptr": (case.pointers["weights_ptr"],) * 3},
+            )  # fmt: skip
 
 
 def _row_cases(

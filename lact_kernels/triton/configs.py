@@ -200,6 +200,7 @@ def kernel_config(
 
 _TTT_PASSES = (
     "ttt_hidden",
+    "ttt_hidden_given",
     "ttt_hidden_grad",
     "ttt_hidden_bwd",
     "ttt_outer",
@@ -213,6 +214,10 @@ _TTT_TABLE: dict[tuple[str, int, int], TTTConfig] = {
     ("ttt_hidden", 80, 16): TTTConfig(128, 64, 64, 8, 3),
     ("ttt_hidden", 90, 16): TTTConfig(128, 128, 64, 8, 3),
     ("ttt_hidden", 100, 16): TTTConfig(128, 128, 64, 8, 3),
+    # Weights from three pointers take more registers than packed ones: sm_80 would spill with tiles of 64.
+    ("ttt_hidden_given", 80, 16): TTTConfig(128, 64, 32, 8, 3),
+    ("ttt_hidden_given", 90, 16): TTTConfig(128, 128, 64, 8, 3),
+    ("ttt_hidden_given", 100, 16): TTTConfig(128, 128, 64, 8, 3),
     ("ttt_hidden_grad", 80, 16): TTTConfig(128, 64, 32, 8, 3),
     ("ttt_hidden_grad", 90, 16): TTTConfig(128, 64, 64, 8, 3),
     ("ttt_hidden_grad", 100, 16): TTTConfig(128, 64, 64, 8, 3),

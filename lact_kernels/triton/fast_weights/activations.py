@@ -306,9 +306,11 @@ def ttt_hidden(
     dims: Dims,
 ) -> None:
     """The hidden activations of a run of chunks, or what G0, G1 and G2 have to do with."""
-    name = "ttt_hidden" if y is None else "ttt_hidden_grad"
-    config = ttt_config(name, x.dtype, capability_of(x.device))
     weights, weight_strides = weight_arguments(weights)
+    name = "ttt_hidden" if weight_strides is None else "ttt_hidden_given"
+    if y is not None:
+        name = "ttt_hidden_grad"
+    config = ttt_config(name, x.dtype, capability_of(x.device))
     launch(
         HIDDEN_KERNELS, config, (run.num_programs(config, dims.Dh, acts.shape[1]),),
         x, y, lr, weights, acts, *run.arguments(acts, dims), *outer_strides(x, y), weight_strides,
