@@ -104,9 +104,13 @@ def test_explicit_triton_says_why_it_cannot_run(changed, message):
     "changed,dtype,message",
     [
         ({}, torch.float64, "float64"),
-        ({"Dk": 1025}, torch.float32, "Dk, Dv and Dh go up to 1024, got Dk = 1025"),
-        ({"Dv": 1040}, torch.bfloat16, "1024, got Dv = 1040"),
-        ({"Dh": 1536}, torch.float16, "1024, got Dh = 1536.*smaller one.*backend='eager'"),
+        ({"Dk": 2049}, torch.float32, "Dk goes up to 2048, got Dk = 2049"),
+        ({"Dv": 2064}, torch.bfloat16, "Dv goes up to 2048, got Dv = 2064"),
+        (
+            {"Dh": 4097},
+            torch.float16,
+            "Dh goes up to 4096, got Dh = 4097.*smaller one.*backend='eager'",
+        ),
     ],
 )
 def test_explicit_triton_says_why_block_causal_ttt_cannot_run(changed, dtype, message):

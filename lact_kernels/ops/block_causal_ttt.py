@@ -119,8 +119,8 @@ def block_causal_ttt(
         checkpoint_interval: keep the fast weights of every n-th chunk only for the backward, which
             recomputes the others. Less memory, no other difference; it is no part of a state. Where
             nothing needs a gradient, none are kept.
-        backend: `"triton"` (NVIDIA GPUs; float16, bfloat16 and float32; Dk, Dv and Dh up to 1024),
-            `"eager"` (any device), or `"auto"`: Triton where it can run, else eager. An explicit
+        backend: `"triton"` (NVIDIA GPUs; float16, bfloat16 and float32; Dk and Dv up to 2048, Dh up to
+            4096), `"eager"` (any device), or `"auto"`: Triton where it can run, else eager. An explicit
             choice raises when it cannot run.
 
     Returns:

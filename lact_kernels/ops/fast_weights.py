@@ -14,7 +14,7 @@ from lact_kernels.ops import checks
 from lact_kernels.ops.autocast import autocast_dtype, autocasts
 from lact_kernels.ops.checks import Backend
 
-MAX_TRITON_DIM = 1024
+MAX_TRITON_DIMS = {"Dk": 2048, "Dv": 2048, "Dh": 4096}
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -143,9 +143,14 @@ def _check_wide(name: str, x: Tensor, shape, layout: str, dtype, device) -> None
 
 
 def triton_obstacle(q, v, w0) -> str | None:
-    for name, size in (("Dk", q.shape[-1]), ("Dv", v.shape[-1]), ("Dh", w0.shape[-2])):
-        if size > MAX_TRITON_DIM:
-            return f"Dk, Dv and Dh go up to {MAX_TRITON_DIM}, got {name} = {size} (choose a smaller one)"
+    return size_obstacle(q.shape[-1], v.shape[-1], w0.shape[-2])
+
+
+def size_obstacle(Dk: int, Dv: int, Dh: int) -> str | None:
+    """What keeps a network of these sizes from the kernels, if anything does."""
+    for (name, most), size in zip(MAX_TRITON_DIMS.items(), (Dk, Dv, Dh)):
+        if size > most:
+            return f"{name} goes up to {most}, got {name} = {size} (choose a smaller one)"
     return None
 
 
