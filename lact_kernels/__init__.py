@@ -17,6 +17,7 @@ from lact_kernels.layers.contexts import Context, context_of_pieces
 from lact_kernels.ops.block_causal_ttt import TTTState, TTTTokens, block_causal_ttt
 from lact_kernels.ops.ring_kv_cache import RingKVCache
 from lact_kernels.ops.ttt import ttt, ttt_update
+from lact_kernels.ops.ttt_apply import ttt_apply
 from lact_kernels.ops.window_attn import window_attn
 from lact_kernels.ops.window_attn_with_kvcache import window_attn_with_kvcache
 
@@ -32,6 +33,7 @@ __all__ = [
     "Update",
     "block_causal_ttt",
     "ttt",
+    "ttt_apply",
     "ttt_update",
     "window_attn",
     "window_attn_with_kvcache",

@@ -7,7 +7,15 @@ Dense masks and chunk loops, gradients by autograd, any float dtype, float64 inc
 from reference.block_causal_ttt import block_causal_ttt
 from reference.lact_layer import lact_layer
 from reference.ttt import ttt
+from reference.ttt_apply import ttt_apply
 from reference.window_attn import window_attn
 from reference.window_attn_with_kvcache import window_attn_with_kvcache
 
-__all__ = ["block_causal_ttt", "lact_layer", "ttt", "window_attn", "window_attn_with_kvcache"]
+__all__ = [
+    "block_causal_ttt",
+    "lact_layer",
+    "ttt",
+    "ttt_apply",
+    "window_attn",
+    "window_attn_with_kvcache",
+]
