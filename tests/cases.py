@@ -261,6 +261,50 @@ def check_block_causal_ttt(
         assert_close_to_float64(a, s, e, name)
 
 
+@dataclasses.dataclass(frozen=True)
+class ApplyCase:
+    """One shape of `ttt_apply`, and why it is there."""
+
+    reason: str
+    T: int = 11
+    B: int = 2
+    H: int = 2
+    Dk: int = 5
+    Dv: int = 6
+    Dh: int = 7
+    batched: str = ""  # which of the weights have one set for each row
+    float32_weights: bool = False
+
+    def __str__(self) -> str:
+        return self.reason.replace(" ", "-")
+
+    def inputs(self, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+        """q, w0, w1 and w2 with gradients."""
+        B, T, H, Dk, Dv, Dh = self.B, self.T, self.H, self.Dk, self.Dv, self.Dh
+        tensors = [torch.randn(B, T, H, Dk, dtype=torch.float64).to(dtype)]
+        for number, (rows, columns) in zip("012", ((Dh, Dk), (Dv, Dh), (Dh, Dk))):
+            lead = (B,) if number in self.batched else ()
+            w = torch.randn(*lead, H, rows, columns, dtype=torch.float64).mul_(columns**-0.5)
+            tensors.append(w.to(torch.float32 if self.float32_weights else dtype))
+        return [x.to(device).requires_grad_() for x in tensors]
+
+
+def check_ttt_apply(fn: Callable, case: ApplyCase, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Outputs and all gradients of `fn` against float64."""
+    inputs = case.inputs(dtype, device)
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    exact = reference.ttt_apply(*exact_inputs)
+    same, ours = reference.ttt_apply(*inputs), fn(*inputs)
+    do = torch.randn_like(exact).to(dtype)
+    results = [
+        (o, *torch.autograd.grad(o, xs, do.to(o.dtype)))
+        for o, xs in ((ours, inputs), (same, inputs), (exact, exact_inputs))
+    ]
+    for name, a, s, e in zip(("o", "dq", "dw0", "dw1", "dw2"), *results):
+        assert a.shape == e.shape
+        assert_close_to_float64(a, s, e, name)
+
+
 def write_with_numpy(x, place, value):
     x.numpy()[place] = value
 

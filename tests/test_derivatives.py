@@ -7,7 +7,13 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
-from lact_kernels import LaCTLayer, block_causal_ttt, window_attn, window_attn_with_kvcache
+from lact_kernels import (
+    LaCTLayer,
+    block_causal_ttt,
+    ttt_apply,
+    window_attn,
+    window_attn_with_kvcache,
+)
 from lact_kernels import distributed as lact_distributed
 from tests.ranks import mesh_of
 
@@ -16,6 +22,7 @@ HAVE_NO_BACKWARD = (
     "silu_l2norm_rope_bwd",
     "rms_norm_scale_add_bwd",
     "ttt_bwd",
+    "ttt_apply_bwd",
     "window_attn_bwd",
 )
 
@@ -40,6 +47,10 @@ def op_calls():
     o, end, history = ops.ttt_fwd(*tokens, *options)
     yield "ttt_fwd", (*tokens, *options)
     yield "ttt_bwd", (o, end, history, *tokens, *options)
+
+    weights = [randn(1, *shape) for shape in WEIGHTS]
+    yield "ttt_apply_fwd", (q, *weights, "eager")
+    yield "ttt_apply_bwd", (randn(B, T, H, 3), q, *weights, "eager")
 
     x, table = randn(3, B, T, 8), randn(2, 1, T, 2)
     qkv = (*x, randn(8, 2), randn(8, 2), *table, 2, 2, True, True, "eager")
@@ -107,6 +118,10 @@ def learn_with_every_option(*x):
     return learn(*x, momentum=x[9].sigmoid(), **options)
 
 
+def apply(q, k, v, *others):
+    return v * ttt_apply(q + k, *others[:3])
+
+
 def arguments(*lead):
     tokens = [randn(*lead, B, T, H, d) for d in (4, 4, 3)]
     weights = [randn(*lead, B, *shape) for shape in WEIGHTS]
@@ -122,6 +137,7 @@ FUNCTIONS = {
     "window_attn": (attend, (0, 1, 2)),
     "block_causal_ttt": (learn, tuple(range(9))),
     "block_causal_ttt, every option": (learn_with_every_option, tuple(range(10))),
+    "ttt_apply": (apply, tuple(range(6))),
 }
 functions = pytest.mark.parametrize("fn, argnums", FUNCTIONS.values(), ids=FUNCTIONS)
 

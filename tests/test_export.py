@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from lact_kernels import block_causal_ttt, window_attn, window_attn_with_kvcache
+from lact_kernels import block_causal_ttt, ttt_apply, window_attn, window_attn_with_kvcache
 from lact_kernels.asr import features
 from lact_kernels.compat.transformers import LaCTForCausalLM, LaCTSWIGLUConfig
 from tests.lact_layer_cases import make_layer
@@ -63,6 +63,10 @@ def inputs_with_momentum(T):
     return [*learn(T), torch.full((2, T, 2), 0.5)]
 
 
+def queries_and_weights(T):
+    return [attend(T)[0], *torch.randn(3, 2, 8, 8).unbind()]
+
+
 # A module, its inputs of T tokens, and which of them have T at axis 1.
 PROGRAMS = {
     "window_attn": (Function(window_attn, window_size=4), attend, (0, 1, 2)),
@@ -77,6 +81,7 @@ PROGRAMS = {
         inputs_with_momentum,
         (0, 1, 2, 6, 7, 8, 9),
     ),
+    "ttt_apply": (Function(ttt_apply), queries_and_weights, (0,)),
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from lact_kernels import (
     block_causal_ttt,
     compat,
     distributed,
+    ttt_apply,
     window_attn,
     window_attn_with_kvcache,
 )
@@ -82,6 +83,10 @@ def fast_weights(x: Tensor, w: Tensor, lr: Tensor, flag: bool) -> Tensor:
     block_causal_ttt(*tokens, *weights, *rates, backend="cuda")  # type: ignore[call-overload]
     block_causal_ttt(*tokens, *weights, *rates, initial_state=o)  # type: ignore[call-overload]
     block_causal_ttt(*tokens, *weights)  # type: ignore[call-overload]
+
+    assert_type(ttt_apply(x, *weights, backend="eager"), Tensor)
+    ttt_apply(x, *weights, backend="cuda")  # type: ignore[arg-type]
+    ttt_apply(x, w, w, "eager")  # type: ignore[arg-type]
 
     assert_type(state.map(torch.Tensor.detach), TTTState)
     assert_type(state.entry(0), TTTState)
