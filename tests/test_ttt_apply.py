@@ -119,12 +119,36 @@ def where_they_lie(case):
 @pytest.mark.parametrize("case", [SHARED, EACH], ids=str)
 def test_inputs_are_read_where_they_lie(case, blocks):
     torch.manual_seed(0)
-    expected, outputs = ttt_apply(*values(case), backend="eager"), []
+    expected = with_gradients(eager_ttt_apply, values(case))
     torch.manual_seed(0)
     for name, inputs in where_they_lie(case):
-        launches = count_launches(lambda: outputs.append(triton_ttt_apply(*inputs)))  # noqa: B023
+        launches = count_launches(lambda: triton_ttt_apply(*inputs))  # noqa: B023
         assert (launches.ops, launches.kernels) == (0, 2), name
-        torch.testing.assert_close(outputs.pop(), expected, msg=lambda m, name=name: f"{name}: {m}")
+        actual = with_gradients(triton_ttt_apply, inputs)
+        for a, e in zip(actual[:2], expected):
+            torch.testing.assert_close(a, e, msg=lambda m, name=name: f"{name}: {m}")
+        for a, e in zip(actual[2:], expected[2:]):  # of weights that were expanded there is a sum
+            torch.testing.assert_close(a if a.shape == e.shape else a.sum(dim=0), e)
+
+
+def test_what_the_kernels_cannot_read_is_copied(blocks):
+    inputs = [x.mT.contiguous().mT for x in values(SHARED)]
+    launches = count_launches(lambda: triton_ttt_apply(*inputs))
+    assert launches.kernels == 2 and launches.ops == 4
+    actual, expected = (with_gradients(f, inputs) for f in (triton_ttt_apply, eager_ttt_apply))
+    for a, e in zip(actual, expected):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_that_share_weights_are_one_row_of_tokens(layout):
+    """Where that needs no copy."""
+    q, *weights = values(SHARED)
+    weights = [w[None] for w in weights]
+    (rows,) = apply._rows(weights, laid_out(q, layout))
+    assert rows.shape[:2] == ((2, 11) if layout == "heads first" else (1, 22))
+    (rows,) = apply._rows([w.expand(2, -1, -1, -1) for w in weights], q)
+    assert rows.shape[:2] == (2, 11)
 
 
 def test_launches(blocks):
@@ -139,7 +163,8 @@ def test_launches(blocks):
         assert backward.op_names == {"aten::sum": 1, "aten::_to_copy": 3}
     q, *weights = values(SHARED)
     for stored in (weights, [w.mT.contiguous().mT for w in weights]):
-        launches = count_launches(lambda: triton_ttt_apply(q.half(), *stored))  # noqa: B023
+        launches = count_launches(lambda: outputs.append(triton_ttt_apply(q.half(), *stored)))  # noqa: B023
+        torch.testing.assert_close(outputs[-1], eager_ttt_apply(q.half(), *stored))
         assert launches.kernels == 2 and launches.op_names == {"aten::_to_copy": 1 + 3}
 
 
@@ -147,8 +172,10 @@ def test_launches(blocks):
 @pytest.mark.parametrize("case", [SHARED, EACH], ids=str)
 def test_opcheck(case, backend, blocks):
     """What the graph traces does not depend on what computes."""
-    q, *weights = values(case)
+    in_16_bits = backend == "eager" and case is EACH
+    q, *weights = values(case, torch.bfloat16 if in_16_bits else torch.float32)
     weights = [w if w.ndim == 4 else w[None] for w in weights]
+    q = laid_out(q, "heads first")  # whose rows do not make one row
     checks = OPCHECKS if backend == "eager" else ("test_schema", "test_faketensor")
     inputs = [x.requires_grad_() for x in (q, *weights)]
     torch.library.opcheck(ops.ttt_apply_fwd, (*inputs, backend), test_utils=checks)

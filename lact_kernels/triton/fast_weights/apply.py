@@ -57,12 +57,13 @@ def ttt_apply_bwd(do: Tensor, q: Tensor, weights: Triple) -> tuple[Tensor, Tripl
 
 def _readable(weights: Triple, dtype: torch.dtype) -> Triple:
     """The weights in the dtype of the products, each head's matrix contiguous: mostly as they are."""
-    return tuple(
-        w
-        if w.dtype == dtype and w[:1, :1].is_contiguous()
-        else w.to(dtype, memory_format=torch.contiguous_format)
-        for w in weights
-    )
+    return tuple(_readable_one(w, dtype) for w in weights)
+
+
+def _readable_one(w: Tensor, dtype: torch.dtype) -> Tensor:
+    if w.dtype != dtype:
+        return w.to(dtype, memory_format=torch.contiguous_format)
+    return w if w[:1, :1].is_contiguous() else w.contiguous()
 
 
 def _rows(weights: Triple, *tensors: Tensor) -> tuple[Tensor, ...]:
