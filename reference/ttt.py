@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from reference.ttt_apply import ttt_apply
+
 LACT_COEFFICIENTS = (
     (4.0848, -6.8946, 2.9270),
     (3.9505, -6.3029, 2.6377),
@@ -45,7 +47,7 @@ def ttt(
     outputs = [q.new_zeros(q.shape[0], 0, q.shape[2], v.shape[-1])]
     for kind, ranges in steps:
         if kind == "apply":
-            outputs += [_apply(q[:, start:stop], *w) for start, stop in ranges]
+            outputs += [ttt_apply(q[:, start:stop], *w) for start, stop in ranges]
             continue
         keys = torch.cat([torch.arange(start, stop, device=k.device) for start, stop in ranges])
         steps_of_keys = [None if lr is None else lr[:, keys] for lr in rates]
@@ -66,14 +68,6 @@ def ttt(
             if weight_norm:
                 w[i] = w[i] / (w[i].norm(dim=-1, keepdim=True) + 1e-5) * target_norms[i]
     return torch.cat(outputs, dim=1), w, masters, buffers
-
-
-def _apply(q: Tensor, w0: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """`w1 (silu(w0 q) * (w2 q))` for every token and head."""
-    w0, w1, w2 = (w.to(q.dtype) for w in (w0, w1, w2))
-    gate = torch.einsum("bhed,bthd->bthe", w0, q)
-    up = torch.einsum("bhed,bthd->bthe", w2, q)
-    return torch.einsum("bhve,bthe->bthv", w1, gate * gate.sigmoid() * up)
 
 
 def _gradients(
