@@ -2,7 +2,6 @@
 
 import bisect
 import itertools
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -13,6 +12,7 @@ from torch.distributed._functional_collectives import all_gather_tensor_autograd
 from torch.distributed.device_mesh import DeviceMesh
 
 from lact_kernels.core.offsets import packed_offsets
+from lact_kernels.distributed.agreement import Agreement, attempt, compare, gathered
 from lact_kernels.ops import checks
 
 Range = tuple[int, int]  # from, up to
@@ -68,7 +68,7 @@ class SequencePieces:
             [0, *itertools.accumulate(stop - start for start, stop in rank)] for rank in self.ranges
         ]
         self._layout = f"{self.ranges}" + f", borders {self.borders}" * self.packed
-        self._agreed: set[Any] = set()
+        self._agreement = Agreement(self.group, mesh.device_type == "cpu")
         self._memo: dict[Any, Any] = {}
 
     @classmethod
@@ -91,9 +91,9 @@ class SequencePieces:
         def facts():
             return _checked_length(num_tokens), _on_host(cu_seqlens)
 
-        answers = _gathered(_checked(mesh).get_group(), *_attempt(facts))
+        answers = gathered(_checked(mesh).get_group(), *attempt(facts))
         lengths, borders = zip(*answers)
-        _compare("SequencePieces.of", [{"cu_seqlens": b} for b in borders])
+        compare("SequencePieces.of", [{"cu_seqlens": b} for b in borders])
         stops = list(itertools.accumulate(lengths))
         _check_borders(borders[0], stops[-1])
         return cls(mesh, [[(stop - n, stop)] for n, stop in zip(lengths, stops)], borders[0])
@@ -272,22 +272,7 @@ class SequencePieces:
             ValueError: the ranks have different facts. Each is named, with what every rank has.
             RuntimeError: `facts` raised on another rank.
         """
-        mine, error = _attempt(lambda: facts() | {"pieces": self._layout})
-        key = None if error else (operation, *mine.items())
-        known = key in self._agreed
-        if self.mesh.device_type == "cpu":
-            known = self._have_all(key if known else None)
-        if known:
-            return
-        _compare(operation, _gathered(self.group, mine, error))
-        self._agreed.add(key)
-
-    def _have_all(self, key: Any) -> bool:
-        """Whether all ranks have this key, None for none. They come to the same answer."""
-        mine = torch.tensor([-1 if key is None else zlib.crc32(repr(key).encode())])
-        numbers = mine.new_empty(self.size)
-        dist.all_gather_into_tensor(numbers, mine, group=self.group)
-        return bool((numbers == mine).all()) and key is not None
+        self._agreement.agree(operation, lambda: facts() | {"pieces": self._layout})
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What `make` returns, made once for all layers."""
@@ -323,34 +308,6 @@ def intersections(ranges: Sequence[Range], others: Sequence[Range]) -> Iterator[
             n += 1
 
 
-def _attempt(facts: Callable[[], Any]) -> tuple[Any, Exception | None]:
-    try:
-        return facts(), None
-    except Exception as error:
-        return None, error
-
-
-def _gathered(group: dist.ProcessGroup, mine: Any, error: Exception | None) -> list[Any]:
-    """`mine` of each rank; if there was an error on one, every rank raises."""
-    answers = [None] * group.size()
-    text = error and f"{type(error).__name__}: {error}"
-    dist.all_gather_object(answers, (mine, text), group=group)
-    if error is not None:
-        raise error
-    for rank, (_, text) in enumerate(answers):
-        if text is not None:
-            raise RuntimeError(f"rank {rank} of {group.size()} failed: {text}")
-    return [answer for answer, _ in answers]
-
-
-def _compare(operation: str, answers: Sequence[dict[str, Any]]) -> None:
-    for name in dict.fromkeys(name for answer in answers for name in answer):
-        values = [answer.get(name) for answer in answers]
-        if any(value != values[0] for value in values):
-            each = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
-            raise ValueError(f"the ranks call {operation} with different {name}: {each}")
-
-
 def _agreed_total(mesh, num_tokens, cu_seqlens, **size: int) -> tuple[int, list[int] | None, int]:
     """Tokens, borders of packed sequences and the one size, when all ranks have said the same."""
 
@@ -360,8 +317,8 @@ def _agreed_total(mesh, num_tokens, cu_seqlens, **size: int) -> tuple[int, list[
         sizes = {name: checks.check_count(name, value) for name, value in size.items()}
         return {"num_tokens": total, "cu_seqlens": borders} | sizes
 
-    answers = _gathered(_checked(mesh).get_group(), *_attempt(facts))
-    _compare("SequencePieces", answers)
+    answers = gathered(_checked(mesh).get_group(), *attempt(facts))
+    compare("SequencePieces", answers)
     return tuple(answers[0].values())
 
 

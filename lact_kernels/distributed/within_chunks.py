@@ -1,49 +1,18 @@
-"""Ranks that have a part of each chunk: their weight gradients are summed before every update."""
+"""Ranks that have a part of each chunk's tokens, and share its update."""
 
 import itertools
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lact_kernels.core.call import Call, Options
 from lact_kernels.core.fast_weights import FastWeights
 from lact_kernels.core.plan import Plan, num_updates
-from lact_kernels.core.ranks import Ranks, remember
+from lact_kernels.core.ranks import remember
 from lact_kernels.core.state import TTTState
 from lact_kernels.distributed.pending import behind_pending, pending_lengths
 from lact_kernels.distributed.pieces import SequencePieces
+from lact_kernels.distributed.shared_updates import SharedUpdates
 from lact_kernels.ops.fast_weights import run
-
-
-class SharedChunks(Ranks):
-    """Ranks that have a part of each chunk's tokens: the weight gradients are summed before each update.
-
-    All of them then make the same updates. Of the gradients that they know alike, the first rank gives all.
-    """
-
-    share_chunks = True
-
-    def __init__(self, pieces: SequencePieces):
-        self.group, self.is_first = pieces.group, pieces.rank == 0
-        self.name = f"within chunks, {self.group.group_name}"
-
-    def sum_(self, *tensors: Tensor) -> None:
-        if len(tensors) == 1 and tensors[0].is_contiguous():
-            dist.all_reduce(tensors[0], group=self.group)
-            return
-        flat = torch.cat([x.reshape(-1) for x in tensors])
-        dist.all_reduce(flat, group=self.group)
-        for x, total in zip(tensors, flat.split([x.numel() for x in tensors])):
-            x.copy_(total.view(x.shape))
-
-    def sum_gradients(self, dend: FastWeights) -> FastWeights:
-        total = dend.map(torch.clone)
-        self.sum_(*total.to_list())
-        return total
-
-    def part(self, x: Tensor) -> Tensor:
-        return x if self.is_first else torch.zeros_like(x)
 
 
 def scan_within_chunks(
@@ -52,7 +21,7 @@ def scan_within_chunks(
     """Outputs, and the end if asked for, of ranks that share chunks. The first has the pending tokens."""
     B, t = call.q.shape[:2]
     pending = pending_lengths(state, pieces)
-    call = call._replace(ranks=remember(SharedChunks(pieces)))
+    call = call._replace(ranks=remember(SharedUpdates(pieces.group)))
     if any(pending) and pieces.rank == 0:
         numbers = range(len(pending))
         call = call._replace(tokens=behind_pending(state, call.tokens, pieces, numbers))
