@@ -172,7 +172,7 @@ def ttt(
     if any(lowered.plan.keys):
         check_rates(tokens)
     backend = checks.choose_backend(backend, q, triton_obstacle(q, v, w0))
-    start = _start(initial_state, weights, N, options, q.dtype, detach_norms)
+    start = start_of(initial_state, weights, N, options, q.dtype, detach_norms)
     numbers = [stop - first for ranges in lowered.plan.keys for first, stop in ranges]
     o, end = run(lowered_call(Call(q, tokens, start, None, options), lowered, numbers), backend)
     return (o, TTTState.of(end, options, q.dtype)) if return_state else o
@@ -256,7 +256,7 @@ def ttt_update(
     options = check_call(k, tokens, weights, N, initial_state, options, num_keys)
     check_rates(tokens)
     backend = checks.choose_backend(backend, k, triton_obstacle(k, v, w0))
-    start = _start(initial_state, weights, N, options, k.dtype, detach_norms)
+    start = start_of(initial_state, weights, N, options, k.dtype, detach_norms)
     call = Call(k[:, :0], tokens, start, None, Options(num_keys, *options[1:]))
     _, end = run(call, backend)
     return (end.weights, TTTState.of(end, options, k.dtype)) if return_state else end.weights
@@ -304,7 +304,7 @@ def lowered_call(call: Call, lowered: Lowered, numbers: Sequence[int | Tensor]) 
     return Call(q, tokens, call.start, plan, Options(size, *call.options[1:]), call.ranks)
 
 
-def _start(given: TTTState | None, weights, N: int, options, dtype, detach_norms) -> FastWeights:
+def start_of(given: TTTState | None, weights, N: int, options, dtype, detach_norms) -> FastWeights:
     """The fast weights to begin with: those of a state that is given, or new ones of N sequences."""
     if given is None:
         return new_state(weights, N, options, dtype, detach_norms).fast_weights
