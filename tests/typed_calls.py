@@ -15,7 +15,9 @@ import lact_kernels
 from lact_kernels import (
     LaCTCache,
     LaCTLayer,
+    NewtonSchulz,
     RingKVCache,
+    TTTPlan,
     TTTState,
     TTTTokens,
     block_causal_ttt,
@@ -135,6 +137,15 @@ def several_devices(mesh: DeviceMesh, x: Tensor, w: Tensor, lr: Tensor, flag: bo
     assert_type(ttt(*tensors, pieces=pieces, return_state=True), Stateful)
     assert_type(ttt(*tensors, pieces=pieces, return_state=flag), Tensor | Stateful)
     ttt(*tensors, pieces=pieces, scheme="across")  # type: ignore[call-overload]
+
+    plan = TTTPlan.bidirectional(64).shard(queries=(0, 32), keys=(0, 32))
+    assert_type(plan, TTTPlan)
+    untrained = (x, x, x, w, w, w, None, lr, None, plan)
+    assert_type(distributed.ttt(*tensors, plan, group=mesh, muon=NewtonSchulz(())), Tensor)
+    assert_type(distributed.ttt(*untrained, group=mesh, return_state=True), Stateful)
+    assert_type(distributed.ttt(*tensors, plan, group=mesh, return_state=flag), Tensor | Stateful)
+    distributed.ttt(*tensors, plan)  # type: ignore[call-overload]
+    distributed.ttt(*tensors, [plan], group=mesh)  # type: ignore[call-overload]
 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, flag: bool) -> None:

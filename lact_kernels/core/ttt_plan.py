@@ -133,6 +133,36 @@ class TTTPlan:
                 steps.append(Apply(entry.start, stop))
         return cls(steps)
 
+    def shard(self, *, queries: tuple[int, int], keys: tuple[int, int]) -> "TTTPlan":
+        """The part of this plan in the queries `range(*queries)` and the keys `range(*keys)`.
+
+        Each range becomes what it has in common with these, counted from their first. Every update stays,
+        also without keys, so that the shards of all ranks fit together in `lact_kernels.distributed.ttt`.
+        Applies without queries vanish.
+
+        Raises:
+            TypeError: a border is no int.
+            ValueError: `queries` or `keys` begins before 0 or ends before it begins.
+        """
+        for name, piece in (("queries", queries), ("keys", keys)):
+            if _range(name, piece)[1] is None:
+                raise TypeError(f"stop of {name} must be an int, got None")
+        steps = []
+        for step in self.steps:
+            if isinstance(step, Update):
+                ranges = [common for r in step.ranges if (common := _common(r, keys)) != (0, 0)]
+                steps.append(Update(ranges or [(0, 0)]))
+            elif (common := _common((step.start, step.stop), queries)) != (0, 0):
+                steps.append(Apply(*common))
+        return TTTPlan(steps)
+
+
+def _common(given: tuple[int, int | None], piece: tuple[int, int]) -> tuple[int, int]:
+    """What a range has in common with a piece of the tokens, counted from the first of these."""
+    (start, stop), (first, last) = given, piece
+    start, stop = max(start, first), last if stop is None else min(stop, last)
+    return (start - first, stop - first) if start < stop else (0, 0)
+
 
 def _range(step: str, given: tuple[int, int | None]) -> tuple[int, int | None]:
     if not isinstance(given, Sequence) or len(given) != 2:

@@ -4,6 +4,7 @@ from lact_kernels.distributed.block_causal_ttt import block_causal_ttt
 from lact_kernels.distributed.context import ShardedContext
 from lact_kernels.distributed.pieces import SequencePieces
 from lact_kernels.distributed.tensor_parallel import HeadParallel, tensor_parallel_plan
+from lact_kernels.distributed.ttt import ttt
 from lact_kernels.distributed.window_attn import window_attn
 from lact_kernels.layers.contexts import context_of_pieces
 
@@ -12,6 +13,7 @@ __all__ = [
     "SequencePieces",
     "block_causal_ttt",
     "tensor_parallel_plan",
+    "ttt",
     "window_attn",
 ]
 

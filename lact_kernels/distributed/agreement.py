@@ -1,11 +1,13 @@
 """What the ranks of a group have to give alike is compared before anything is computed."""
 
+import weakref
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 
 class Agreement:
@@ -15,9 +17,23 @@ class Agreement:
     that comes with something else is an error at once.
     """
 
-    def __init__(self, group: dist.ProcessGroup, on_cpu: bool):
+    def __init__(self, group: dist.ProcessGroup, on_cpu: bool, agreed: set[Any] | None = None):
         self.group, self.on_cpu = group, on_cpu
-        self._agreed: set[Any] = set()
+        self._agreed = set() if agreed is None else agreed
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | DeviceMesh) -> "Agreement":
+        """That of all calls with a process group, or with a 1-D mesh."""
+        if isinstance(group, DeviceMesh):
+            on_cpu = group.device_type == "cpu"
+            group = check_mesh("group", group).get_group()
+        elif isinstance(group, dist.ProcessGroup):
+            on_cpu = dist.get_backend(group) == "gloo" or not torch.accelerator.is_available()
+        else:
+            raise TypeError(
+                f"group must be a ProcessGroup or a 1-D DeviceMesh, got {type(group).__name__}"
+            )
+        return cls(group, on_cpu, _AGREED.setdefault(group, set()))
 
     def agree(self, operation: str, facts: Callable[[], dict[str, Any]]) -> None:
         """Check arguments on every rank, and that they are alike: `facts` raises, or says what they are.
@@ -42,6 +58,22 @@ class Agreement:
         numbers = mine.new_empty(self.group.size())
         dist.all_gather_into_tensor(numbers, mine, group=self.group)
         return bool((numbers == mine).all()) and key is not None
+
+
+# Of groups themselves. They live as long as the groups.
+_AGREED: weakref.WeakKeyDictionary[dist.ProcessGroup, set[Any]] = weakref.WeakKeyDictionary()
+
+
+def check_mesh(name: str, mesh: DeviceMesh) -> DeviceMesh:
+    """`mesh` is a `DeviceMesh` of one dimension."""
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(f"{name} must be a 1-D DeviceMesh, got {type(mesh).__name__}")
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"{name} must have one dimension, got {mesh.mesh_dim_names or mesh.ndim}: choose one, as in"
+            ' mesh["sequence"]'
+        )
+    return mesh
 
 
 def attempt(facts: Callable[[], Any]) -> tuple[Any, Exception | None]:

@@ -12,7 +12,7 @@ from torch.distributed._functional_collectives import all_gather_tensor_autograd
 from torch.distributed.device_mesh import DeviceMesh
 
 from lact_kernels.core.offsets import packed_offsets
-from lact_kernels.distributed.agreement import Agreement, attempt, compare, gathered
+from lact_kernels.distributed.agreement import Agreement, attempt, check_mesh, compare, gathered
 from lact_kernels.ops import checks
 
 Range = tuple[int, int]  # from, up to
@@ -91,7 +91,7 @@ class SequencePieces:
         def facts():
             return _checked_length(num_tokens), _on_host(cu_seqlens)
 
-        answers = gathered(_checked(mesh).get_group(), *attempt(facts))
+        answers = gathered(check_mesh("mesh", mesh).get_group(), *attempt(facts))
         lengths, borders = zip(*answers)
         compare("SequencePieces.of", [{"cu_seqlens": b} for b in borders])
         stops = list(itertools.accumulate(lengths))
@@ -317,7 +317,7 @@ def _agreed_total(mesh, num_tokens, cu_seqlens, **size: int) -> tuple[int, list[
         sizes = {name: checks.check_count(name, value) for name, value in size.items()}
         return {"num_tokens": total, "cu_seqlens": borders} | sizes
 
-    answers = gathered(_checked(mesh).get_group(), *attempt(facts))
+    answers = gathered(check_mesh("mesh", mesh).get_group(), *attempt(facts))
     compare("SequencePieces", answers)
     return tuple(answers[0].values())
 
@@ -327,17 +327,6 @@ def _checked_length(num_tokens: int) -> int:
     if num_tokens < 0:
         raise ValueError(f"num_tokens must not be negative, got {num_tokens}")
     return num_tokens
-
-
-def _checked(mesh: DeviceMesh) -> DeviceMesh:
-    if not isinstance(mesh, DeviceMesh):
-        raise TypeError(f"mesh must be a 1-D DeviceMesh, got {type(mesh).__name__}")
-    if mesh.ndim != 1:
-        raise ValueError(
-            f"mesh must have one dimension, got {mesh.mesh_dim_names or mesh.ndim}: choose one, as in"
-            ' mesh["sequence"]'
-        )
-    return mesh
 
 
 def _on_host(cu_seqlens: Tensor | None) -> list[int] | None:
