@@ -353,9 +353,9 @@ def test_second_backward_gives_the_same_and_nothing_is_mutated(blocks):
 
 
 @needs_interpreter
-@pytest.mark.parametrize("dims", [(1024, 16, 16), (16, 1024, 16)], ids=["keys", "values"])
+@pytest.mark.parametrize("dims", [(2048, 16, 16), (16, 2048, 16)], ids=["keys", "values"])
 def test_longest_rows(dims, blocks):
-    """1024 is the most there is, here with 16 beside them. Hidden units take many programs: emulated."""
+    """2048 is the most there is, here with 16 beside them. Hidden units take many programs: emulated."""
     blocks(128)
     check(TTTCase("", B=1, H=1, T=11, chunk_size=10, **dict(zip(("Dk", "Dv", "Dh"), dims))))
 

@@ -52,7 +52,11 @@ SHARED, EACH = CASES[:2]
 @pytest.fixture
 def blocks(monkeypatch):
     """Small ones in every pass, which few tokens straddle."""
-    config = TTTConfig(16, 16, 16, 4, 1)
+    use_blocks(monkeypatch, 16, 16, 16)
+
+
+def use_blocks(monkeypatch, *sizes):
+    config = TTTConfig(*sizes, 4, 1)
     monkeypatch.setattr(configs, "_TTT_TABLE", dict.fromkeys(configs._TTT_TABLE, config))
 
 
@@ -85,6 +89,21 @@ def test_eager(dtype, float32_weights):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_triton(case, blocks):
+    with filled_with_nan():
+        check_ttt_apply(triton_ttt_apply, case, torch.float32, DEVICE)
+
+
+LONGEST = [
+    ApplyCase("hidden units", T=9, B=1, H=1, Dk=64, Dv=64, Dh=4096),
+    ApplyCase("keys", T=9, B=1, H=1, Dk=2048, Dv=32, Dh=64),
+    ApplyCase("values", T=9, B=1, H=1, Dk=32, Dv=2048, Dh=64),
+]
+
+
+@pytest.mark.parametrize("case", LONGEST, ids=str)
+def test_longest_rows(case, monkeypatch):
+    """In large tiles, of which there are few."""
+    use_blocks(monkeypatch, 32, 256, 64)
     with filled_with_nan():
         check_ttt_apply(triton_ttt_apply, case, torch.float32, DEVICE)
 

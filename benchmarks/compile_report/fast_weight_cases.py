@@ -19,8 +19,8 @@ from lact_kernels.triton.fast_weights import (
 )
 from lact_kernels.triton.fast_weights.layout import Dims
 
-# Sizes that the tiles exceed, and sizes of whole tiles.
-COMPILED_DIMS = (Dims(192, 192, 192), Dims(768, 768, 768))
+# Sizes that the tiles exceed, sizes of whole tiles, and the largest.
+COMPILED_DIMS = (Dims(192, 192, 192), Dims(768, 768, 768), Dims(2048, 2048, 4096))
 MAX_TRITON_DIM = 1024  # of the kernels that have no rows in the table
 LARGEST = Dims(MAX_TRITON_DIM, MAX_TRITON_DIM, MAX_TRITON_DIM)
 
