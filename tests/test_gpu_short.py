@@ -13,16 +13,18 @@ import pytest
 import torch
 
 from benchmarks.compile_report.kernels import compile_cases
-from lact_kernels import block_causal_ttt, window_attn
+from lact_kernels import block_causal_ttt, ttt_apply, window_attn
 from lact_kernels import triton as package
 from lact_kernels.triton import configs
 from tests import test_block_causal_ttt_triton as ttt
 from tests import test_branches as branches
 from tests import test_window_attn_with_kvcache as kvcache
 from tests.cases import (
+    ApplyCase,
     TTTCase,
     WindowCase,
     check_block_causal_ttt,
+    check_ttt_apply,
     check_window_attn,
     filled_with_nan,
 )
@@ -30,6 +32,7 @@ from tests.ttt_pieces import in_pieces
 
 triton_window_attn = functools.partial(window_attn, backend="triton")
 triton_block_causal_ttt = functools.partial(block_causal_ttt, backend="triton")
+triton_ttt_apply = functools.partial(ttt_apply, backend="triton")
 pytestmark = pytest.mark.usefixtures("full_float32_products")
 needs_interpreter = pytest.mark.skipif(not ttt.ON_CPU, reason="counts in the interpreter")
 dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -69,6 +72,11 @@ TTT = [
         prenorm=True, batched_weights=True, cu_seqlens=(0, 0, 1, 130, 600, 1000),
     ),
 ]  # fmt: skip
+# Weights that all rows share, and some for each row.
+APPLY = [
+    ApplyCase("D384", T=300, B=1, Dk=384, Dv=384, Dh=768, float32_weights=True),
+    ApplyCase("unequal dims", T=130, B=3, H=1, Dk=24, Dv=136, Dh=144, batched="012"),
+]
 BRANCHES = [
     branches.Case(f"C{C}", T=499, C=C, Hq=Hq, Hf=Hf, rows_of_angles=2)
     for C, Hq, Hf in ((768, 12, 4), (640, 8, 4), (1024, 16, 8))
@@ -94,6 +102,14 @@ def test_block_causal_ttt(case, dtype):
 def test_block_causal_ttt_with_initial_states(dtype):
     with filled_with_nan():
         check_block_causal_ttt(pieces, OPTIONS["momentum"], dtype, "cuda")
+
+
+@pytest.mark.gpu
+@dtypes
+@pytest.mark.parametrize("case", APPLY, ids=str)
+def test_ttt_apply(case, dtype):
+    with filled_with_nan():
+        check_ttt_apply(triton_ttt_apply, case, dtype, "cuda")
 
 
 @pytest.mark.gpu
@@ -137,6 +153,9 @@ def run_all(dtype):
     for fn, case in [(triton_block_causal_ttt, case) for case in TTT] + [(pieces, TTT[0])]:
         inputs = case.inputs(dtype)
         differentiate(fn(**inputs, **case.options()), list(inputs.values()))
+    for case in APPLY:
+        inputs = case.inputs(dtype)
+        differentiate(triton_ttt_apply(*inputs), inputs)
     for case in BRANCHES:
         tensors, options = case.qkv(dtype)
         qkv = branches.call_qkv(branches.silu_l2norm_rope, tensors, options | {"backend": "triton"})
@@ -177,6 +196,17 @@ def test_every_kernel_is_launched(launches):
     assert len(kernels) >= 20
     assert {name for name, _ in launches} == kernels
     assert {case.kernel.__name__ for case in compile_cases((90,))} == kernels
+
+
+@needs_interpreter
+def test_weights_are_read_packed_and_where_they_lie(launches):
+    kinds = {
+        (name, arguments["weight_strides"] is None)
+        for name, arguments in launches
+        if "weight_strides" in arguments
+    }
+    names = {"_ttt_hidden_kernel", "_ttt_project_kernel"}
+    assert kinds == {(name, packed) for name in names for packed in (False, True)}
 
 
 @needs_interpreter
