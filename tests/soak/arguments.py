@@ -75,6 +75,11 @@ CALLS = {
         {n: x[:1] if x.ndim == 4 or n[0] in "lm" else x for n, x in ttt().items()}
         | {"chunk_size": 4, "cu_seqlens": int32([0, 2, 6])},
     ),
+    "ttt_apply": lambda: (
+        lact_kernels.ttt_apply,
+        {"q": torch.randn(2, 5, 2, 6), "w0": torch.randn(2, 7, 6), "w1": torch.randn(2, 4, 7)}
+        | {"w2": torch.randn(2, 7, 6), "backend": "eager"},
+    ),
     "flash_attn_func": lambda: (
         compat.flash_attn_func,
         attention(dropout_p=0.0, softmax_scale=0.5, window_size=(3, 0), softcap=0.0) | FLAGS,
@@ -165,6 +170,7 @@ RIGHT = {
         for x in ("lr0", "lr1", "lr2", "momentum")
         for dtype in ("half", "float64")
     ),
+    *(("ttt_apply", "q", x) for x in ("half", "another first axis")),
     *(("silu_l2norm_rope", x, y) for x in ("qk_scale", "qk_offset") for y in ("half", "float64")),
     *(("rms_norm_scale_add", "norm_weight", x) for x in ("half", "float64")),
     ("LaCTLayer.forward", "hidden_states", "another first axis"),

@@ -1,4 +1,4 @@
-"""`block_causal_ttt`, whole and cut into any calls that pass a state on."""
+"""`block_causal_ttt`, whole and cut into any calls that pass a state on; `ttt_apply`."""
 
 import copy
 import dataclasses
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import reference
-from lact_kernels import TTTState, block_causal_ttt
-from tests.cases import TTTCase
+from lact_kernels import TTTState, block_causal_ttt, ttt_apply
+from tests.cases import ApplyCase, TTTCase
 from tests.soak.bar import hold, hold_gradients
 from tests.soak.draw import Draw, borders_of, kind
 from tests.ttt_pieces import TOKENS
@@ -83,6 +83,32 @@ def ttt(draw: Draw) -> None:
 
     with draw.tiles():
         hold_gradients(ours, plain, gradients, inputs)
+
+
+@kind(5)
+def apply(draw: Draw) -> None:
+    """Given weights, shared or not, of another memory layout or dtype."""
+    backend, dtype = draw.backend(0.2)
+    case = ApplyCase(
+        "",
+        T=draw.length(30),
+        B=draw.choice((0, 1, 2, 3)),
+        H=draw.randint(1, 3),
+        **{name: draw.choice((1, 5, 12, 16, 17)) for name in ("Dk", "Dv", "Dh")},
+        batched="".join(number for number in "012" if draw.chance(0.4)),
+        float32_weights=dtype.itemsize == 2 and draw.chance(0.5),
+    )
+    inputs = dict(zip(("q", *WEIGHTS), (x.detach() for x in case.inputs(dtype))))
+    inputs = {name: draw.laid_out(x) if x.ndim == 4 else x for name, x in inputs.items()}
+    gradients = draw.gradients(dtype, inputs)
+    draw.note(case=repr(case), dtype=dtype, backend=backend)
+    with draw.tiles():
+        hold_gradients(
+            lambda x: {"o": ttt_apply(**x, backend=backend)},
+            lambda x: {"o": reference.ttt_apply(**x)},
+            gradients,
+            inputs,
+        )
 
 
 class Rows:
