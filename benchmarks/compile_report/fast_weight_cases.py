@@ -12,17 +12,21 @@ from benchmarks.compile_report.case import CompileCase, others, shipped_ttt_conf
 from lact_kernels.triton.configs import ARCHITECTURES, TRITON, TTTConfig, kernel_of
 from lact_kernels.triton.fast_weights import (
     activations,
+    end,
     newton_schulz,
     products,
     update,
     update_bwd,
 )
-from lact_kernels.triton.fast_weights.layout import Dims
+from lact_kernels.triton.fast_weights.layout import ALL_MATRICES, Dims
 
 # Sizes that the tiles exceed, sizes of whole tiles, and the largest.
 COMPILED_DIMS = (Dims(192, 192, 192), Dims(768, 768, 768), Dims(2048, 2048, 4096))
 MAX_TRITON_DIM = 1024  # of the kernels that have no rows in the table
 LARGEST = Dims(MAX_TRITON_DIM, MAX_TRITON_DIM, MAX_TRITON_DIM)
+# Kernels over rows keep whole rows in registers: the longest there are, of a common shape and of the largest.
+ROW_DIMS = (LARGEST, Dims(1024, 1024, 4096), Dims(2048, 2048, 4096))
+W1_ALONE = (False, True, False)  # the only matrix that is trained
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
@@ -71,12 +75,15 @@ def _update(arch: int) -> Iterator[CompileCase]:
         ("", orthogonal + squares),
         ("to Muon", orthogonal),
         ("from Muon", gradients + squares),
+        ("from Muon to momentum", ("parts_ptr", *squares)),
+        ("without renorm", ("norms_ptr", *orthogonal, *squares)),
     ):
-        for prenorm in (False, True) if variant != "to Muon" else (False,):
+        for prenorm in (False, True) if variant in ("", "from Muon") else (False,):
             yield from _row_cases(
                 "ttt_update", update._ttt_update_kernel, arch, absent,
                 " ".join(filter(None, [variant, "pre-norm" * prenorm])), PRENORM=prenorm,
             )  # fmt: skip
+    yield from _row_cases("ttt_end", end._ttt_end_kernel, arch, ("order_ptr",))
     yield from _cases(
         "ttt_mean_momentum", {TRITON: update._ttt_mean_momentum_kernel}, arch,
         lambda *_: {"BLOCK": update.TOKEN_BLOCK},
@@ -87,24 +94,31 @@ def _update(arch: int) -> Iterator[CompileCase]:
 
 def _update_bwd(arch: int) -> Iterator[CompileCase]:
     apply, muon = ("apply_ptr",), ("next_steps_ptr", "dsquares_ptr", "squares_ptr")
+    kept, late = ("kept_ptr",), ("dnext_steps_ptr",)
+    momentum = ("betas_ptr", "steps_ptr", "dbuffers_ptr", "dbetas_ptr", "dbuffers_squares_ptr")
     iteration = (
         "dx_ptr", "inner_ptr", "dx_squares_ptr", "dbuffers_squares_ptr", "units_ptr",
     )  # fmt: skip
+    to_muon = (*iteration, "dsteps_ptr")
     for variant, absent in (
-        ("", muon + iteration),
-        ("to Muon", (*iteration, "dsteps_ptr")),
-        ("from Muon", apply),
+        ("", muon + iteration + kept + late),
+        ("to Muon", (*to_muon, *kept, *late, *momentum)),
+        ("from Muon", apply + kept + late),
+        ("to momentum to Muon", to_muon + kept),
+        ("without renorm", (*muon, *iteration, *kept, *late, "norms_ptr")),
+        ("w1 alone", muon + iteration + late),
     ):
-        for prenorm in (False, True) if variant != "from Muon" else (False,):
+        for prenorm in (False, True) if variant in ("", "to Muon") else (False,):
             yield from _row_cases(
                 "ttt_update_bwd", update_bwd._ttt_update_bwd_kernel, arch, absent,
                 " ".join(filter(None, [variant, "pre-norm" * prenorm])),
-                PRENORM=prenorm, BLOCK_TOTAL=MAX_TRITON_DIM,
+                PRENORM=prenorm,
             )  # fmt: skip
     yield from _cases(
         "ttt_rates_bwd", {TRITON: update_bwd._ttt_rates_bwd_kernel}, arch,
         lambda dims, _: update_bwd.rates_constexprs(dims), absent=("table_ptr",),
         fixed=(torch.float32, TTTConfig(1, update_bwd.TOKEN_BLOCK, 1, update_bwd.NUM_WARPS, 3)),
+        sizes=(LARGEST, ROW_DIMS[-1]),
     )  # fmt: skip
 
 
@@ -155,17 +169,20 @@ def _row_cases(
     **more: int,
 ) -> Iterator[CompileCase]:
     """One specialisation of a kernel over rows, at the longest rows."""
+    matrices = W1_ALONE if variant == "w1 alone" else ALL_MATRICES
 
     def constexprs(dims: Dims, config: TTTConfig) -> dict:
-        return update.row_programs(dims)[1] | more
+        total = {"BLOCK_TOTAL": update_bwd.total_block(dims)}
+        total = total if "BLOCK_TOTAL" in kernel.arg_names else {}
+        programs = update.row_programs(dims.having(*matrices), dims)
+        return programs[1] | total | more
 
-    config = TTTConfig(
-        update.PROGRAM_ELEMENTS // MAX_TRITON_DIM, MAX_TRITON_DIM, 1, update.NUM_WARPS, 3
-    )
-    yield from _cases(
-        name, {TRITON: kernel}, arch, constexprs, ("next_weights_ptr", "dsteps_ptr"), absent,
-        (torch.bfloat16, config), variant,
-    )  # fmt: skip
+    for sizes in ROW_DIMS:
+        config = TTTConfig(*update.row_block(sizes), 1, update.row_warps(sizes), 3)
+        yield from _cases(
+            name, {TRITON: kernel}, arch, constexprs, ("next_weights_ptr", "dsteps_ptr"), absent,
+            (torch.bfloat16, config), variant, (sizes,),
+        )  # fmt: skip
 
 
 def _cases(
@@ -177,15 +194,16 @@ def _cases(
     absent: tuple[str, ...] = (),  # arguments that are None
     fixed: tuple[torch.dtype, TTTConfig] | None = None,  # of a kernel that has no rows in the table
     variant: str = "",
+    sizes: tuple[Dims, ...] = (LARGEST,),  # of such a kernel
 ) -> Iterator[CompileCase]:
     """One specialisation of one kernel, with every configuration of its, for the compile report.
 
-    Pointers are to float32, but for `tokens`. A kernel with a fixed configuration is compiled at the largest
-    sizes. One that reads packed sequences from a table is compiled with one as well, at the first sizes.
+    Pointers are to float32, but for `tokens`. A kernel with a fixed configuration is compiled at the
+    largest `sizes`. One that reads packed sequences from a table is compiled with one as well, at the first.
     """
     configs, dims = shipped_ttt_configs(name, arch), COMPILED_DIMS
     if fixed is not None:
-        configs, dims = [fixed] if arch in ARCHITECTURES else [], (LARGEST,)
+        configs, dims = [fixed] if arch in ARCHITECTURES else [], sizes
     for dtype, config in configs:
         kernel = kernel_of(kernels, config)
         pointers = {
@@ -193,21 +211,21 @@ def _cases(
             for argument in kernel.arg_names
             if argument.endswith("_ptr") and argument not in (*absent, "table_ptr")
         }
-        for sizes in dims:
+        for size in dims:
             case = CompileCase(
                 name=name,
                 kernel=kernel,
                 arch=arch,
                 dtype=dtype,
-                shape=" ".join(filter(None, ["x".join(map(str, sizes)), variant])),
+                shape=" ".join(filter(None, ["x".join(map(str, size.sizes)), variant])),
                 config=config,
                 pointers=pointers,
-                constexprs={**constexprs(sizes, config), **dict.fromkeys(absent)},
+                constexprs={**constexprs(size, config), **dict.fromkeys(absent)},
                 also=others(arch),
-                demanding=sizes == dims[0] and "table_ptr" not in absent,
+                demanding=size == dims[0] and "table_ptr" not in absent,
             )
             yield case
-            if "table_ptr" in absent and sizes == dims[0]:
+            if "table_ptr" in absent and size == dims[0]:
                 constants = {k: v for k, v in case.constexprs.items() if k != "table_ptr"}
                 packed = pointers | {"table_ptr": torch.int32}
                 yield replace(

@@ -10,7 +10,8 @@ Forward, for queries (apply) or keys and values (update), tokens in rows:
 
 These three are what the gradients of w0, w1 and w2 have to do with: G0 = (lr0 dgate)^T x,
 G1 = (lr1 y)^T hidden, G2 = (lr2 dup)^T x. (lr1 hidden would often be subnormal in float16.) The same kernel
-without learning rates, on queries and the outputs' gradients, is the backward of apply.
+without learning rates, on queries and the outputs' gradients, is the backward of apply. Of an update those of
+matrices that are not trained are neither stored nor, where no other needs them, computed.
 
 Backward of the update, from the gradients dG0, dG1, dG2 of the three weight gradients:
 
@@ -26,6 +27,9 @@ and with dgate_x, dup_x, hidden_y now times their learning rates, the chain rule
     dhidden   dup_x silu(gate) + dgate_x up silu'(gate)
     up        dgate_x dhidden silu'(gate) + hidden_y silu(gate)
 ```
+
+Without the terms of a matrix that is not trained: with w1 alone nothing reaches dhidden, with w2 alone
+nothing reaches up, and neither is computed.
 
 One program computes one tile of tokens by hidden units. Products take the tokens' dtype and accumulate in
 float32, in which everything between two products is; results are rounded to the tokens' dtype.
@@ -114,8 +118,10 @@ def _ttt_hidden_kernel(
     x_pointers = token_pointers(x_ptr, x_strides, b, first, h, tokens)
     gate = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     up = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
+    # With w2 alone there is nothing that up has to do with.
+    UP: tl.constexpr = y_ptr is None or NET.W0 or NET.W1
     gate, up = dot_rows(
-        gate, up, x_pointers, tokens, number, w0_ptr, w2_ptr, units, num_k,
+        gate, up, x_pointers, tokens, number, w0_ptr, w2_ptr if UP else None, units, num_k,
         NET.DK, NET.DH, BLOCK_H, BLOCK_K,
     )  # fmt: skip
     plane = tl.cast(num_rows, tl.int64) * H * NET.DH
@@ -129,10 +135,11 @@ def _ttt_hidden_kernel(
     else:
         y_pointers = token_pointers(y_ptr, y_strides, b, first, h, tokens)
         dhidden = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
-        dhidden, _ = dot_columns(
-            dhidden, dhidden, y_pointers, tokens, number, w1_ptr, None, units, num_v,
-            NET.DV, NET.DH, BLOCK_H, BLOCK_K,
-        )  # fmt: skip
+        if NET.W0 or NET.W2:
+            dhidden, _ = dot_columns(
+                dhidden, dhidden, y_pointers, tokens, number, w1_ptr, None, units, num_v,
+                NET.DV, NET.DH, BLOCK_H, BLOCK_K,
+            )  # fmt: skip
         dgate = dhidden * up * (sigmoid * (1 + gate * (1 - sigmoid)))
         hidden = silu * up
         dup = dhidden * silu
@@ -143,9 +150,12 @@ def _ttt_hidden_kernel(
             lr2 = tl.load(lr_pointers + 2 * plane_lr, mask=tokens < number, other=0.0)
             dgate *= lr0[:, None]
             dup *= lr2[:, None]
-        tl.store(acts_ptr + offsets, dgate.to(acts_ptr.dtype.element_ty), mask=inside)
-        tl.store(acts_ptr + plane + offsets, hidden.to(acts_ptr.dtype.element_ty), mask=inside)
-        tl.store(acts_ptr + 2 * plane + offsets, dup.to(acts_ptr.dtype.element_ty), mask=inside)
+        if NET.W0:
+            tl.store(acts_ptr + offsets, dgate.to(acts_ptr.dtype.element_ty), mask=inside)
+        if NET.W1:
+            tl.store(acts_ptr + plane + offsets, hidden.to(acts_ptr.dtype.element_ty), mask=inside)
+        if NET.W2:
+            tl.store(acts_ptr + 2 * plane + offsets, dup.to(acts_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=TOKEN_ARGUMENTS)
@@ -229,18 +239,29 @@ def _ttt_hidden_bwd_kernel(
         offsets = units[:, None] * NET.DK + inner[None, :]
         w0 = load_rows(w_ptr + offsets, units, NET.DH, inner, NET.DK, BLOCK_K, CHECK)
         gate = tl.dot(k, tl.trans(w0), gate, input_precision="ieee")
-        w2 = load_rows(w_ptr + NET.OFFSET2 + offsets, units, NET.DH, inner, NET.DK, BLOCK_K, CHECK)
-        up = tl.dot(k, tl.trans(w2), up, input_precision="ieee")
-        dg0 = load_rows(dg_ptr + offsets, units, NET.DH, inner, NET.DK, BLOCK_K, CHECK)
-        dgate_k = tl.dot(k, tl.trans(dg0), dgate_k, input_precision="ieee")
-        dg2 = load_rows(
-            dg_ptr + NET.OFFSET2 + offsets, units, NET.DH, inner, NET.DK, BLOCK_K, CHECK
-        )
-        dup_k = tl.dot(k, tl.trans(dg2), dup_k, input_precision="ieee")
-    dhidden, hidden_v = dot_columns(
-        dhidden, hidden_v, v_pointers, tokens, number, w_ptr + NET.OFFSET1, dg_ptr + NET.OFFSET1, units,
-        num_v, NET.DV, NET.DH, BLOCK_H, BLOCK_K,
-    )  # fmt: skip
+        if NET.W0 or NET.W1:
+            w2 = load_rows(
+                w_ptr + NET.OFFSET2 + offsets, units, NET.DH, inner, NET.DK, BLOCK_K, CHECK
+            )
+            up = tl.dot(k, tl.trans(w2), up, input_precision="ieee")
+        if NET.W0:
+            dg0 = load_rows(dg_ptr + offsets, units, NET.DH, inner, NET.DK, BLOCK_K, CHECK)
+            dgate_k = tl.dot(k, tl.trans(dg0), dgate_k, input_precision="ieee")
+        if NET.W2:
+            dg2 = load_rows(
+                dg_ptr + NET.OFFSET2 + offsets, units, NET.DH, inner, NET.DK, BLOCK_K, CHECK
+            )
+            dup_k = tl.dot(k, tl.trans(dg2), dup_k, input_precision="ieee")
+    if NET.W0 or NET.W2:
+        dhidden, hidden_v = dot_columns(
+            dhidden, hidden_v, v_pointers, tokens, number, w_ptr + NET.OFFSET1,
+            dg_ptr + NET.OFFSET1 if NET.W1 else None, units, num_v, NET.DV, NET.DH, BLOCK_H, BLOCK_K,
+        )  # fmt: skip
+    else:
+        hidden_v, _ = dot_columns(
+            hidden_v, hidden_v, v_pointers, tokens, number, dg_ptr + NET.OFFSET1, None, units, num_v,
+            NET.DV, NET.DH, BLOCK_H, BLOCK_K,
+        )  # fmt: skip
 
     plane_lr = tl.cast(B, tl.int64) * H * T
     lr_pointers = lr_ptr + (b * H + h) * T + first + tokens
@@ -269,13 +290,16 @@ def _ttt_hidden_bwd_kernel(
     dlr2 = tl.sum(dup_k * dup, axis=1)
     if units_ptr is not None:
         dlr0, dlr1, dlr2 = dlr0 * unit0, dlr1 * unit1, dlr2 * unit2
-    tl.store(dlr_ptr + tokens, dlr0, mask=tokens < number)
-    tl.store(dlr_ptr + rows_total + tokens, dlr1, mask=tokens < number)
-    tl.store(dlr_ptr + 2 * rows_total + tokens, dlr2, mask=tokens < number)
     dtype = acts_ptr.dtype.element_ty
-    tl.store(acts_ptr + offsets, (lr0 * dgate).to(dtype), mask=inside)
-    tl.store(acts_ptr + plane + offsets, hidden.to(dtype), mask=inside)
-    tl.store(acts_ptr + 2 * plane + offsets, (lr2 * dup).to(dtype), mask=inside)
+    if NET.W0:
+        tl.store(dlr_ptr + tokens, dlr0, mask=tokens < number)
+        tl.store(acts_ptr + offsets, (lr0 * dgate).to(dtype), mask=inside)
+    if NET.W1:
+        tl.store(dlr_ptr + rows_total + tokens, dlr1, mask=tokens < number)
+        tl.store(acts_ptr + plane + offsets, hidden.to(dtype), mask=inside)
+    if NET.W2:
+        tl.store(dlr_ptr + 2 * rows_total + tokens, dlr2, mask=tokens < number)
+        tl.store(acts_ptr + 2 * plane + offsets, (lr2 * dup).to(dtype), mask=inside)
 
     if units_ptr is not None:
         lr0 *= tl.div_rn(unit0, unit)
@@ -286,10 +310,12 @@ def _ttt_hidden_bwd_kernel(
     dup_k *= lr2
     through_gate = dgate_k * dhidden * up * bend + (dup_k * dhidden + hidden_v * up) * slope
     tl.store(dacts_ptr + offsets, through_gate.to(dtype), mask=inside)
-    through_dhidden = dup_k * silu + dgate_k * up * slope
-    tl.store(dacts_ptr + plane + offsets, through_dhidden.to(dtype), mask=inside)
-    through_up = dgate_k * dhidden * slope + hidden_v * silu
-    tl.store(dacts_ptr + 2 * plane + offsets, through_up.to(dtype), mask=inside)
+    if NET.W0 or NET.W2:
+        through_dhidden = dup_k * silu + dgate_k * up * slope
+        tl.store(dacts_ptr + plane + offsets, through_dhidden.to(dtype), mask=inside)
+    if NET.W0 or NET.W1:
+        through_up = dgate_k * dhidden * slope + hidden_v * silu
+        tl.store(dacts_ptr + 2 * plane + offsets, through_up.to(dtype), mask=inside)
 
 
 HIDDEN_KERNELS = {TRITON: _ttt_hidden_kernel}
@@ -305,7 +331,7 @@ def ttt_hidden(
     run: Run,
     dims: Dims,
 ) -> None:
-    """The hidden activations of a run of chunks, or what G0, G1 and G2 have to do with."""
+    """The hidden activations of a run of chunks, or what G0, G1 and G2, those of `dims`, have to do with."""
     weights, weight_strides = weight_arguments(weights)
     name = "ttt_hidden" if weight_strides is None else "ttt_hidden_given"
     if y is not None:
@@ -329,7 +355,7 @@ def ttt_hidden_bwd(
     dlr: Tensor,  # `[tiles, 3, H, rows]`: partial sums, float32
     run: Run,
     dims: Dims,
-    units: Tensor | None = None,  # `[chunks, H, 4]`: of dsteps, and written: that of dacts
+    units: Tensor | None = None,  # `[chunks, H, 4]`: of dsteps, or 0, and written: that of dacts
     reach: Tensor | None = None,  # `[chunks or more, H, 3]`, with units
 ) -> None:
     """Backward of `ttt_hidden` with keys and values, which it computes again."""

@@ -11,7 +11,8 @@ the chunks 1, and so on. Sequences are sorted by falling number of chunks, so th
 
 The weights of a chunk, those its queries are applied to, have the number of the chunk.
 
-*Rows.* Activations of a run of chunks are `[.., H, rows, Dh]`, one row for each token, chunk behind chunk.
+*Rows.* Activations of a run of chunks are `[.., H, rows, Dh]`, one row for each token, chunk behind chunk:
+keys by themselves, and queries.
 """
 
 import itertools
@@ -28,6 +29,7 @@ from lact_kernels.triton.configs import (
 )
 
 ALIGNMENT = 16  # elements
+ALL_MATRICES = (True, True, True)
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -37,16 +39,25 @@ def round_up(x: int, multiple: int = ALIGNMENT) -> int:
 
 
 class Dims(NamedTuple):
-    """The sizes of one head's fast network."""
+    """The sizes of one head's fast network, and which of w0, w1 and w2 kernels have to do with."""
 
     Dk: int
     Dv: int
     Dh: int
+    matrices: tuple[bool, ...] = ALL_MATRICES
 
     @classmethod
-    def of(cls, weights: Triple) -> "Dims":
+    def of(cls, weights: Triple, matrices: tuple[bool, ...] = ALL_MATRICES) -> "Dims":
         w0, w1, _ = weights
-        return cls(w0.shape[-1], w1.shape[-2], w0.shape[-2])
+        return cls(w0.shape[-1], w1.shape[-2], w0.shape[-2], matrices)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.Dk, self.Dv, self.Dh
+
+    def having(self, *matrices: bool) -> "Dims":
+        """The same network with others of its matrices."""
+        return self._replace(matrices=matrices)
 
     @property
     def shapes(self) -> tuple[tuple[int, int], ...]:
@@ -73,6 +84,17 @@ class Dims(NamedTuple):
     def squares(self) -> list[int]:
         """First element of each Newton-Schulz square, `[m, m]` with m the shorter side, and the end."""
         return [0, *itertools.accumulate(round_up(min(r, c) ** 2) for r, c in self.shapes)]
+
+    def spans(self, matrices: Sequence[bool]) -> list[slice]:
+        """The elements of some matrices; of neighbours in one."""
+        spans: list[slice] = []
+        for start, stop in (
+            pair for pair, on in zip(itertools.pairwise(self.offsets), matrices) if on
+        ):
+            if spans and spans[-1].stop == start:
+                start = spans.pop().start
+            spans.append(slice(start, stop))
+        return spans
 
     def unpack(self, packed: Tensor) -> Triple:
         """Views `[.., rows, columns]` of `[.., SIZE]`."""
@@ -102,12 +124,30 @@ class Run(NamedTuple):
     def arguments(self, acts: Tensor, dims: Dims) -> tuple:
         """The table, and the arguments TOKEN_ARGUMENTS of the kernels. `acts` is `[.., H, rows, ..]`."""
         H, num_rows = acts.shape[1:3]
-        return (*self[1:], num_rows, H, *dims)
+        return (*self[1:], num_rows, H, *dims.sizes)
 
     def num_programs(self, config: TTTConfig, columns: int, H: int) -> int:
         """One for each tile of tokens by columns, of each head and chunk."""
         tiles = -(-self.width // config.block_m) * -(-columns // config.block_n)
         return self.num_chunks * H * tiles
+
+
+class Rows(NamedTuple):
+    """Of the chunks' keys, or of their queries: where each step has them among the rows of activations."""
+
+    widths: list[int]  # the longest chunk of each step
+    firsts: list[int]  # first row of each step, and the end
+    table: Tensor | None  # with a plan: first token, number of tokens and first row of each chunk
+
+    @classmethod
+    def of(cls, widths: list[int], rows: list[int], table: Tensor | None = None) -> "Rows":
+        return cls(widths, [0, *itertools.accumulate(rows)], table)
+
+    def number(self, steps: range) -> int:
+        return round_up(self.firsts[steps.stop] - self.firsts[steps.start])
+
+    def width(self, steps: range) -> int:
+        return max(self.widths[steps.start : steps.stop])
 
 
 class Chunks:
@@ -118,53 +158,67 @@ class Chunks:
         self.N = call.start.weights[0].shape[0]
         self.B, self.Tk, self.Tq = q.shape[0], k.shape[1], q.shape[1]
         self.chunk_size = C = call.options.chunk_size
-        self.order = self.key_table = self.query_table = None
+        self.order, self.device = None, q.device
         if call.plan is None:
             steps = call.num_updates + 1
             self.counts = [self.N] * steps
-            self.max_length = min(C, self.Tk)
-            self.rows = [self.N * self.max_length] * steps
+            width = min(C, self.Tk)
+            self.of_keys = self.of_queries = Rows.of([width] * steps, [self.N * width] * steps)
+            first = (self.Tk - self.Tq) // C  # with a query, where there is any
+            stop = -(-self.Tk // C)
+            self.has_queries = [self.Tq > 0 and first <= step < stop for step in range(steps)]
         else:
             self._read(call.plan, q.device)
         self.firsts = [0, *itertools.accumulate(self.counts)]
-        self.first_rows = [0, *itertools.accumulate(self.rows)]
         self.counts.append(0)
 
     def _read(self, plan: Tensor, device: torch.device) -> None:
         """A plan's rows are in the order of the chunks: tables of first token, number and first row."""
         sequence, step, *borders = plan[plan[:, 0] >= 0].unbind(1)
-        first_key, last_key, first_query, last_query = borders
-        keys, queries = last_key - first_key, last_query - first_query
-        longest = torch.maximum(keys, queries)
-        self.max_length = max(1, int(longest.max()))
-        counts, ends = step.bincount(), longest.cumsum(0, dtype=torch.int32)
-        self.counts = counts.tolist()
-        self.rows = ends[counts.cumsum(0) - 1].diff(prepend=ends.new_zeros(1)).tolist()
-        first_row = ends - longest
-        columns = (first_key, keys, first_row), (first_query, queries, first_row)
-        table = torch.stack([torch.stack(c, dim=1) for c in columns])
-        self.key_table, self.query_table = table.to(device, non_blocking=True).unbind()
-        order = sequence[: self.counts[0]].long()
-        self.order = order.to(device, non_blocking=True)
+        self.counts = step.bincount().tolist()
+        tables, rows = [], []
+        for first, last in (borders[:2], borders[2:]):
+            number = last - first
+            zeros = number.new_zeros(len(self.counts))
+            widths = zeros.scatter_reduce(0, step.long(), number, "amax").tolist()
+            rows.append((widths, zeros.index_add(0, step, number).tolist()))
+            first_row = number.cumsum(0, dtype=torch.int32) - number
+            tables.append(torch.stack([first, number, first_row], dim=1))
+        self.has_queries = [width > 0 for width in rows[1][0]]
+        table = torch.stack(tables).to(device, non_blocking=True)
+        self.of_keys, self.of_queries = (Rows.of(*r, t) for r, t in zip(rows, table))
+        order = sequence[: self.N].long()
+        if order.tolist() != list(range(self.N)):
+            self.order = order.to(device, non_blocking=True)
 
     def keys(self, steps: range, rows: range, num_chunks: int | None = None) -> Run:
         """The chunks of `steps`, or the first `num_chunks` of them, with their keys and values.
 
         The activations' buffer begins with the first of the steps `rows`.
         """
-        return self._run(steps, rows, num_chunks, self.key_table, self.Tk, 0)
+        return self._run(steps, rows, num_chunks, self.of_keys, self.Tk, 0)
 
     def queries(self, steps: range) -> Run:
         """The chunks of `steps` with their queries."""
-        return self._run(steps, steps, None, self.query_table, self.Tq, self.Tk - self.Tq)
+        return self._run(steps, steps, None, self.of_queries, self.Tq, self.Tk - self.Tq)
 
-    def _run(self, steps, rows, num_chunks, table, T, shift) -> Run:
+    def _run(self, steps, rows, num_chunks, of_tokens: Rows, T, shift) -> Run:
         if num_chunks is None:
             num_chunks = self.num_chunks(steps)
+        width = of_tokens.width(steps)
+        if of_tokens.table is not None:
+            width = max(width, 1)  # a chunk without tokens has a program, which says so
         return Run(
-            num_chunks, table, self.firsts[steps.start], self.first_rows[rows.start],
-            self.B, T, shift, self.chunk_size, self.max_length,
+            num_chunks, of_tokens.table, self.firsts[steps.start], of_tokens.firsts[rows.start],
+            self.B, T, shift, self.chunk_size, width,
         )  # fmt: skip
+
+    @property
+    def reads_all_keys(self) -> bool:
+        """Whether each key is one of an update, which no two updates share."""
+        if self.of_keys.table is None:
+            return self.updates * self.chunk_size >= self.Tk
+        return self.of_keys.firsts[-1] == self.Tk
 
     @property
     def steps(self) -> int:
@@ -181,9 +235,6 @@ class Chunks:
     def num_chunks(self, steps: range) -> int:
         return self.firsts[steps.stop] - self.firsts[steps.start]
 
-    def num_rows(self, steps: range) -> int:
-        return round_up(self.first_rows[steps.stop] - self.first_rows[steps.start])
-
     def sorted(self, x: Tensor) -> Tensor:
         """`[N, ...]`, sequences as they are given, in the order of their places."""
         return x if self.order is None else x[self.order]
@@ -193,14 +244,29 @@ class Chunks:
             return x
         return torch.empty_like(x).index_copy_(0, self.order, x)
 
+    def places(self, steps: range) -> Tensor:
+        """`[chunks]`: for each chunk of these steps the place of its sequence."""
+        places = torch.cat([torch.arange(self.counts[step]) for step in steps])
+        return places.to(self.device, non_blocking=True)
+
+    def applied(self, steps: range) -> list[range]:
+        """Of these steps those whose weights any query is applied to, in runs."""
+        runs = itertools.groupby(steps, key=self.has_queries.__getitem__)
+        spans = [list(run) for has_queries, run in runs if has_queries]
+        return [range(span[0], span[-1] + 1) for span in spans]
+
     def batches(self, steps: range, most_rows: int) -> list[range]:
         """Cut the steps into runs of one or more, which together have at most about `most_rows` rows."""
         batches, start = [], steps.start
         for step in steps:
-            if step > start and self.num_rows(range(start, step + 1)) > most_rows:
+            if step > start and self.most_rows(range(start, step + 1)) > most_rows:
                 batches.append(range(start, step))
                 start = step
         return [*batches, range(start, steps.stop)]
+
+    def most_rows(self, steps: range) -> int:
+        """Of activations, those of the keys or those of the queries."""
+        return max(self.of_keys.number(steps), self.of_queries.number(steps))
 
 
 # Where a run of chunks has its tokens and its rows, and the sizes of the network once more as runtime values,
@@ -224,24 +290,27 @@ class Net(NamedTuple):
     SQUARE1: int  # the same of the Newton-Schulz squares: see Dims.squares
     SQUARE2: int
     SQUARES: int
+    W0: bool  # the matrices that there are to be computed
+    W1: bool
+    W2: bool
 
 
 def dims_constexprs(dims: Dims) -> dict[str, Any]:
     """The compile-time argument that all kernels have."""
-    return {"NET": Net(*dims, *dims.offsets[1:], *dims.squares[1:])}
+    return {"NET": Net(*dims.sizes, *dims.offsets[1:], *dims.squares[1:], *dims.matrices)}
 
 
 def tile_constexprs(
-    shapes: Shapes, block_m: int, block_n: int, triangular: bool = False
+    dims: Dims, shapes: Shapes, block_m: int, block_n: int, triangular: bool = False
 ) -> dict[str, int]:
-    """Tiles of w0 and w2, and of w1: all, or only those on and below the diagonal."""
+    """Tiles of w0, w1 and w2, if they have these shapes: all, or only those on and below the diagonal."""
     counts = [-(-rows // block_m) * -(-columns // block_n) for rows, columns in shapes]
     if triangular:
         sides = (-(-rows // block_m) for rows, _ in shapes)
         counts = [side * (side + 1) // 2 for side in sides]
-    return {"TILES0": counts[0], "TILES1": counts[1]}
+    return {f"TILES{i}": n * on for i, (n, on) in enumerate(zip(counts, dims.matrices))}
 
 
 def num_tiles(constexprs: dict[str, int]) -> int:
-    """Tiles of all three matrices."""
-    return 2 * constexprs["TILES0"] + constexprs["TILES1"]
+    """Tiles of all matrices."""
+    return sum(constexprs[f"TILES{i}"] for i in range(3))

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lact_kernels.core.newton_schulz import LACT
+from lact_kernels.core.newton_schulz import Coefficients
 from lact_kernels.triton.configs import TRITON, TTTConfig, capability_of, ttt_config
 from lact_kernels.triton.fast_weights.layout import (
     Dims,
@@ -45,6 +45,7 @@ from lact_kernels.triton.fast_weights.update import (
     NUM_WARPS,
     matrix_rows,
     row_programs,
+    row_warps,
 )
 from lact_kernels.triton.fast_weights.update_bwd import NEWTON_SCHULZ_EPS
 from lact_kernels.triton.launch import launch
@@ -71,10 +72,11 @@ def _normalize_kernel(
     GRADIENT: tl.constexpr,
     TILES0: tl.constexpr,
     TILES1: tl.constexpr,
+    TILES2: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_TOTAL: tl.constexpr,
 ):
-    head, matrix, tile = matrix_tile(TILES0, TILES1)
+    head, matrix, tile = matrix_tile(TILES0, TILES1, TILES2)
     num_rows, num_columns = matrix_shape(matrix, NET.DK, NET.DV, NET.DH)
     element, row = matrix_place(head, matrix, NET)
     tiles_n = tl.cdiv(num_columns, BLOCK)
@@ -126,12 +128,13 @@ def _newton_schulz_symmetric_kernel(
     SQUARE: tl.constexpr,
     TILES0: tl.constexpr,
     TILES1: tl.constexpr,
+    TILES2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHECK_M: tl.constexpr,
     CHECK_K: tl.constexpr,
 ):
-    head, matrix, tile = matrix_tile(TILES0, TILES1)
+    head, matrix, tile = matrix_tile(TILES0, TILES1, TILES2)
     num_rows, num_columns = matrix_shape(matrix, NET.DK, NET.DV, NET.DH)
     side = tl.minimum(num_rows, num_columns)
     square = square_place(head, matrix, NET)
@@ -207,6 +210,7 @@ def _newton_schulz_multiply_kernel(
     IN_PLACE: tl.constexpr,  # each matrix in its own shape, not as [m, n]
     TILES0: tl.constexpr,
     TILES1: tl.constexpr,
+    TILES2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -214,7 +218,7 @@ def _newton_schulz_multiply_kernel(
     CHECK_N: tl.constexpr,
     CHECK_K: tl.constexpr,
 ):
-    head, matrix, tile = matrix_tile(TILES0, TILES1)
+    head, matrix, tile = matrix_tile(TILES0, TILES1, TILES2)
     num_rows, num_columns = matrix_shape(matrix, NET.DK, NET.DV, NET.DH)
     side = tl.minimum(num_rows, num_columns)
     length = tl.maximum(num_rows, num_columns)
@@ -257,11 +261,12 @@ def _inner_kernel(
     NET: tl.constexpr,
     TILES0: tl.constexpr,
     TILES1: tl.constexpr,
+    TILES2: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     head, matrix, rows, real, offsets, inside = matrix_rows(
-        NET, TILES0, TILES1, BLOCK_ROWS, BLOCK_COLUMNS
+        NET, TILES0, TILES1, TILES2, BLOCK_ROWS, BLOCK_COLUMNS
     )
     element, row = matrix_place(head, matrix, NET)
     a = tl.load(a_ptr + element + offsets, mask=inside, other=0.0)
@@ -284,15 +289,15 @@ class NewtonSchulz:
 
     def __init__(self, heads: int, dims: Dims, tokens_dtype: torch.dtype, device: torch.device):
         self.heads, self.dims = heads, dims
-        small = max(dims) <= SMALL
+        small = max(dims.sizes) <= SMALL
         self.dtype = torch.float32 if small or tokens_dtype == torch.float32 else torch.float16
         capability = capability_of(device)
         self.symmetric_config = ttt_config("newton_schulz_symmetric", self.dtype, capability)
         self.multiply_config = ttt_config("newton_schulz_multiply", self.dtype, capability)
 
-    def forward(self, g: Tensor, squares: Tensor) -> Tensor:
+    def forward(self, g: Tensor, squares: Tensor, coefficients: Coefficients) -> Tensor:
         """The orthogonalised g, float32. `squares` `[heads, ROWS]` are those of the rows' norms."""
-        for x, _, b, (a, _, _) in self._iterates(g, squares):
+        for x, _, b, (a, _, _) in self._iterates(g, squares, coefficients):
             last = (a, b, x)
         a, b, x = last
         return self._multiply(b, x, a, in_place=True)
@@ -303,6 +308,7 @@ class NewtonSchulz:
         g: Tensor,
         dsquares: Tensor,
         squares: Tensor,
+        coefficients: Coefficients,
         dbuffers: Tensor | None = None,
         with_sizes: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -311,7 +317,7 @@ class NewtonSchulz:
         Iterates are computed again. `dsquares` and `squares` are those of the norms of rows of dx and g. With
         sizes those of the result and of `dbuffers`, if there are any, are returned, too.
         """
-        iterates = list(self._iterates(g, squares))
+        iterates = list(self._iterates(g, squares, coefficients))
         dx = self._normalize(dx, dsquares, gradient=True)
         for x, s, b, (alpha, beta, gamma) in reversed(iterates):
             d = self._symmetric(x, dx)
@@ -323,18 +329,25 @@ class NewtonSchulz:
         inner = torch.empty_like(squares)
         programs, constexprs = row_programs(self.dims)
         _inner_kernel[(self.heads * programs,)](
-            dx, g, dbuffers, inner, size, dbuffers_size, **constexprs, num_warps=NUM_WARPS
+            dx,
+            g,
+            dbuffers,
+            inner,
+            size,
+            dbuffers_size,
+            **constexprs,
+            num_warps=row_warps(self.dims),
         )
         return dx, inner, size, dbuffers_size
 
-    def _iterates(self, g: Tensor, squares: Tensor) -> Iterator[tuple]:
+    def _iterates(self, g: Tensor, squares: Tensor, coefficients: Coefficients) -> Iterator[tuple]:
         """X, S and B of each step, with its coefficients."""
         x = self._normalize(g, squares, gradient=False)
-        for step, (a, b, c) in enumerate(LACT.coefficients):
+        for step, (a, b, c) in enumerate(coefficients):
             s = self._symmetric(x)
             polynomial = self._symmetric(s, y=s, y_factor=b, factor=c)
             yield x, s, polynomial, (a, b, c)
-            if step < len(LACT.coefficients) - 1:
+            if step < len(coefficients) - 1:
                 x = self._multiply(polynomial, x, a)
 
     def _normalize(self, g: Tensor, squares: Tensor, gradient: bool) -> Tensor:
@@ -358,7 +371,7 @@ class NewtonSchulz:
         out = a.new_empty(self.heads, self.dims.squares[-1])
         launch(
             SYMMETRIC_KERNELS, self.symmetric_config, (self.heads * num_tiles(constexprs),),
-            a, b, y, out, y_factor, factor, *self.dims,
+            a, b, y, out, y_factor, factor, *self.dims.sizes,
             **constexprs,
         )  # fmt: skip
         return out
@@ -376,7 +389,7 @@ class NewtonSchulz:
         out = torch.empty_like(x, dtype=torch.float32 if in_place else self.dtype)
         launch(
             MULTIPLY_KERNELS, self.multiply_config, (self.heads * num_tiles(constexprs),),
-            square, x, *(second or (None, None)), out, factor, *self.dims,
+            square, x, *(second or (None, None)), out, factor, *self.dims.sizes,
             **constexprs,
         )  # fmt: skip
         return out
@@ -385,7 +398,7 @@ class NewtonSchulz:
 def normalize_constexprs(dims: Dims, gradient: bool) -> dict[str, int]:
     return {
         **dims_constexprs(dims),
-        **tile_constexprs(dims.shapes, NORMALIZE_BLOCK, NORMALIZE_BLOCK),
+        **tile_constexprs(dims, dims.shapes, NORMALIZE_BLOCK, NORMALIZE_BLOCK),
         "GRADIENT": gradient,
         "BLOCK": NORMALIZE_BLOCK,
         "BLOCK_TOTAL": triton.next_power_of_2(max(dims.Dh, dims.Dv)),
@@ -398,7 +411,7 @@ def symmetric_constexprs(dims: Dims, config: TTTConfig, square: bool) -> dict[st
     return {
         **dims_constexprs(dims),
         **tile_constexprs(
-            [(side, side) for side in sides], config.block_m, config.block_m, triangular=True
+            dims, [(side, side) for side in sides], config.block_m, config.block_m, triangular=True
         ),
         "SQUARE": square,
         "BLOCK_M": config.block_m,
@@ -413,7 +426,7 @@ def multiply_constexprs(dims: Dims, config: TTTConfig, in_place: bool) -> dict[s
     lengths = [max(shape) for shape in dims.shapes]
     return {
         **dims_constexprs(dims),
-        **tile_constexprs(list(zip(sides, lengths)), config.block_m, config.block_n),
+        **tile_constexprs(dims, list(zip(sides, lengths)), config.block_m, config.block_n),
         "IN_PLACE": in_place,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,

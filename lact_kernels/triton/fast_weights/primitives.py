@@ -17,6 +17,8 @@ from lact_kernels.triton.primitives import load_rows
 GRADIENT_BITS = tl.constexpr(14)
 SMALLEST_UNIT, LARGEST_UNIT = tl.constexpr(2.0**-40), tl.constexpr(2.0**60)
 
+TOTAL_BLOCK = tl.constexpr(4096)  # numbers that one program adds up at once
+
 
 @triton.jit
 def chunk_tokens(chunk, table_ptr, first_chunk, first_row, B, T, shift, chunk_size, width):
@@ -58,23 +60,25 @@ def head_weights(weights_ptr, strides, chunk, b, h, H, NET: tl.constexpr):
     return w0_ptr, w1_ptr, w2_ptr
 
 
-def weight_arguments(weights: Tensor | Triple) -> tuple[Tensor | Triple, tuple[int, ...] | None]:
+def weight_arguments(
+    weights: Tensor | Triple | None,
+) -> tuple[Tensor | Triple | None, tuple[int, ...] | None]:
     """`weights_ptr` and `strides` of `head_weights`.
 
     The weights are packed `[chunks, H, SIZE]`, or three tensors `[B or 1, H, rows, columns]`, of which
     each head's matrix is contiguous; with 1 all batch rows share them.
     """
-    if isinstance(weights, Tensor):
+    if weights is None or isinstance(weights, Tensor):
         return weights, None
     return tuple(weights), tuple(stride for w in weights for stride in strides(w)[:2])
 
 
 @triton.jit
-def matrix_tile(TILES0: tl.constexpr, TILES1: tl.constexpr):
-    """Head, matrix and tile of this program, where w0 and w2 have TILES0 tiles and w1 has TILES1."""
+def matrix_tile(TILES0: tl.constexpr, TILES1: tl.constexpr, TILES2: tl.constexpr):
+    """Head, matrix and tile of this program, where w0, w1 and w2 have so many tiles, which may be none."""
     pid = tl.program_id(0)
-    tile = pid % (2 * TILES0 + TILES1)
-    head = tl.cast(pid // (2 * TILES0 + TILES1), tl.int64)
+    tile = pid % (TILES0 + TILES1 + TILES2)
+    head = tl.cast(pid // (TILES0 + TILES1 + TILES2), tl.int64)
     matrix = tl.where(tile < TILES0, 0, tl.where(tile < TILES0 + TILES1, 1, 2))
     tile -= tl.where(matrix == 0, 0, tl.where(matrix == 1, TILES0, TILES0 + TILES1))
     return head, matrix, tile
@@ -98,9 +102,17 @@ def matrix_place(head, matrix, NET: tl.constexpr):
 
 @triton.jit
 def matrix_total(rows_ptr, num_rows, BLOCK: tl.constexpr):
-    """The sum of what is given for each row."""
-    rows = tl.arange(0, BLOCK)
-    return tl.sum(tl.load(rows_ptr + rows, mask=rows < num_rows, other=0.0))
+    """The sum of what is given for each row, of which there are at most BLOCK."""
+    if BLOCK <= TOTAL_BLOCK:
+        rows = tl.arange(0, BLOCK)
+        total = tl.sum(tl.load(rows_ptr + rows, mask=rows < num_rows, other=0.0))
+    else:
+        parts = tl.zeros([TOTAL_BLOCK], tl.float32)
+        for first in range(0, num_rows, TOTAL_BLOCK):
+            rows = first + tl.arange(0, TOTAL_BLOCK)
+            parts += tl.load(rows_ptr + rows, mask=rows < num_rows, other=0.0)
+        total = tl.sum(parts)
+    return total
 
 
 @triton.jit

@@ -84,13 +84,14 @@ def _ttt_outer_kernel(
     NET: tl.constexpr,
     TILES0: tl.constexpr,
     TILES1: tl.constexpr,
+    TILES2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHECK_M: tl.constexpr,
     CHECK_N: tl.constexpr,
 ):
-    part, matrix, tile = matrix_tile(TILES0, TILES1)
+    part, matrix, tile = matrix_tile(TILES0, TILES1, TILES2)
     h = part % H
     chunk = part // H % num_chunks
     split = part // (H * num_chunks)
@@ -145,7 +146,7 @@ def _project(
     acc,  # [BLOCK_T, BLOCK_N]
     acts_ptr,  # of the tile's first token
     weights,  # of the chunk and head: where its three matrices begin
-    units_ptr,  # of the three matrices, in which the result is too, to keys that of w2; or None
+    units_ptr,  # of the three matrices, in which the result is too, to keys that of the last; or None
     tokens,
     number,
     columns,
@@ -155,6 +156,8 @@ def _project(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TO_VALUES: tl.constexpr,
+    W0: tl.constexpr,  # of the terms to keys those that there are
+    W2: tl.constexpr,
 ):
     rows = acts_ptr + tokens[:, None] * NET.DH
     if TO_VALUES:
@@ -163,23 +166,25 @@ def _project(
             NET.DH, NET.DV, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
-        acc, _ = dot_columns(
-            acc, acc, rows, tokens, number, weights[0], None, columns, num_h,
-            NET.DH, NET.DK, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
-        if units_ptr is not None:
+        if W0:
+            acc, _ = dot_columns(
+                acc, acc, rows, tokens, number, weights[0], None, columns, num_h,
+                NET.DH, NET.DK, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        if W0 and W2 and units_ptr is not None:
             acc *= tl.div_rn(tl.load(units_ptr), tl.load(units_ptr + 2))
-        acc, _ = dot_columns(
-            acc, acc, rows + 2 * plane, tokens, number, weights[2], None, columns, num_h,
-            NET.DH, NET.DK, BLOCK_N, BLOCK_K,
-        )  # fmt: skip
+        if W2:
+            acc, _ = dot_columns(
+                acc, acc, rows + 2 * plane, tokens, number, weights[2], None, columns, num_h,
+                NET.DH, NET.DK, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
     return acc
 
 
 @triton.jit(do_not_specialize=TOKEN_ARGUMENTS)
 def _ttt_project_kernel(
-    acts_ptr,  # [3, H, rows, DH]; to values [H, rows, DH]: only the middle one
-    weights_ptr,  # [chunks, H, SIZE], or with strides three: see head_weights
+    acts_ptr,  # [3, H, rows, DH]; to values [H, rows, DH]: only the middle one; or None
+    weights_ptr,  # [chunks, H, SIZE]: matrices of NET; or with strides three: see head_weights
     acts2_ptr,  # a second pair, or None
     weights2_ptr,  # [chunks, H, SIZE]
     units_ptr,  # [chunks, H, 4]: of the first pair's three matrices and the second's activations, or None
@@ -216,25 +221,28 @@ def _ttt_project_kernel(
     columns = first_column + tl.arange(0, BLOCK_N)
     plane = tl.cast(num_rows, tl.int64) * H * NET.DH
     first_element = (h * num_rows + row) * NET.DH
-    weights = head_weights(weights_ptr, weight_strides, chunk, b, h, H, NET)
     if units_ptr is not None:
         units_ptr += (chunk * H + h) * 4
     acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
-    acc = _project(
-        acc, acts_ptr + first_element, weights, units_ptr, tokens, number, columns,
-        plane, num_h, NET, BLOCK_N, BLOCK_K, TO_VALUES,
-    )  # fmt: skip
+    if acts_ptr is not None:
+        weights = head_weights(weights_ptr, weight_strides, chunk, b, h, H, NET)
+        acc = _project(
+            acc, acts_ptr + first_element, weights, units_ptr, tokens, number, columns,
+            plane, num_h, NET, BLOCK_N, BLOCK_K, TO_VALUES, NET.W0, NET.W2,
+        )  # fmt: skip
     if lr_ptr is not None:
         lr_pointers = lr_ptr + (b * H + h) * T + first + tokens
         acc *= tl.load(lr_pointers, mask=tokens < number, other=0.0)[:, None]
     if units_ptr is not None:
         unit = tl.load(units_ptr + 3)
-        acc *= tl.div_rn(tl.load(units_ptr + (1 if TO_VALUES else 2)), unit)
+        if acts_ptr is not None:
+            LAST: tl.constexpr = 2 if NET.W2 else 0
+            acc *= tl.div_rn(tl.load(units_ptr + (1 if TO_VALUES else LAST)), unit)
     if acts2_ptr is not None:
         weights2 = head_weights(weights2_ptr, None, chunk, b, h, H, NET)
         acc = _project(
             acc, acts2_ptr + first_element, weights2, None, tokens, number, columns,
-            plane, num_h, NET, BLOCK_N, BLOCK_K, TO_VALUES,
+            plane, num_h, NET, BLOCK_N, BLOCK_K, TO_VALUES, True, NET.W0 or NET.W1,
         )  # fmt: skip
     if units_ptr is not None:
         acc *= unit
@@ -276,13 +284,14 @@ def num_outer_splits(x: Tensor, num_chunks: int, length: int, dims: Dims) -> int
 
 
 def ttt_project(
-    acts: Tensor,  # `[3, H, rows, Dh]`; to values `[1, H, rows, Dh]`
-    weights: Tensor | Triple,  # `[chunks, H, SIZE]`, or three: see weight_arguments
+    acts: Tensor | None,  # `[3, H, rows, Dh]`; to values `[1, H, rows, Dh]`
+    weights: Tensor | Triple | None,  # `[chunks, H, SIZE]`, or three: see weight_arguments
     out: Tensor,  # `[B, T, H, Dv or Dk]`: written
     run: Run,
     dims: Dims,
     to_values: bool,
-    second: tuple[Tensor, Tensor] | None = None,  # the same again, with packed weights, added
+    second: tuple[Tensor, Tensor]
+    | None = None,  # the same again, with packed weights, added: of what reaches the matrices of `dims`
     lr: Tensor | None = None,  # `[B, H, T]`: factors of the first
     units: Tensor | None = None,  # `[chunks, H, 4]`: of the weights, and of the second activations
 ) -> None:
@@ -291,9 +300,9 @@ def ttt_project(
     columns = dims.Dv if to_values else dims.Dk
     weights, weight_strides = weight_arguments(weights)
     launch(
-        PROJECT_KERNELS, config, (run.num_programs(config, columns, acts.shape[1]),),
+        PROJECT_KERNELS, config, (run.num_programs(config, columns, out.shape[2]),),
         acts, weights, *(second or (None, None)), units, lr, out,
-        *run.arguments(acts, dims), *outer_strides(out), weight_strides,
+        *run.arguments(second[0] if acts is None else acts, dims), *outer_strides(out), weight_strides,
         **project_constexprs(dims, config, to_values),
     )  # fmt: skip
 
@@ -301,7 +310,7 @@ def ttt_project(
 def outer_constexprs(dims: Dims, config: TTTConfig) -> dict[str, int]:
     return {
         **dims_constexprs(dims),
-        **tile_constexprs(dims.shapes, config.block_m, config.block_n),
+        **tile_constexprs(dims, dims.shapes, config.block_m, config.block_n),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,

@@ -19,11 +19,24 @@ from lact_kernels.triton.fast_weights.activations import (
     ttt_hidden,
     ttt_hidden_bwd,
 )
+from lact_kernels.triton.fast_weights.end import own
 from lact_kernels.triton.fast_weights.history import Segment
+from lact_kernels.triton.fast_weights.layout import Chunks, Dims
 from lact_kernels.triton.fast_weights.products import num_outer_splits, ttt_outer, ttt_project
-from lact_kernels.triton.fast_weights.scan import Scan, own
+from lact_kernels.triton.fast_weights.scan import Scan
 from lact_kernels.triton.fast_weights.update_bwd import ttt_rates_bwd, ttt_update_bwd
 from lact_kernels.triton.launch import readable_in_place
+
+
+class Applied(NamedTuple):
+    """The weights' gradients by a run of steps, all of which have queries."""
+
+    steps: range
+    parts: Tensor  # [splits, chunks, H, SIZE]
+
+    def of_step(self, chunks: Chunks, step: int) -> Tensor:
+        first, number = chunks.num_chunks(range(self.steps.start, step)), chunks.counts[step]
+        return self.parts[:, first : first + number]
 
 
 class Deferred(NamedTuple):
@@ -32,7 +45,7 @@ class Deferred(NamedTuple):
     acts: Tensor  # [3, H, rows, Dh]
     dacts: Tensor  # [3, H, rows, Dh]
     dsteps: Tensor  # [chunks, H, SIZE]
-    units: Tensor | None  # [chunks, H, 4]: where dsteps and dacts have any
+    units: Tensor | None  # [chunks, H, 4]: where dsteps and dacts have any, else 0
     dlr: Tensor  # [tiles, 3, H, rows]
     dbetas: Tensor | None  # [chunks, H, ROWS]
 
@@ -44,14 +57,22 @@ class Gradients:
         self.scan = scan
         chunks, dims, H = scan.chunks, scan.dims, scan.H
         self.dq = scan.q.new_empty(scan.q.shape)
-        self.dk, self.dv = scan.k.new_zeros(scan.k.shape), scan.v.new_zeros(scan.v.shape)
-        self.dlr = torch.zeros_like(scan.lr)
-        self.dmomentum = None if scan.momentum is None else torch.zeros_like(scan.lr[0])
+        # Where updates read all keys, all is written.
+        room = torch.empty if chunks.reads_all_keys else torch.zeros
+        k, v, lr = scan.k, scan.v, scan.lr
+        self.dk = room(k.shape, dtype=k.dtype, device=k.device)
+        self.dv = room(v.shape, dtype=v.dtype, device=v.device)
+        self.dlr = room(lr.shape, dtype=lr.dtype, device=lr.device)
+        self.dmomentum = None if scan.momentum is None else room(lr.shape[1:], device=lr.device)
 
-        splits = num_outer_splits(scan.k, chunks.counts[chunks.steps // 2], chunks.max_length, dims)
+        longest = chunks.of_keys.width(range(chunks.steps))
+        splits = num_outer_splits(scan.k, chunks.counts[chunks.steps // 2], longest, dims)
         zeros = scan.lr.new_zeros
         self.dweights = zeros(splits, chunks.N, H, dims.size)
         self.carry = zeros(chunks.N, H, dims.size)
+        self.kept = None  # with matrices that are not trained
+        if scan.has_untrained:
+            self.kept = torch.zeros_like(self.carry) if scan.start.masters else self.carry
         self.dbuffers = zeros(chunks.N, H, dims.size) if scan.start.buffers else None
         self.dnorms = zeros(chunks.N * H, dims.rows)
 
@@ -72,6 +93,8 @@ class Gradients:
         dweights = self.dweights.sum(dim=0)
         if not scan.start.masters:
             dweights += part(self.carry)
+        elif self.kept is not None:
+            dweights += part(self.kept)
         dmasters = scan.unpack(part(self.carry)) if scan.start.masters else ()
         dbuffers = scan.unpack(part(self.dbuffers)) if scan.start.buffers else ()
         dnorms = scan.chunks.unsorted(part(self.dnorms).unflatten(0, (scan.chunks.N, scan.H)))
@@ -80,7 +103,8 @@ class Gradients:
 
     def dtokens(self) -> Tokens:
         dmomentum = None if self.dmomentum is None else own(self.dmomentum.mT)
-        return Tokens(self.dk, self.dv, *map(own, self.dlr.mT), dmomentum)
+        dlr = (None if lr is None else own(x.mT) for lr, x in zip(self.scan.rates, self.dlr))
+        return Tokens(self.dk, self.dv, *dlr, dmomentum)
 
 
 class ReverseScan(Scan):
@@ -121,53 +145,84 @@ class ReverseScan(Scan):
     ) -> None:
         """The backward of some steps, given what the later ones leave in `grads`."""
         chunks, dims = self.chunks, self.dims
-        weights = segment.weights(batch)
-        acts = self.activations(3, batch)
+        acts = self.activations(3, chunks.most_rows(batch))
         with phase("apply backward"):
-            run = chunks.queries(batch)
-            ttt_hidden(self.q, do, None, weights, acts, run, dims)
-            splits = num_outer_splits(self.q, run.num_chunks, run.width, dims)
-            dapply = self.floats(splits, run.num_chunks, self.H, dims.size)
-            ttt_outer(self.q, do, acts, dapply, run, dims)
-            ttt_project(acts, weights, grads.dq, run, dims, to_values=False)
+            applied = [
+                self.apply_backward(segment, s, acts, do, grads) for s in chunks.applied(batch)
+            ]
         if batch.stop == chunks.steps:
             grads.begin(dend)
 
         updating = range(batch.start, min(batch.stop, chunks.updates))
         number = chunks.num_chunks(updating)
+        # What is not written of matrices that are not trained must not be NaN.
+        floats = self.lr.new_zeros if self.has_untrained else self.lr.new_empty
         deferred = Deferred(
             acts,
-            dacts=self.activations(3, batch),
+            dacts=self.activations(3, acts.shape[2]),
             dsteps=self.k.new_empty(number, self.H, dims.size),
-            units=None if self.reach is None else self.floats(number, self.H, 4),
+            units=None if self.reach is None else floats(number, self.H, 4),
             dlr=self.floats(num_rate_tiles(self.k, dims), *acts.shape[:3]),
-            dbetas=None if self.betas is None else self.floats(number, self.H, dims.rows),
+            dbetas=None if self.betas is None else floats(number, self.H, dims.rows),
         )
         with phase("reverse scan"):
             for step in reversed(updating):
-                self.update_backward(segment, batch, step, dapply, deferred, grads)
-            first = chunks.counts[batch.start]
-            grads.dweights[0, :first] += dapply[:, :first].sum(dim=0)
+                self.update_backward(segment, batch, step, applied, deferred, grads)
+            dapply = self.applied_to(batch.start, applied)
+            if dapply is not None:
+                grads.dweights[0, : dapply.shape[1]] += dapply.sum(dim=0)
             if batch.start == 0:
                 grads.finish()
                 self.ranks.send_gradients(grads.dstart)
         if updating:
             with phase("deferred"):
-                run, dsteps = chunks.keys(updating, batch), deferred.dsteps
-                second = (deferred.dacts, weights)
-                to_keys = {"to_values": False, "second": second, "units": deferred.units}
-                ttt_project(acts, dsteps, grads.dk, run, dims, **to_keys)
-                second = (deferred.dacts[1:2], weights)
-                to_values = {"to_values": True, "second": second, "units": deferred.units}
-                ttt_project(acts[1:2], dsteps, grads.dv, run, dims, lr=self.lr[1], **to_values)
-                ttt_rates_bwd(deferred.dlr, deferred.dbetas, grads.dlr, grads.dmomentum, run, dims)
+                self.tokens_backward(segment.weights(updating), batch, updating, deferred, grads)
+
+    def apply_backward(
+        self, segment: Segment, steps: range, acts: Tensor, do: Tensor, grads: Gradients
+    ) -> Applied:
+        """dq of some steps, all of which have queries, and what their weights get from them."""
+        dims, weights, run = self.of_all, segment.weights(steps), self.chunks.queries(steps)
+        ttt_hidden(self.q, do, None, weights, acts, run, dims)
+        splits = num_outer_splits(self.q, run.num_chunks, run.width, dims)
+        parts = self.floats(splits, run.num_chunks, self.H, dims.size)
+        ttt_outer(self.q, do, acts, parts, run, dims)
+        ttt_project(acts, weights, grads.dq, run, dims, to_values=False)
+        return Applied(steps, parts)
+
+    def applied_to(self, step: int, applied: list[Applied]) -> Tensor | None:
+        """What the weights of a step get from its queries, `[splits, chunks, H, SIZE]`, if it has any."""
+        return next((x.of_step(self.chunks, step) for x in applied if step in x.steps), None)
+
+    def tokens_backward(
+        self,
+        weights: Tensor,
+        batch: range,
+        updating: range,
+        deferred: Deferred,
+        grads: Gradients,
+    ) -> None:
+        """The gradients of keys, values, rates and momentum, from what the reverse scan has left."""
+        dims, run, dsteps = self.dims, self.chunks.keys(updating, batch), deferred.dsteps
+        w0, w1, w2 = dims.matrices
+        first = (deferred.acts, dsteps) if w0 or w2 else (None, None)
+        second = (deferred.dacts, weights)
+        to_keys = {"to_values": False, "second": second, "units": deferred.units}
+        ttt_project(*first, grads.dk, run, dims, **to_keys)
+        first = (deferred.acts[1:2], dsteps) if w1 else (None, None)
+        second = (deferred.dacts[1:2], weights) if w0 or w2 else None
+        to_values = {"to_values": True, "second": second, "units": deferred.units}
+        lr1 = self.lr[1] if w1 else None
+        ttt_project(*first, grads.dv, run, dims, lr=lr1, **to_values)
+        dlr, dbetas = deferred.dlr, deferred.dbetas
+        ttt_rates_bwd(dlr, dbetas, grads.dlr, grads.dmomentum, run, dims)
 
     def update_backward(
         self,
         segment: Segment,
         batch: range,
         step: int,
-        dapply: Tensor,
+        applied: list[Applied],
         deferred: Deferred,
         grads: Gradients,
     ) -> None:
@@ -179,9 +234,8 @@ class ReverseScan(Scan):
         now, then = segment.at(step, number), segment.at(step + 1, number).heads()
         place = chunks.firsts[step] - chunks.firsts[batch.start]
         mine = slice(place, place + number)
-        next_ = slice(place + chunks.counts[step], place + chunks.counts[step] + number)
 
-        dapply = dapply[:, next_] if step + 1 in batch else None
+        dapply = self.applied_to(step + 1, applied)
         if self.ranks.share_chunks:
             total = grads.dweights[:, :number].sum(dim=0)
             if dapply is not None:
@@ -193,31 +247,44 @@ class ReverseScan(Scan):
         places = (
             grads.dweights.flatten(1, 2),
             None if dapply is None else dapply.flatten(1, 2),
-            grads.carry.flatten(0, 1), then.sums, self.norms[:heads], grads.dnorms, dims,
+            grads.carry.flatten(0, 1), None if grads.kept is None else grads.kept.flatten(0, 1),
+            then.sums, self.norms_of(number), grads.dnorms, dims,
         )  # fmt: skip
         dsteps = deferred.dsteps[mine]
         units = None if deferred.units is None else deferred.units[mine]
-        momentum = {"prenorm": self.options.prenorm, "dsteps": dsteps.flatten(0, 1), "units": units}
+        outputs = {"dsteps": dsteps.flatten(0, 1), "units": units}
+        prenorm, momentum = {"prenorm": self.options.prenorm}, {}
         if self.betas is not None:
-            momentum |= {
+            momentum = {
                 "betas": self.betas_of(step, number),
                 "steps": now.steps.flatten(0, 1),
                 "dbuffers": grads.dbuffers.flatten(0, 1),
                 "dbetas": deferred.dbetas[mine].flatten(0, 1),
             }
-        muon = {}
-        if self.options.muon:
+        if self.options.coefficients is None:
+            ttt_update_bwd(*places, **prenorm, **momentum, **outputs)
+        else:
             squares = (self.floats(heads, dims.rows), self.floats(heads, dims.rows))
-            muon = {"next_steps": then.steps, "squares": squares}
-            ttt_update_bwd(*places, prenorm=self.options.prenorm, **muon)
-            dx = grads.carry.flatten(0, 1)[:heads]
+            muon = {"next_steps": then.muon, "squares": squares}
+            dmuon, before, after = grads.carry.flatten(0, 1)[:heads], {}, momentum
+            if self.momentum_after_muon:
+                dmuon = self.floats(heads, dims.size)
+                before, after = momentum | {"dnext_steps": dmuon}, {}
+            ttt_update_bwd(*places, **prenorm, **muon, **before)
             muon["iteration"] = self.newton_schulz(number).backward(
-                dx, then.steps, *squares, momentum.get("dbuffers"), with_sizes=units is not None
-            )
-        ttt_update_bwd(*places, **momentum, **muon)
+                dmuon, then.muon, *squares, self.options.coefficients, after.get("dbuffers"),
+                with_sizes=units is not None,
+            )  # fmt: skip
+            ttt_update_bwd(*places, **prenorm, **muon, **after, **outputs)
 
         ttt_hidden_bwd(
             self.k, self.v, self.lr, now.weights, dsteps, deferred.acts, deferred.dacts,
             deferred.dlr, run, dims, units, self.reach,
         )  # fmt: skip
-        ttt_outer(self.k, self.v, deferred.dacts, grads.dweights, run, dims, units)
+        ttt_outer(self.k, self.v, deferred.dacts, grads.dweights, run, reached(dims), units)
+
+
+def reached(dims: Dims) -> Dims:
+    """The matrices that get a gradient from an update of those of `dims`."""
+    w0, w1, w2 = dims.matrices
+    return dims.having(True, w0 or w2, w0 or w1)

@@ -13,11 +13,18 @@ import torch
 from torch import Tensor
 
 from lact_kernels.core.call import Call, phase
-from lact_kernels.core.fast_weights import RENORM_EPS, FastWeights, Triple
+from lact_kernels.core.fast_weights import FastWeights, Triple
 from lact_kernels.core.ranks import named
 from lact_kernels.triton.fast_weights.activations import ttt_hidden
-from lact_kernels.triton.fast_weights.history import Arrays, Segment
-from lact_kernels.triton.fast_weights.layout import Chunks, Dims
+from lact_kernels.triton.fast_weights.end import End, own
+from lact_kernels.triton.fast_weights.history import (
+    Arrays,
+    Segment,
+    momentum_after_muon,
+    num_float_arrays,
+    trained_matrices,
+)
+from lact_kernels.triton.fast_weights.layout import ALL_MATRICES, Chunks, Dims
 from lact_kernels.triton.fast_weights.newton_schulz import NewtonSchulz
 from lact_kernels.triton.fast_weights.products import num_outer_splits, ttt_outer, ttt_project
 from lact_kernels.triton.fast_weights.update import ttt_mean_momentum, ttt_update
@@ -33,31 +40,65 @@ class Scan:
         q, tokens, start = call.q, call.tokens, call.start
         self.ranks, self.options, self.start = named(call.ranks), call.options, start
         self.q, self.k, self.v = readable_in_place(q, tokens.k, tokens.v)
-        self.lr = torch.stack([lr.mT for lr in tokens[2:5]])  # [3, B, H, T]
-        self.momentum = tokens.momentum
-        self.dims, self.H = Dims.of(start.weights), q.shape[2]
+        self.rates, self.momentum = tokens.rates, tokens.momentum
+        self.momentum_after_muon = momentum_after_muon(call)
+        self.dims, self.H = Dims.of(start.weights, trained_matrices(call)), q.shape[2]
         self.chunks = Chunks(call)
         self.norms = self.chunks.sorted(torch.cat(start.norms, dim=-1)).flatten(0, 1)
-        self.betas = history[3] if self.momentum is not None else None  # [chunks, H]
-        self.history = Arrays(*history[:3]) if len(history) > 2 else Arrays(*history, None)
+        arrays = 1 + num_float_arrays(call)
+        self.history = Arrays(*history[:arrays])
+        self.betas = history[arrays] if self.momentum is not None else None  # [chunks, H]
+
+    @functools.cached_property
+    def lr(self) -> Tensor:
+        """`[3, B, H, T]`. What stands for rates that there are not is read by nobody."""
+        given = [lr for lr in self.rates if lr is not None] or [self.k[..., 0].float()]
+        return torch.stack([(given[0] if lr is None else lr).mT for lr in self.rates])
+
+    @property
+    def of_all(self) -> Dims:
+        """Those of the apply: also of the matrices that are not trained."""
+        return self.dims.having(*ALL_MATRICES)
+
+    @property
+    def has_untrained(self) -> bool:
+        return self.dims.matrices != ALL_MATRICES
 
     @functools.cached_property
     def lr1_v(self) -> Tensor:
         """The values times their learning rates, rounded once."""
+        if self.rates[1] is None:
+            return self.v
         lr, _ = self.update_rates
         return torch.mul(self.v, lr[1].mT[..., None], out=self.v.new_empty(self.v.shape))
 
     @property
     def has_units(self) -> bool:
         """Whether what is rounded needs units: in float16 with Muon, which divides a step by its norm."""
-        return self.options.muon and self.k.dtype == torch.float16
+        return self.options.coefficients is not None and self.k.dtype == torch.float16
 
     @functools.cached_property
     def lengths(self) -> tuple[Tensor, Tensor, Tensor]:
         """w `[H, 1]`, k and v `[B, H, T]`, so that `w k` and `w v` bound the products with the weights."""
         length = functools.partial(torch.linalg.vector_norm, dim=-1, dtype=torch.float32)
-        w = self.norms.view(self.chunks.N, self.H, -1).amax(dim=(0, 2))[:, None]
-        return w, length(self.k).mT, length(self.v).mT * self.dims.Dv**0.5
+        if self.options.weight_norm:
+            w = self.norms.view(self.chunks.N, self.H, -1).amax(dim=(0, 2))
+        else:
+            w = self._longest_rows(self.start.weights) + self._growth()
+        return w[:, None], length(self.k).mT, length(self.v).mT * self.dims.Dv**0.5
+
+    def _growth(self) -> Tensor | float:
+        """What all updates together can add to the length of a row, without renorm and with Muon."""
+        updates, step = self.chunks.updates, largest_singular_value(self.options.coefficients)
+        if not self.momentum_after_muon:
+            return updates * step
+        # M grows by a step at a time, from that of the start.
+        return updates * (self._longest_rows(self.start.buffers) + step * (updates + 1) / 2)
+
+    def _longest_rows(self, matrices: Triple) -> Tensor:
+        """`[H]`, of all sequences and all three matrices."""
+        lengths = (torch.linalg.vector_norm(x, dim=-1).amax(dim=(0, 2)) for x in matrices)
+        return functools.reduce(torch.maximum, lengths)
 
     @functools.cached_property
     def update_rates(self) -> tuple[Tensor, Tensor | None]:
@@ -75,7 +116,7 @@ class Scan:
 
     def forward(self) -> tuple[Tensor, FastWeights | None]:
         o = self.q.new_empty(*self.q.shape[:3], self.dims.Dv)
-        end = _End(self) if self.options.return_end else None
+        end, result = End.of(self.chunks, self.history), None
         if self.momentum is not None:
             steps = range(self.chunks.steps)
             momentum = self.momentum.mT.contiguous()  # [B, H, T]
@@ -94,15 +135,16 @@ class Scan:
                 self.checkpoint(number).copy_(first)
             with phase("scan"):
                 self.scan(segment)
-            if end is not None:
-                end.add(segment)
+            if self.options.return_end:
+                end = end.add(segment)
                 if steps.stop == self.chunks.steps:
-                    end.finish()
-                    self.ranks.send(end.result)
+                    norms = self.norms_of(self.chunks.N)
+                    result = end.fast_weights(self.start, norms, self.dims)
+                    self.ranks.send(result)
             with phase("apply"):
                 self.apply(segment, o)
             before = segment
-        return o, None if end is None else end.result
+        return o, result
 
     def segments(self) -> list[range]:
         """The steps from one checkpoint to the next; all, if every step is kept."""
@@ -115,11 +157,13 @@ class Scan:
         """The arrays of `steps` and the one after them: the history's own, or else new ones."""
         if self.options.checkpoint_interval == 1:
             return Segment(steps, self.history, self.chunks)
-        last = min(steps.stop + 1, self.chunks.steps)
-        number = self.chunks.num_chunks(range(steps.start, last))
+        number = self.chunks.num_chunks(self._and_next(steps))
         room = torch.zeros_like if self.dims.is_padded else torch.empty_like
-        arrays = (None if x is None else room(x[:1].expand(number, -1, -1)) for x in self.history)
-        return Segment(steps, Arrays(*arrays), self.chunks)
+        arrays = self.history.map(lambda x: room(x[:1].expand(number, -1, -1)))
+        return Segment(steps, arrays, self.chunks)
+
+    def _and_next(self, steps: range) -> range:
+        return range(steps.start, min(steps.stop + 1, self.chunks.steps))
 
     def checkpoint(self, number: int) -> Arrays:
         """The history's arrays for the first step of segment `number`."""
@@ -134,10 +178,15 @@ class Scan:
             self.write(first.steps, start.buffers)
         elif first.steps is not None:
             first.steps.zero_()  # read by nobody
+        if first.gradients is not None:
+            first.gradients.zero_()
 
     def write(self, packed: Tensor | None, matrices: Triple) -> None:
         """Three matrices of each sequence, if there are any, into `[N, H, SIZE]` in the order of `layout`."""
         if not matrices:
+            return
+        if not self.dims.is_padded and self.chunks.order is None:
+            torch.cat([x.flatten(2) for x in matrices], dim=-1, out=packed)
             return
         for place, matrix in zip(self.dims.unpack(packed), matrices):
             place.copy_(self.chunks.sorted(matrix))
@@ -148,9 +197,22 @@ class Scan:
         return self.chunks.batches(steps, ACTIVATION_BYTES // row_bytes)
 
     def scan(self, segment: Segment) -> None:
+        if self.has_untrained:
+            self.write_untrained(segment)
         for step in segment.steps:
             if self.chunks.active(step):
                 self.update(segment, step)
+
+    def write_untrained(self, segment: Segment) -> None:
+        """The matrices that no update changes: from the first chunks of a segment to all others."""
+        steps = self._and_next(segment.steps)
+        weights = segment.weights(steps)
+        first = len(segment.at(steps.start).weights)
+        if len(weights) == first:
+            return
+        sequences = self.chunks.places(range(steps.start + 1, steps.stop))
+        for span in self.dims.spans([not trained for trained in self.dims.matrices]):
+            weights[first:, :, span] = weights[:first, :, span][sequences]
 
     def update(self, segment: Segment, step: int) -> None:
         """From the weights of a step's chunks to those of the next step."""
@@ -159,7 +221,7 @@ class Scan:
         steps = range(step, step + 1)
         run = chunks.keys(steps, steps, number)
         now, then = segment.at(step, number), segment.at(step + 1, number)
-        acts = self.activations(3, steps)
+        acts = self.activations(3, chunks.of_keys.number(steps))
         lr, units = self.update_rates
         ttt_hidden(self.k, self.v, lr, now.weights, acts, run, dims)
         splits = num_outer_splits(self.k, number, run.width, dims)
@@ -170,30 +232,39 @@ class Scan:
             self.ranks.sum_(parts)
 
         now, then, parts = now.heads(), then.heads(), parts.flatten(1, 2)
-        norms = self.norms[: len(now.sums)]
-        places = (now.sums, then.sums, then.weights, norms, dims)
+        places = (now.sums, then.sums, then.weights, self.norms_of(number), dims)
         how = {"is_start": step == 0, "prenorm": self.options.prenorm}
         momentum = {"next_steps": then.steps}
         if self.betas is not None:
             momentum |= {"betas": self.betas_of(step, number), "steps": now.steps}
-        if not self.options.muon:
+        if self.options.coefficients is None:
             ttt_update(parts, *places, **how, **momentum)
             return
-        squares = self.floats(len(norms), dims.rows)
-        ttt_update(parts, *places, **how, **momentum, squares=squares)
-        orthogonal = self.newton_schulz(number).forward(then.steps, squares)
-        ttt_update(orthogonal, *places, **how)
+        before, after = momentum, {}
+        if self.momentum_after_muon:
+            before, after = {"next_steps": then.gradients}, momentum
+        squares = self.floats(number * self.H, dims.rows)
+        ttt_update(parts, *places, **how, **before, squares=squares)
+        orthogonal = self.newton_schulz(number).forward(
+            then.muon, squares, self.options.coefficients
+        )
+        ttt_update(orthogonal, *places, **how, **after)
 
     def apply(self, segment: Segment, o: Tensor) -> None:
-        for batch in self.batches(segment.steps, planes=1):
-            run, weights = self.chunks.queries(batch), segment.weights(batch)
-            acts = self.activations(1, batch)
-            ttt_hidden(self.q, None, None, weights, acts, run, self.dims)
-            ttt_project(acts, weights, o, run, self.dims, to_values=True)
+        for steps in self.chunks.applied(segment.steps):
+            for batch in self.batches(steps, planes=1):
+                run, weights = self.chunks.queries(batch), segment.weights(batch)
+                acts = self.activations(1, self.chunks.of_queries.number(batch))
+                ttt_hidden(self.q, None, None, weights, acts, run, self.of_all)
+                ttt_project(acts, weights, o, run, self.of_all, to_values=True)
 
-    def activations(self, planes: int, steps: range) -> Tensor:
-        """Room for `planes` numbers for each hidden unit, of the tokens of these steps."""
-        return self.k.new_empty(planes, self.H, self.chunks.num_rows(steps), self.dims.Dh)
+    def activations(self, planes: int, rows: int) -> Tensor:
+        """Room for `planes` numbers for each hidden unit, of as many tokens."""
+        return self.k.new_empty(planes, self.H, rows, self.dims.Dh)
+
+    def norms_of(self, number: int) -> Tensor | None:
+        """The target norms of the first `number` sequences, `[heads, ROWS]`; None without renorm."""
+        return self.norms[: number * self.H] if self.options.weight_norm else None
 
     def floats(self, *shape: int) -> Tensor:
         return self.k.new_empty(shape, dtype=torch.float32)
@@ -212,41 +283,11 @@ class Scan:
         return None if self.betas is None else self.betas[first : first + number].flatten()
 
 
-class _End:
-    """The fast weights after each sequence's last update, collected where it happens."""
-
-    def __init__(self, scan: "Scan"):
-        self.scan = scan
-        self.sums = scan.floats(scan.chunks.N, scan.H, scan.dims.size)
-        self.steps = torch.empty_like(self.sums) if scan.start.buffers else None
-
-    def add(self, segment: Segment) -> None:
-        """The sequences whose last chunk is in this segment: behind those that go on."""
-        chunks = self.scan.chunks
-        for step in segment.steps:
-            goes_on = chunks.active(step)
-            if goes_on < chunks.counts[step]:
-                arrays = segment.at(step)
-                self.sums[goes_on : len(arrays.sums)] = arrays.sums[goes_on:]
-                if self.steps is not None:
-                    self.steps[goes_on : len(arrays.sums)] = arrays.steps[goes_on:]
-
-    def finish(self) -> None:
-        """All there is, in the order of the sequences, as the `result`."""
-        scan, start = self.scan, self.scan.start
-        updated = scan.chunks.active(0)
-        weights = []
-        for x, w, norm in zip(scan.dims.unpack(self.sums), start.weights, start.norms):
-            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True) + RENORM_EPS
-            x = x * (scan.chunks.sorted(norm)[..., None] / length)
-            x[updated:] = scan.chunks.sorted(w)[updated:]
-            weights.append(scan.chunks.unsorted(x))
-        masters = scan.unpack(self.sums) if start.masters else ()
-        buffers = scan.unpack(self.steps) if start.buffers else ()
-        norms = tuple(map(own, start.norms))
-        self.result = FastWeights(tuple(weights), norms, masters, buffers)
-
-
-def own(x: Tensor) -> Tensor:
-    """A contiguous copy: what an op returns shares no memory."""
-    return x.clone(memory_format=torch.contiguous_format)
+@functools.cache
+def largest_singular_value(coefficients: tuple[tuple[float, float, float], ...]) -> float:
+    """A bound of what Muon makes of a matrix, whose own are at most 1 before the first step."""
+    top, points = 1.0, 1000
+    for a, b, c in coefficients:
+        singular_values = (top * i / points for i in range(points + 1))
+        top = 1.01 * max(abs(a * s + b * s**3 + c * s**5) for s in singular_values)
+    return top

@@ -7,10 +7,12 @@
 ```
 
 What x is in the sum: pre-norm's masters, or in post-norm the weights in float32, which are computed from
-the sum before, as they are not kept themselves. (At the very start the weights are their own sum.)
+the sum before, as they are not kept themselves. (At the very start the weights are their own sum.) Without
+target norms there is no renorm, w' = x', and the two are the same.
 
 One program computes some rows of one matrix of one head. Without Muon it does all of this; with Muon one
-launch ends at M', and another begins with the orthogonalised step.
+launch ends at M', and another begins with the orthogonalised step. Where momentum comes after Muon the first
+ends at G, and the second has M' = NS(G) + beta M.
 """
 
 import triton
@@ -39,11 +41,11 @@ TOKEN_BLOCK = 1024
 
 @triton.jit
 def matrix_rows(
-    NET: tl.constexpr, TILES0: tl.constexpr, TILES1: tl.constexpr,
+    NET: tl.constexpr, TILES0: tl.constexpr, TILES1: tl.constexpr, TILES2: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Head and matrix of this program, and of its rows: numbers, elements and which of these exist."""
-    head, matrix, tile = matrix_tile(TILES0, TILES1)
+    head, matrix, tile = matrix_tile(TILES0, TILES1, TILES2)
     num_rows, num_columns = matrix_shape(matrix, NET.DK, NET.DV, NET.DH)
     rows = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.arange(0, BLOCK_COLUMNS)
@@ -73,13 +75,13 @@ def _ttt_update_kernel(
     parts_ptr,  # [parts, heads, SIZE], or None: then the step is in orthogonal_ptr
     orthogonal_ptr,  # [heads, SIZE]
     steps_ptr,  # [heads, SIZE]: M, with momentum
-    next_steps_ptr,  # [heads, SIZE]: M', or None where nobody reads it
+    next_steps_ptr,  # [heads, SIZE]: M', or what Muon gets; None where nobody reads it
     sums_ptr,  # [heads, SIZE]: x
     next_sums_ptr,
     next_weights_ptr,
-    norms_ptr,  # [heads, ROWS]
+    norms_ptr,  # [heads, ROWS], or None without renorm
     betas_ptr,  # [heads], or None without momentum
-    squares_ptr,  # [heads, ROWS]: with it the launch ends at M' and the squares of its rows' norms
+    squares_ptr,  # [heads, ROWS]: with it the launch ends here, with the squares of the rows' norms
     num_parts,
     stride_part,
     is_start,
@@ -87,11 +89,12 @@ def _ttt_update_kernel(
     PRENORM: tl.constexpr,
     TILES0: tl.constexpr,
     TILES1: tl.constexpr,
+    TILES2: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     head, matrix, rows, real, offsets, inside = matrix_rows(
-        NET, TILES0, TILES1, BLOCK_ROWS, BLOCK_COLUMNS
+        NET, TILES0, TILES1, TILES2, BLOCK_ROWS, BLOCK_COLUMNS
     )
     element, row = matrix_place(head, matrix, NET)
     offsets += element
@@ -100,22 +103,27 @@ def _ttt_update_kernel(
         step = tl.load(orthogonal_ptr + offsets, mask=inside, other=0.0)
     else:
         step = sum_parts(parts_ptr, offsets, inside, num_parts, stride_part)
-        if betas_ptr is not None:
-            beta = tl.load(betas_ptr + head)
-            step += beta * tl.load(steps_ptr + offsets, mask=inside, other=0.0)
-        if next_steps_ptr is not None:
-            tl.store(next_steps_ptr + offsets, step, mask=inside)
+    if betas_ptr is not None:
+        beta = tl.load(betas_ptr + head)
+        step += beta * tl.load(steps_ptr + offsets, mask=inside, other=0.0)
+    if next_steps_ptr is not None:
+        tl.store(next_steps_ptr + offsets, step, mask=inside)
     if squares_ptr is not None:
         tl.store(squares_ptr + rows, tl.sum(step * step, axis=1), mask=real)
     else:
         x = tl.load(sums_ptr + offsets, mask=inside, other=0.0)
-        norm = tl.load(norms_ptr + rows, mask=real, other=0.0)
-        if not PRENORM:
+        dtype = next_weights_ptr.dtype.element_ty
+        if norms_ptr is None:
+            x += step
+            weights = x.to(dtype)
+        else:
+            norm = tl.load(norms_ptr + rows, mask=real, other=0.0)
+            if not PRENORM:
+                factor = tl.div_rn(norm, row_lengths(x) + RENORM_EPS)
+                x *= tl.where(is_start != 0, 1.0, factor)[:, None]
+            x += step
             factor = tl.div_rn(norm, row_lengths(x) + RENORM_EPS)
-            x *= tl.where(is_start != 0, 1.0, factor)[:, None]
-        x += step
-        factor = tl.div_rn(norm, row_lengths(x) + RENORM_EPS)
-        weights = (x * factor[:, None]).to(next_weights_ptr.dtype.element_ty)
+            weights = (x * factor[:, None]).to(dtype)
         tl.store(next_sums_ptr + offsets, x, mask=inside)
         tl.store(next_weights_ptr + offsets, weights, mask=inside)
 
@@ -148,16 +156,16 @@ def ttt_update(
     sums: Tensor,  # `[heads, SIZE]`, float32 like all but next_weights
     next_sums: Tensor,  # `[heads, SIZE]`: written, like the next
     next_weights: Tensor,  # `[heads, SIZE]`, in the dtype of the products
-    norms: Tensor,  # `[heads, ROWS]`
+    norms: Tensor | None,  # `[heads, ROWS]`; None without renorm
     dims: Dims,
     *,
     is_start: bool,
     prenorm: bool,
     betas: Tensor | None = None,  # `[heads]`, with momentum
     steps: Tensor | None = None,  # `[heads, SIZE]`: M, with momentum
-    next_steps: Tensor | None = None,  # `[heads, SIZE]`: M', written
+    next_steps: Tensor | None = None,  # `[heads, SIZE]`: M' or G, written
     squares: Tensor
-    | None = None,  # `[heads, ROWS]`: ends at M', with the squares of its rows' norms
+    | None = None,  # `[heads, ROWS]`: ends there, with the squares of its rows' norms
 ) -> None:
     """One update of all heads, or with Muon the first or the second part of it."""
     in_parts = step.ndim == 3
@@ -167,7 +175,7 @@ def ttt_update(
         steps_ptr=steps, next_steps_ptr=next_steps, sums_ptr=sums, next_sums_ptr=next_sums,
         next_weights_ptr=next_weights, norms_ptr=norms, betas_ptr=betas, squares_ptr=squares,
         num_parts=step.shape[0], stride_part=step.stride(0), is_start=int(is_start),
-        **constexprs, PRENORM=prenorm, num_warps=NUM_WARPS,
+        **constexprs, PRENORM=prenorm, num_warps=row_warps(dims),
     )  # fmt: skip
 
 
@@ -179,10 +187,24 @@ def ttt_mean_momentum(momentum: Tensor, betas: Tensor, run: Run) -> None:
     )
 
 
-def row_programs(dims: Dims) -> tuple[int, dict[str, int]]:
-    """Programs per head of the kernels over rows, and their compile-time arguments."""
-    columns = triton.next_power_of_2(max(dims.Dk, dims.Dh))
-    rows = max(1, PROGRAM_ELEMENTS // columns)
-    tiles = tile_constexprs(dims.shapes, rows, columns)
+def row_programs(dims: Dims, tiled: Dims | None = None) -> tuple[int, dict[str, int]]:
+    """Programs per head of the kernels over rows, and their compile-time arguments.
+
+    They have rows of the matrices of `tiled`, where these are not those of `dims`.
+    """
+    rows, columns = row_block(dims)
+    tiles = tile_constexprs(tiled or dims, dims.shapes, rows, columns)
     blocks = {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns}
     return num_tiles(tiles), {**dims_constexprs(dims), **tiles, **blocks}
+
+
+def row_block(dims: Dims) -> tuple[int, int]:
+    """Rows of one program, and columns, which are all of a row."""
+    columns = triton.next_power_of_2(max(dims.Dk, dims.Dh))
+    return max(1, PROGRAM_ELEMENTS // columns), columns
+
+
+def row_warps(dims: Dims) -> int:
+    """More for rows that are longer than a program's share."""
+    rows, columns = row_block(dims)
+    return NUM_WARPS * max(1, rows * columns // PROGRAM_ELEMENTS)

@@ -12,7 +12,11 @@ From dw', the gradient of the new weights, with n the length of a row of x' and 
 
 dx' is carried on to the update before: to its weights (post-norm) or its masters (pre-norm). Without Muon one
 launch does all of this; with Muon one ends at dx', and another begins with the iteration's gradient. A
-row whose n is 0, or whose squares underflow, has no direction, and only its length's part is lost.
+row whose n is 0, or whose squares underflow, has no direction, and only its length's part is lost. Without
+renorm dx' is dw' and what is carried. Where momentum comes after Muon the first launch ends at dM', and
+what the iteration gives is dG.
+
+A matrix that is not trained has no update: what its versions get is added up in `kept`.
 
 With Muon dG is about dw' 490 / |G|, which is beyond float16: there each matrix of each head has a unit, the
 power of two that brings it to at most 2^14. It is known before dG is, from the norms of the terms of dG.
@@ -24,9 +28,11 @@ from torch import Tensor
 
 from lact_kernels.core import newton_schulz
 from lact_kernels.triton.fast_weights.layout import (
+    ALL_MATRICES,
     TOKEN_ARGUMENTS,
     Dims,
     Run,
+    dims_constexprs,
 )
 from lact_kernels.triton.fast_weights.primitives import (
     GRADIENT_BITS,
@@ -42,6 +48,7 @@ from lact_kernels.triton.fast_weights.update import (
     matrix_rows,
     row_lengths,
     row_programs,
+    row_warps,
     sum_parts,
 )
 
@@ -55,14 +62,16 @@ def _ttt_update_bwd_kernel(
     parts_ptr,  # [parts, .., SIZE]: gradients of the new weights by the update after this one
     apply_ptr,  # [parts, heads, SIZE]: and by apply; None: they are among the others
     carry_ptr,  # [heads, SIZE]: read and written
+    kept_ptr,  # [heads, SIZE]: added to, of the matrices that are not trained
     sums_ptr,  # [heads, SIZE]: x'
-    norms_ptr,  # [heads, ROWS]
+    norms_ptr,  # [heads, ROWS], or None without renorm
     dnorms_ptr,  # [heads, ROWS]: added to
     betas_ptr,  # [heads], or None without momentum
     steps_ptr,  # [heads, SIZE]: M
-    next_steps_ptr,  # [heads, SIZE]: M'
-    dsquares_ptr,  # [heads, ROWS]: squares of the rows' norms of dx', with Muon
-    squares_ptr,  # [heads, ROWS]: of M'
+    next_steps_ptr,  # [heads, SIZE]: M', or what else Muon got
+    dnext_steps_ptr,  # [heads, SIZE]: written: the gradient of M' where momentum comes after Muon
+    dsquares_ptr,  # [heads, ROWS]: squares of the rows' norms of dx' or dM', with Muon
+    squares_ptr,  # [heads, ROWS]: of what Muon got
     dx_ptr,  # [heads, SIZE]: the iteration's gradient: the second launch with Muon, else None
     inner_ptr,  # [heads, ROWS]: rows of <dx, M'>
     dx_squares_ptr,  # [heads, ROWS]: of dx, like the next and the units None where dG has none
@@ -79,12 +88,13 @@ def _ttt_update_bwd_kernel(
     PRENORM: tl.constexpr,
     TILES0: tl.constexpr,
     TILES1: tl.constexpr,
+    TILES2: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_TOTAL: tl.constexpr,
 ):
     head, matrix, rows, real, offsets, inside = matrix_rows(
-        NET, TILES0, TILES1, BLOCK_ROWS, BLOCK_COLUMNS
+        NET, TILES0, TILES1, TILES2, BLOCK_ROWS, BLOCK_COLUMNS
     )
     num_rows, num_columns = matrix_shape(matrix, NET.DK, NET.DV, NET.DH)
     element, row = matrix_place(head, matrix, NET)
@@ -94,18 +104,32 @@ def _ttt_update_bwd_kernel(
         dweights = sum_parts(parts_ptr, offsets, inside, num_parts, stride_part)
         if apply_ptr is not None:
             dweights += sum_parts(apply_ptr, offsets, inside, num_apply_parts, stride_apply_part)
-        if not PRENORM:
-            dweights += tl.load(carry_ptr + offsets, mask=inside, other=0.0)
-        x = tl.load(sums_ptr + offsets, mask=inside, other=0.0)
-        norm = tl.load(norms_ptr + rows, mask=real, other=0.0)
-        length = row_lengths(x)
-        along = tl.div_rn(tl.sum(dweights * x, axis=1), length + RENORM_EPS)
-        dnorm = tl.load(dnorms_ptr + rows, mask=real, other=0.0)
-        tl.store(dnorms_ptr + rows, dnorm + along, mask=real)
-        radial = x * tl.div_rn(along, tl.where(length > 0.0, length, INFINITY))[:, None]
-        dstep = (dweights - radial) * tl.div_rn(norm, length + RENORM_EPS)[:, None]
-        if PRENORM:  # read late: across the divisions and roots it would not stay in registers
-            dstep += tl.load(carry_ptr + offsets, mask=inside, other=0.0)
+        if not (NET.W0 and NET.W1 and NET.W2):
+            # The update's backward writes no gradient that is 0: what was in its place has been read.
+            if not (NET.W0 or NET.W2):
+                tl.store(parts_ptr + offsets, tl.zeros_like(dweights), mask=inside & (matrix == 1))
+            if not (NET.W0 or NET.W1):
+                tl.store(parts_ptr + offsets, tl.zeros_like(dweights), mask=inside & (matrix == 2))
+            TRAINED: tl.constexpr = NET.W0 + 2 * NET.W1 + 4 * NET.W2
+            if (TRAINED >> matrix) % 2 == 0:
+                dweights += tl.load(kept_ptr + offsets, mask=inside, other=0.0)
+                tl.store(kept_ptr + offsets, dweights, mask=inside)
+                return
+        if norms_ptr is None:
+            dstep = dweights + tl.load(carry_ptr + offsets, mask=inside, other=0.0)
+        else:
+            if not PRENORM:
+                dweights += tl.load(carry_ptr + offsets, mask=inside, other=0.0)
+            x = tl.load(sums_ptr + offsets, mask=inside, other=0.0)
+            norm = tl.load(norms_ptr + rows, mask=real, other=0.0)
+            length = row_lengths(x)
+            along = tl.div_rn(tl.sum(dweights * x, axis=1), length + RENORM_EPS)
+            dnorm = tl.load(dnorms_ptr + rows, mask=real, other=0.0)
+            tl.store(dnorms_ptr + rows, dnorm + along, mask=real)
+            radial = x * tl.div_rn(along, tl.where(length > 0.0, length, INFINITY))[:, None]
+            dstep = (dweights - radial) * tl.div_rn(norm, length + RENORM_EPS)[:, None]
+            if PRENORM:  # read late: across the divisions and roots it would not stay in registers
+                dstep += tl.load(carry_ptr + offsets, mask=inside, other=0.0)
         tl.store(carry_ptr + offsets, dstep, mask=inside)
     else:
         # Back through the division by the Frobenius norm that begins the iteration.
@@ -119,17 +143,19 @@ def _ttt_update_bwd_kernel(
         dx = scale * tl.load(dx_ptr + offsets, mask=inside, other=0.0)
         step = tl.load(next_steps_ptr + offsets, mask=inside, other=0.0)
         dstep = (dx - step * along) * tl.div_rn(1.0, length + NEWTON_SCHULZ_EPS)
+    if betas_ptr is not None:
+        beta = tl.load(betas_ptr + head)
+        dstep += tl.load(dbuffers_ptr + offsets, mask=inside, other=0.0)
+        before = tl.load(steps_ptr + offsets, mask=inside, other=0.0)
+        tl.store(dbuffers_ptr + offsets, beta * dstep, mask=inside)
+        tl.store(dbetas_ptr + rows, tl.sum(dstep * before, axis=1), mask=real)
     if dsteps_ptr is None:
+        if dnext_steps_ptr is not None:
+            tl.store(dnext_steps_ptr + offsets, dstep, mask=inside)
         step = tl.load(next_steps_ptr + offsets, mask=inside, other=0.0)
         tl.store(dsquares_ptr + rows, tl.sum(dstep * dstep, axis=1), mask=real)
         tl.store(squares_ptr + rows, tl.sum(step * step, axis=1), mask=real)
     else:
-        if betas_ptr is not None:
-            beta = tl.load(betas_ptr + head)
-            dstep += tl.load(dbuffers_ptr + offsets, mask=inside, other=0.0)
-            before = tl.load(steps_ptr + offsets, mask=inside, other=0.0)
-            tl.store(dbuffers_ptr + offsets, beta * dstep, mask=inside)
-            tl.store(dbetas_ptr + rows, tl.sum(dstep * before, axis=1), mask=real)
         if units_ptr is not None:
             size = scale * tl.sqrt_rn(matrix_total(dx_squares_ptr + row, num_rows, BLOCK_TOTAL))
             size = tl.div_rn(size, length + NEWTON_SCHULZ_EPS)
@@ -164,7 +190,7 @@ def _ttt_rates_bwd_kernel(
     num_v,
     num_h,
     num_tiles,
-    ROWS: tl.constexpr,
+    NET: tl.constexpr,
     BLOCK_TOTAL: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -180,11 +206,13 @@ def _ttt_rates_bwd_kernel(
     inside = tokens < number
     place = (b * H + h) * T + first + tokens
     for i in tl.static_range(3):
-        part_ptr = dlr_parts_ptr + (i * H + h) * num_rows + row
-        stride_part = tl.cast(num_rows, tl.int64) * H * 3
-        total = sum_parts(part_ptr, tokens, inside, num_tiles, stride_part)
-        tl.store(dlr_ptr + i * tl.cast(B, tl.int64) * H * T + place, total, mask=inside)
+        if (i == 0 and NET.W0) or (i == 1 and NET.W1) or (i == 2 and NET.W2):
+            part_ptr = dlr_parts_ptr + (i * H + h) * num_rows + row
+            stride_part = tl.cast(num_rows, tl.int64) * H * 3
+            total = sum_parts(part_ptr, tokens, inside, num_tiles, stride_part)
+            tl.store(dlr_ptr + i * tl.cast(B, tl.int64) * H * T + place, total, mask=inside)
     if dbetas_ptr is not None:
+        ROWS: tl.constexpr = 2 * NET.DH + NET.DV
         dbeta = matrix_total(dbetas_ptr + tl.cast(chunk_head, tl.int64) * ROWS, ROWS, BLOCK_TOTAL)
         share = tl.full([BLOCK_T], 0.0, tl.float32) + tl.div_rn(dbeta, chunk_size.to(tl.float32))
         tl.store(dmomentum_ptr + place, share, mask=inside)
@@ -193,9 +221,10 @@ def _ttt_rates_bwd_kernel(
 def ttt_update_bwd(
     dweights: Tensor,  # `[parts, heads or more, SIZE]`, float32 like all but dsteps
     dapply: Tensor | None,  # `[parts, heads, SIZE]`
-    carry: Tensor,  # `[heads, SIZE]`: read and written, like dnorms and dbuffers
+    carry: Tensor,  # `[heads, SIZE]`: read and written, like kept, dnorms and dbuffers
+    kept: Tensor | None,  # `[heads, SIZE]`: of matrices that are not trained
     sums: Tensor,  # `[heads, SIZE]`: x'
-    norms: Tensor,  # `[heads, ROWS]`
+    norms: Tensor | None,  # `[heads, ROWS]`; None without renorm
     dnorms: Tensor,  # `[heads, ROWS]`
     dims: Dims,
     *,
@@ -204,28 +233,32 @@ def ttt_update_bwd(
     steps: Tensor | None = None,  # `[heads, SIZE]`: M
     dbuffers: Tensor | None = None,  # `[heads, SIZE]`
     dbetas: Tensor | None = None,  # `[heads, ROWS]`: written
-    next_steps: Tensor | None = None,  # `[heads, SIZE]`: M', with Muon, like the next two
+    next_steps: Tensor | None = None,  # `[heads, SIZE]`: what Muon got, like the next two
     squares: tuple[Tensor, Tensor]
-    | None = None,  # `[heads, ROWS]`: of the rows' norms of dx' and of M'
+    | None = None,  # `[heads, ROWS]`: of the rows' norms of dx' or dM' and of next_steps
+    dnext_steps: Tensor | None = None,  # `[heads, SIZE]`: written: dM' where momentum is after Muon
     iteration: tuple[Tensor | None, ...] | None = None,  # NewtonSchulz.backward: the second launch
     units: Tensor | None = None,  # `[heads, 4]`: the first three are written
     dsteps: Tensor | None = None,  # `[heads, SIZE]`: written; None: the first launch with Muon
 ) -> None:
     """Backward of one update of all heads, or with Muon the first or the second part of it."""
-    programs, constexprs = row_programs(dims)
+    # The first launch has those matrices, too, that are not trained.
+    programs, constexprs = row_programs(
+        dims, dims.having(*ALL_MATRICES) if iteration is None else dims
+    )
     dsquares, squares = squares or (None, None)
     dx, inner, dx_squares, dbuffers_squares = iteration or (None,) * 4
     _ttt_update_bwd_kernel[(sums.shape[0] * programs,)](
-        parts_ptr=dweights, apply_ptr=dapply, carry_ptr=carry, sums_ptr=sums, norms_ptr=norms,
+        parts_ptr=dweights, apply_ptr=dapply, carry_ptr=carry, kept_ptr=kept, sums_ptr=sums, norms_ptr=norms,
         dnorms_ptr=dnorms, betas_ptr=betas, steps_ptr=steps, next_steps_ptr=next_steps,
-        dsquares_ptr=dsquares, squares_ptr=squares, dx_ptr=dx, inner_ptr=inner,
+        dnext_steps_ptr=dnext_steps, dsquares_ptr=dsquares, squares_ptr=squares, dx_ptr=dx, inner_ptr=inner,
         dx_squares_ptr=dx_squares, dbuffers_squares_ptr=dbuffers_squares, units_ptr=units,
         dbuffers_ptr=dbuffers, dbetas_ptr=dbetas, dsteps_ptr=dsteps,
         num_parts=dweights.shape[0], stride_part=dweights.stride(0),
         num_apply_parts=0 if dapply is None else dapply.shape[0],
         stride_apply_part=0 if dapply is None else dapply.stride(0),
         **constexprs, PRENORM=prenorm,
-        BLOCK_TOTAL=triton.next_power_of_2(max(dims.Dh, dims.Dv)), num_warps=NUM_WARPS,
+        BLOCK_TOTAL=total_block(dims), num_warps=row_warps(dims),
     )  # fmt: skip
 
 
@@ -245,6 +278,14 @@ def ttt_rates_bwd(
     )  # fmt: skip
 
 
+def total_block(dims: Dims) -> int:
+    """For all rows of one matrix."""
+    return triton.next_power_of_2(max(dims.Dh, dims.Dv))
+
+
 def rates_constexprs(dims: Dims) -> dict[str, int]:
-    rows = dims.rows
-    return {"ROWS": rows, "BLOCK_TOTAL": triton.next_power_of_2(rows), "BLOCK_T": TOKEN_BLOCK}
+    return {
+        **dims_constexprs(dims),
+        "BLOCK_TOTAL": triton.next_power_of_2(dims.rows),
+        "BLOCK_T": TOKEN_BLOCK,
+    }
