@@ -19,24 +19,17 @@ def scan_within_chunks(
     call: Call, state: TTTState, pieces: SequencePieces, backend: str
 ) -> tuple[Tensor, FastWeights | None]:
     """Outputs, and the end if asked for, of ranks that share chunks. The first has the pending tokens."""
-    B, t = call.q.shape[:2]
     pending = pending_lengths(state, pieces)
     call = call._replace(ranks=remember(SharedUpdates(pieces.group)))
     if any(pending) and pieces.rank == 0:
         numbers = range(len(pending))
         call = call._replace(tokens=behind_pending(state, call.tokens, pieces, numbers))
-    rows, num_keys = 1, call.tokens.k.shape[1]
-    if backend == "triton" and B > 1:  # whose kernels find the chunks of a plan in one row only
-        rows = B
-        call = call._replace(q=call.q.flatten(0, 1)[None], tokens=call.tokens.as_row())
 
     def make() -> Tensor:
-        plan = _shared_plan(pieces, pending, call.options)
-        return (plan if rows == 1 else _repeated(plan, rows, t, num_keys)).to_tensor()
+        return _shared_plan(pieces, pending, call.options).to_tensor()
 
-    key = ("within", call.options.chunk_size, pending, call.options.return_end, rows)
-    o, end = run(call._replace(plan=pieces.once(key, make)), backend)
-    return o.view(B, t, *o.shape[2:]), end
+    key = ("within", call.options.chunk_size, pending, call.options.return_end)
+    return run(call._replace(plan=pieces.once(key, make)), backend)
 
 
 def _shared_plan(pieces: SequencePieces, pending: tuple[int, ...], options: Options) -> Plan:
@@ -54,11 +47,3 @@ def _shared_plan(pieces: SequencePieces, pending: tuple[int, ...], options: Opti
         plan.keys.append(list(itertools.pairwise(keys)))
         shift += before
     return plan
-
-
-def _repeated(plan: Plan, rows: int, queries: int, keys: int) -> Plan:
-    """The plan of one row for several that lie end to end."""
-    return Plan(
-        [[(a + row * keys, b + row * keys) for a, b in plan.keys[0]] for row in range(rows)],
-        [[border + row * queries for border in plan.queries[0]] for row in range(rows)],
-    )
