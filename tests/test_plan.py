@@ -1,15 +1,20 @@
 """The plan of a scan: which keys update the weights, and which queries see each version of them."""
 
+import dataclasses
+
 import pytest
 import torch
 
 import reference
+from benchmarks.launches import count_launches
 from lact_kernels.autograd.ttt import ttt_fwd
 from lact_kernels.core.call import Call, Options
+from lact_kernels.core.newton_schulz import NewtonSchulz
 from lact_kernels.core.plan import Plan
 from lact_kernels.core.tokens import Tokens
 from lact_kernels.ops.fast_weights import new_state, run
-from tests.cases import TTTCase
+from tests.cases import TTTCase, filled_with_nan
+from tests.plan_cases import PACKED, ScanCase, check_scan
 
 C = 4
 
@@ -109,3 +114,80 @@ def test_other_orders(plan, backend):
     exact_grads = torch.autograd.grad(expected, list(exact.values()), do.double())
     for name, ours, theirs in zip(x, grads, exact_grads):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-4, msg=f"d{name}")
+
+
+# One step of Newton-Schulz, and one that does not amplify what is small.
+SMALL = {"muon": NewtonSchulz([(1.5, -0.5, 0.1)]), "Tk": 11, "H": 2}
+MUON = SMALL | {"momentum": True, "momentum_after_muon": True}
+SCANS = [
+    ScanCase("gaps and unseen versions", momentum=True),
+    ScanCase("rows", B=2, H=1, prenorm=True),
+    ScanCase("packed", plan=PACKED, momentum=True, prenorm=True, checkpoint_interval=2),
+    ScanCase("no keys", plan=Plan([[(0, 0)]], [[0, 2, 5]]), Tk=0, momentum=True),
+    ScanCase("no queries", plan=Plan([[(0, 5), (6, 9)]], [[0, 0, 0, 0]])),
+    ScanCase("no renorm", weight_norm=False, momentum=True),
+    ScanCase("no renorm of masters", weight_norm=False, prenorm=True, plan=PACKED),
+    ScanCase("momentum after Muon", UPDATE_FIRST, prenorm=True, checkpoint_interval=2, **MUON),
+    ScanCase("w1 alone, momentum after Muon", UPDATE_FIRST, trained=(1,), **MUON),
+]
+# In float16 Muon's gradients have units, of the matrices that there are.
+FLOAT16 = [
+    ScanCase("w1", BIDIRECTIONAL, trained=(1,), **SMALL),
+    ScanCase("w0 and w2", BIDIRECTIONAL, trained=(0, 2), **SMALL),
+    ScanCase("growing weights", UPDATE_FIRST, weight_norm=False, **MUON),
+]
+TRAINED = [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)]
+
+
+@pytest.mark.parametrize("case", SCANS, ids=str)
+def test_scans_in_triton(case):
+    check(case)
+
+
+@pytest.mark.parametrize("case", FLOAT16, ids=str)
+def test_units_in_float16(case):
+    check(case, torch.float16)
+
+
+@pytest.mark.parametrize("prenorm", [False, True], ids=["post-norm", "pre-norm"])
+@pytest.mark.parametrize("trained", TRAINED, ids=str)
+def test_weights_that_are_not_trained(trained, prenorm):
+    """Their gradients, masters and buffers go through, and no product is made for their steps."""
+    case = ScanCase("", trained=trained, prenorm=prenorm, momentum=True, H=1, plan=PACKED)
+    check(dataclasses.replace(case, checkpoint_interval=1 + prenorm))
+
+
+def check(case, dtype=torch.float32):
+    with filled_with_nan():
+        check_scan("triton", case, dtype, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("end, forward", [(False, 5), (True, 6)], ids=["outputs", "with an end"])
+def test_launches_of_a_bidirectional_plan(end, forward):
+    """Two products, an update and the apply, and of the backward three launches for the apply."""
+    case = ScanCase("", plan=BIDIRECTIONAL, Tk=11, H=1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = case.inputs(torch.float32, device)
+    call = case.call(x)
+    call = call._replace(options=call.options._replace(return_end=end))
+    outputs = []
+    launches = count_launches(lambda: outputs.append(run(call, "triton")[0]))
+    assert launches.kernels == forward
+    backward = count_launches(lambda: torch.autograd.grad(outputs[0].sum(), x["k"]))
+    assert backward.kernels == 9
+
+
+@pytest.mark.parametrize("queries", [[0, 0, 0, 0, 11], [0, 11, 11, 11, 11], [0, 0, 0, 11, 11]])
+def test_versions_that_nobody_sees_are_not_applied(queries):
+    """Three updates, and one version with queries: one pair of launches, and three backward."""
+    case = ScanCase("", plan=Plan(UPDATE_FIRST.keys, [queries]), Tk=11, H=1)
+    x = case.inputs(torch.float32, "cuda" if torch.cuda.is_available() else "cpu")
+    outputs = []
+    forward = count_launches(lambda: outputs.append(run(case.call(x), "triton")[0]))
+    assert forward.kernel_names["_ttt_project_kernel"] == 1
+    assert forward.kernel_names["_ttt_hidden_kernel"] == 3 + 1
+    backward = count_launches(lambda: torch.autograd.grad(outputs[0].sum(), x["k"]))
+    # Those of the apply, and one for each update or all of them.
+    assert backward.kernel_names["_ttt_hidden_kernel"] == 1
+    assert backward.kernel_names["_ttt_outer_kernel"] == 1 + 3
+    assert backward.kernel_names["_ttt_project_kernel"] == 1 + 2
