@@ -152,7 +152,7 @@ TTT = [
     ({"momentum": 0.9}, TypeError, "momentum must be a tensor"),
     ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
     ({"chunk_size": 4.0}, TypeError, "chunk_size must be an int"),
-    ({"muon": 1}, TypeError, "muon must be True or False"),
+    ({"muon": 1}, TypeError, "muon must be True, False or a NewtonSchulz, got 1"),
     ({"prenorm": None}, TypeError, "prenorm must be True or False"),
     ({"return_state": "yes"}, TypeError, "return_state must be True or False"),
     ({"backend": "fast"}, ValueError, "backend must be"),
