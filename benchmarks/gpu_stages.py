@@ -76,7 +76,12 @@ def complete(out: Path) -> Tier:
     packed = (*attention, "4096", "--sequences", "16")
     cache = (*run, "window_attn_with_kvcache", "--cache-sizes", "4096", "16384", "65536")
     cache += ("--heads", "32", "--kv-heads", "8")
-    ttt = (*run, "block_causal_ttt", "--chunk-sizes", "2048", "--fast-weight-dims", "384", "768")
+    chunks = ("--chunk-sizes", "2048", "--fast-weight-dims", "384", "768")
+    ttt = (*run, "block_causal_ttt", *chunks)
+    # One order with Newton-Schulz and one without, and a control step.
+    fast_weights = (*run, "block_causal_ttt", "ttt", "ttt_apply", *chunks)
+    fast_weights += ("--plan", "views", "video", "--applied-tokens", "1")
+    fast_weights += ("--peers", "plain function")
     sizes = "--dtype bfloat16 --seq-len 32768 --chunk-size 2048 --fast-weight-heads 4"
     phases = ("benchmarks.phases", "--device", "cuda", *sizes.split())
     phases += ("--fast-weight-dim", "384", "768", "--repeats", "3", "--out", str(out))
@@ -88,18 +93,18 @@ def complete(out: Path) -> Tier:
         "all",
         _tests(out, "tests", processes=8, seconds=315),
         (
-            Stage("window_attn", (*attention, "1024", "4096", "16384"), 45),
+            Stage("window_attn", (*attention, "1024", "4096", "16384"), 40),
             Stage("window_attn-packed", packed, 20),
             Stage("window_attn_with_kvcache", cache, 20),
-            Stage("accuracy", accuracy, 25),
-            Stage("block_causal_ttt", (*ttt, "--no-peers"), 25),
+            Stage("accuracy", accuracy, 22),
+            Stage("fast_weights", fast_weights, 45),
             Stage("phases", phases, 25),
             Stage("phases-muon", (*phases, "--muon"), 20),
-            Stage("branches", branches, 30),
+            Stage("branches", branches, 25),
             # Its two processes start and compile first, and may take most of it.
-            Stage("model", model, 30, needs_rows=False),
+            Stage("model", model, 25, needs_rows=False),
             # Compiling the reference takes long, and may take all of it.
-            Stage("block_causal_ttt-peers", (*ttt, "--mode", "fwd_bwd"), 15, needs_rows=False),
+            Stage("block_causal_ttt-peers", (*ttt, "--mode", "fwd_bwd"), 13, needs_rows=False),
         ),
         grace=15,
     )

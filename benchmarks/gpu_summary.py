@@ -3,13 +3,14 @@
 import dataclasses
 from collections.abc import Iterable, Iterator
 
-from benchmarks.registry import OPERATIONS
+from benchmarks.registry import OPERATIONS, WindowAttnWithKVCache
 from benchmarks.report import Row, significant
 
 OURS = "lact_kernels triton"
 NOTE = "bwd: forward and backward together, less forward. x: as many times our time."
 _COUNTS = {"passed": "passed", "failures": "failed", "errors": "errors", "skipped": "skipped"}
 _SYMBOLS = {"window_size": "W", "chunk_size": "C", "Hq": "H", "Dk": "D", "sequences": "N"}
+_SYMBOLS |= {"plan": "", "pieces": "N", "piece": "C"}
 _LIKE = {"Hkv": ("Hq",), "Dv": ("D", "Dk"), "Dh": ("Dk",)}  # not shown where they are the same
 _WIDTH = 14  # of a peer's time and ratio
 _FIELDS = {field.name for field in dataclasses.fields(Row)}
@@ -54,7 +55,7 @@ def _table(op: str, points: dict[str, dict[str, dict[str, dict]]]) -> Iterator[s
     names = {name: None for *_, variants in measured for name in variants}  # in their order
     peers = [x for x in names if not x.startswith("lact_kernels")]
     peers = [x for x in peers if any(_time(variants.get(x)) for *_, variants in measured)]
-    unit = "GB/s" if OPERATIONS[op].modes == ("fwd",) else "TFLOP/s"
+    unit = "GB/s" if op == WindowAttnWithKVCache.op else "TFLOP/s"
     width = max(len(op), *(len(label) for label in points))
     columns = {x: max(_WIDTH, len(_title(x))) for x in peers}
     titles = "".join(f"  {_title(x):>{columns[x]}}" for x in peers)
@@ -62,7 +63,7 @@ def _table(op: str, points: dict[str, dict[str, dict[str, dict]]]) -> Iterator[s
     for label, mode, variants in measured:
         ours = variants.get(OURS)
         cells = "".join(f"  {_cell(variants.get(x), ours):>{columns[x]}}" for x in peers)
-        yield f"{label:<{width}}  {mode:<7} {_ours(ours)}{cells}"
+        yield f"{label:<{width}}  {mode:<7} {_ours(ours, unit)}{cells}"
 
 
 def _forward_and_backward(modes: dict) -> Iterator[tuple[str, dict]]:
@@ -100,10 +101,10 @@ def _title(name: str) -> str:
     return name if len(name) <= 25 else name.split(" ", 1)[1]
 
 
-def _ours(row: dict | None) -> str:
+def _ours(row: dict | None, unit: str) -> str:
     if _time(row) is None:
         return "not measured" if row is None else row["status"][:60]
-    rate = row["needed_gb_per_s"] or row["needed_tflops"]
+    rate = row["needed_gb_per_s" if unit == "GB/s" else "needed_tflops"]
     share = f"{row['share_of_matrix_rate']:.0%}"
     return f"{significant(row['p50_ms'], 8)} {rate:>8.1f} {share:>6}"
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -9,14 +10,7 @@ from torch import Tensor
 
 from benchmarks import timing
 from benchmarks.peers import Unavailable, Variant
-from benchmarks.registry import (
-    BlockCausalTTT,
-    Point,
-    WindowAttnWithKVCache,
-    empty_output,
-    forward_backward,
-    output_gradient,
-)
+from benchmarks.registry import Point, empty_output, forward_backward, output_gradient
 from benchmarks.report import Row
 
 MATRIX = "matrix product"
@@ -60,7 +54,8 @@ def measure_point(
         row = rows[variant.name]
         try:
             run = runner(variant.build(point, mode), *_laid_out(variant, point, inputs, do), mode)
-            result = _in_our_layout(variant, point, run())
+            result, row.first_call_s = _first_call(run, settings.device)
+            result = _in_our_layout(variant, point, result)
             if ours is None and variant.ours:
                 ours = result
             elif ours is not None:
@@ -107,7 +102,7 @@ def _time(
         row.rounds = len(milliseconds)
         row.p20_ms, row.p50_ms, row.p80_ms = timing.percentiles(milliseconds)
         row.needed_tflops = point.flops(mode) / row.p50_ms / 1e9
-        if isinstance(point, WindowAttnWithKVCache):
+        if hasattr(point, "needed_bytes"):
             row.needed_gb_per_s = point.needed_bytes(settings.dtype) / row.p50_ms / 1e6
         row.matrix_tflops = product_flops / matrix_ms / 1e9
         row.share_of_matrix_rate = row.needed_tflops / row.matrix_tflops
@@ -115,6 +110,17 @@ def _time(
         if baseline in measured:
             rows[name].baseline = baseline
             rows[name].ratio_to_baseline = rows[baseline].p50_ms / rows[name].p50_ms
+
+
+def _first_call(
+    run: Callable[[], dict[str, Tensor]], device: torch.device
+) -> tuple[dict[str, Tensor], float]:
+    """Its result, and the seconds until the device has it."""
+    started = time.perf_counter()
+    result = run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - started
 
 
 def runner(
@@ -158,7 +164,7 @@ def _computes_the_same(point: Point, difference: float | None, dtype: torch.dtyp
 
     Muon amplifies rounding at every update, so after many of them only the gate, with two, can judge.
     """
-    if difference is None or (isinstance(point, BlockCausalTTT) and point.muon):
+    if difference is None or getattr(point, "muon", False):
         return True
     return difference <= DIFFERENCE_LIMITS[dtype]  # False for NaN
 

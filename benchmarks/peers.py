@@ -17,7 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.registry import BlockCausalTTT, Point, WindowAttn, WindowAttnWithKVCache
+from benchmarks.plain_ttt import plain_apply, plain_ttt
+from benchmarks.registry import (
+    NEWTON_SCHULZ,
+    ORDERS,
+    TTT,
+    BlockCausalTTT,
+    Point,
+    TTTApply,
+    WindowAttn,
+    WindowAttnWithKVCache,
+)
 
 
 class Unavailable(Exception):
@@ -191,6 +201,30 @@ def _compiled_reference_loop(point: BlockCausalTTT, mode: str) -> Callable[..., 
     return torch.compile(point.reference, dynamic=False)
 
 
+def _plain_function(point: TTT | TTTApply, mode: str) -> Callable[..., Tensor]:
+    if isinstance(point, TTTApply):
+        return plain_apply
+    order = ORDERS[point.plan]
+    coefficients = NEWTON_SCHULZ if order.muon else None
+    options = {"coefficients": coefficients, "detach_norms": order.detach_norms}
+    return functools.partial(plain_ttt, steps=point.steps, **options)
+
+
+def _compiled_plain_function(point: TTT | TTTApply, mode: str) -> Callable[..., Tensor]:
+    """All steps of the plan, unrolled and compiled as one graph."""
+    return torch.compile(_plain_function(point, mode), dynamic=False)
+
+
+def _to_plain(point: TTT | TTTApply, name: str, x: Tensor) -> Tensor:
+    """As `_to_lact`, with weights that tokens are multiplied with from the left."""
+    x = _to_lact(point, name, x)
+    return x.mT.contiguous() if name in ("w0", "w1", "w2") else x
+
+
+def _from_plain(point: TTT | TTTApply, name: str, x: Tensor) -> Tensor:
+    return _from_lact(point, name, x.mT if name in ("w0", "w1", "w2") else x)
+
+
 def _lact(checkout: str | Path | None, device: torch.device) -> Variant:
     """The LaCT authors' own functions: their fused kernels on a GPU, their compiled PyTorch on a CPU."""
     if device.type == "cuda":
@@ -211,7 +245,7 @@ def _lact(checkout: str | Path | None, device: torch.device) -> Variant:
     return Variant(f"LaCT authors' {name}", build, layout=Layout(_to_lact, _from_lact))
 
 
-def _to_lact(point: BlockCausalTTT, name: str, x: Tensor) -> Tensor:
+def _to_lact(point: BlockCausalTTT | TTT | TTTApply, name: str, x: Tensor) -> Tensor:
     """Batch and heads as one axis: tokens `[b*h, l, d]`, rates `[b*h, l, 1]`, weights `[b*h, ..]`."""
     if name in ("w0", "w1", "w2"):
         return x.repeat(point.B, 1, 1)
@@ -219,7 +253,7 @@ def _to_lact(point: BlockCausalTTT, name: str, x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1).contiguous()
 
 
-def _from_lact(point: BlockCausalTTT, name: str, x: Tensor) -> Tensor:
+def _from_lact(point: BlockCausalTTT | TTT | TTTApply, name: str, x: Tensor) -> Tensor:
     """Back again. Gradients of the weights add up over the batch."""
     x = x.unflatten(0, (point.B, point.H))
     if name in ("w0", "w1", "w2"):
@@ -260,6 +294,12 @@ CACHE_SDPA = [
     Variant("SDPA over the window", _cache_sdpa(lambda point: point.span)),
     Variant("SDPA over the whole cache", _cache_sdpa(lambda point: point.S)),
 ]
+PLAIN_LAYOUT = Layout(_to_plain, _from_plain)
+PLAIN_FUNCTION = Variant("plain function", _plain_function, layout=PLAIN_LAYOUT)
+PLAIN = [
+    Variant("compiled plain function", _compiled_plain_function, layout=PLAIN_LAYOUT),
+    PLAIN_FUNCTION,
+]
 BACKENDS = {
     ("window_attn", "cpu"): ("eager",),
     ("window_attn", "cuda"): ("triton", "eager"),
@@ -267,6 +307,10 @@ BACKENDS = {
     ("window_attn_with_kvcache", "cuda"): ("triton", "eager"),
     ("block_causal_ttt", "cpu"): ("eager",),
     ("block_causal_ttt", "cuda"): ("triton", "eager"),
+    ("ttt", "cpu"): ("eager",),
+    ("ttt", "cuda"): ("triton", "eager"),
+    ("ttt_apply", "cpu"): ("eager",),
+    ("ttt_apply", "cuda"): ("triton", "eager"),
 }
 _PEERS = {
     ("window_attn", "cpu"): [
@@ -285,4 +329,8 @@ _PEERS = {
         Variant("compiled reference loop", _compiled_reference_loop),
         Variant("reference loop", _reference_loop),
     ],
+    ("ttt", "cpu"): [PLAIN_FUNCTION],  # compiling takes a minute for each point
+    ("ttt", "cuda"): PLAIN,
+    ("ttt_apply", "cpu"): [PLAIN_FUNCTION],
+    ("ttt_apply", "cuda"): PLAIN,
 }

@@ -1,8 +1,8 @@
 """What is measured: each operation once, with its inputs, its needed FLOPs and its reference.
 
-A *point* is one operation at one size, a frozen dataclass: `WindowAttn`, `WindowAttnWithKVCache` or
-`BlockCausalTTT`. It makes its own seeded inputs, runs the operation on a backend, runs the reference,
-and counts the FLOPs that the mathematics needs: masked work and padding earn nothing, nor does
+A *point* is one operation at one size, a frozen dataclass: `WindowAttn`, `WindowAttnWithKVCache`,
+`BlockCausalTTT`, `TTT` or `TTTApply`. It makes its own seeded inputs, runs the operation on a backend, runs
+the reference, and counts the FLOPs that the mathematics needs: masked work and padding earn nothing, nor does
 recomputation (but for the scores in the backward of attention, which everybody recomputes and everybody
 counts). `benchmarks/peers.py` holds what others make of the same inputs.
 """
@@ -26,6 +26,8 @@ GATE_SCORES = 2**23
 GATE_WINDOW = 1024
 GATE_TOKENS = 2**12
 GATE_CHUNK = 1024
+# Odd. With fewer keys than Dk a step has not full rank, and Newton-Schulz amplifies what rounding adds to it.
+GATE_PIECE = 1023
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,14 +213,12 @@ class BlockCausalTTT:
         Tokens are in `dtype`; fast weights, rates and momentum are float32.
         """
         normal = _normal(device, seed)
-        B, T, H, Dk, Dv, Dh = self.B, self.T, self.H, self.Dk, self.Dv, self.Dh
+        B, T, H = self.B, self.T, self.H
         inputs = {
-            "q": torch.nn.functional.normalize(normal((B, T, H, Dk)), dim=-1).to(dtype),
-            "k": torch.nn.functional.normalize(normal((B, T, H, Dk)), dim=-1).to(dtype),
-            "v": normal((B, T, H, Dv)).to(dtype),
-            "w0": normal((H, Dh, Dk)) / Dk**0.5,
-            "w1": normal((H, Dv, Dh)) / Dh**0.5,
-            "w2": normal((H, Dh, Dk)) / Dk**0.5,
+            "q": _unit(normal((B, T, H, self.Dk))).to(dtype),
+            "k": _unit(normal((B, T, H, self.Dk))).to(dtype),
+            "v": normal((B, T, H, self.Dv)).to(dtype),
+            **_network(normal, H, self.Dk, self.Dv, self.Dh),
         }
         for name in ("lr0", "lr1", "lr2"):
             inputs[name] = 0.02 * normal((B, T, H)).sigmoid()
@@ -238,7 +238,7 @@ class BlockCausalTTT:
         Apply: w0 q, w2 q, w1 h. Update: w0 k, w2 k, w1^T v and three outer products. The last chunk
         is applied but never updated. Backward is twice forward: two gradients for each product.
         """
-        B, H, Dk, Dv, Dh = self.B, self.H, self.Dk, self.Dv, self.Dh
+        Dk, Dv, Dh = self.Dk, self.Dv, self.Dh
         updates = max(-(-self.T // self.chunk_size) - 1, 0)
         updated = updates * self.chunk_size
         apply = self.T * (4 * Dk * Dh + 2 * Dv * Dh)
@@ -247,7 +247,7 @@ class BlockCausalTTT:
         if self.muon:
             shapes = ((Dh, Dk), (Dv, Dh), (Dh, Dk))
             total += updates * sum(_newton_schulz_flops(*shape, mode) for shape in shapes)
-        return B * H * total
+        return self.B * self.H * total
 
     def gate(self) -> "BlockCausalTTT":
         """The point itself where it is small, else two updates and an odd rest, with fewer heads."""
@@ -261,9 +261,222 @@ class BlockCausalTTT:
         return {"chunk_size": self.chunk_size, "muon": self.muon, "prenorm": self.prenorm}
 
 
-Point = WindowAttn | WindowAttnWithKVCache | BlockCausalTTT
+# The steps of a plan as data: "update" on these keys, or "apply" to these queries.
+Steps = list[tuple[str, int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """An order of updates and applies that models use: its steps, and the sizes that they have there."""
+
+    steps: Callable[[int, int], Steps]  # of so many pieces of so many tokens
+    pieces: int
+    piece: int
+    H: int
+    D: int  # Dk and Dv
+    Dh: int
+    muon: bool  # with the Newton-Schulz steps NEWTON_SCHULZ
+    detach_norms: bool
+
+
+def _views(pieces: int, piece: int) -> Steps:
+    """One update on the input views, then these and as many new views read the weights."""
+    return [("update", 0, pieces * piece), ("apply", 0, 2 * pieces * piece)]
+
+
+def _bidirectional(pieces: int, piece: int) -> Steps:
+    return [("update", 0, pieces * piece), ("apply", 0, pieces * piece)]
+
+
+def _update_first(pieces: int, piece: int) -> Steps:
+    borders = range(0, pieces * piece, piece)
+    return [(kind, i, i + piece) for i in borders for kind in ("update", "apply")]
+
+
+def _video(pieces: int, piece: int) -> Steps:
+    """Noisy pieces, with the clean piece before each but the first: update on that, apply to both."""
+    steps = [("apply", 0, piece)]
+    for i in range(piece, (2 * pieces - 1) * piece, 2 * piece):
+        steps += [("update", i, i + piece), ("apply", i, i + 2 * piece)]
+    return steps
+
+
+# LaCT's novel views at 256 x 256 pixels, ZipMap's frames, fast-spatial-mem, LaCT's video.
+ORDERS = {
+    "views": Order(_views, 32, 1024, 1, 768, 1536, muon=True, detach_norms=True),
+    "bidirectional": Order(_bidirectional, 24, 1400, 1, 1024, 2048, muon=True, detach_norms=True),
+    "update-first": Order(_update_first, 8, 4096, 1, 768, 1536, muon=True, detach_norms=True),
+    "video": Order(_video, 7, 4680, 2, 768, 1536, muon=False, detach_norms=False),
+}
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # of all these but LaCT's language model
+
+
+@dataclasses.dataclass(frozen=True)
+class TTT:
+    """One size of `ttt`: the plan of ORDERS with so many pieces, each of so many tokens."""
+
+    op: ClassVar[str] = "ttt"
+    swept: ClassVar[str] = "pieces"
+    modes: ClassVar[tuple[str, ...]] = MODES
+
+    plan: str
+    pieces: int
+    piece: int
+    B: int = 1
+    H: int = 1
+    Dk: int = 96
+    Dv: int = 96
+    Dh: int = 192
+    only_w1: bool = False  # w0 and w2 are not trained
+
+    @classmethod
+    def of(cls, plan: str, small: bool, **changes) -> "TTT":
+        """With the sizes of ORDERS, or small: an eighth of each, and at most four pieces."""
+        order, part = ORDERS[plan], 8 if small else 1
+        D, Dh = order.D // part, order.Dh // part
+        pieces = min(order.pieces, 4) if small else order.pieces
+        sizes = {"pieces": pieces, "piece": order.piece // part, "H": order.H}
+        return cls(plan, **(sizes | {"Dk": D, "Dv": D, "Dh": Dh} | changes))
+
+    @property
+    def swept_value(self) -> int:
+        return self.pieces
+
+    @property
+    def steps(self) -> Steps:
+        return ORDERS[self.plan].steps(self.pieces, self.piece)
+
+    @property
+    def Tq(self) -> int:
+        return max(stop for kind, _, stop in self.steps if kind == "apply")
+
+    @property
+    def Tk(self) -> int:
+        """Up to the last key that is read."""
+        return max(stop for kind, _, stop in self.steps if kind == "update")
+
+    @property
+    def muon(self) -> bool:
+        return ORDERS[self.plan].muon
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return self.B, self._tokens("apply"), self.H, self.Dv
+
+    def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
+        """Leaves as those of `BlockCausalTTT`, with rates for what is trained only."""
+        normal = _normal(device, seed)
+        B, H, Tk = self.B, self.H, self.Tk
+        inputs = {
+            "q": _unit(normal((B, self.Tq, H, self.Dk))).to(dtype),
+            "k": _unit(normal((B, Tk, H, self.Dk))).to(dtype),
+            "v": normal((B, Tk, H, self.Dv)).to(dtype),
+            **_network(normal, H, self.Dk, self.Dv, self.Dh),
+        }
+        for name in ("lr1",) if self.only_w1 else ("lr0", "lr1", "lr2"):
+            inputs[name] = 0.02 * normal((B, Tk, H)).sigmoid()
+        return {name: x.requires_grad_() for name, x in inputs.items()}
+
+    def run(self, backend: str, **inputs: Tensor) -> Tensor:
+        kinds = {"update": lact_kernels.Update, "apply": lact_kernels.Apply}
+        plan = lact_kernels.TTTPlan([kinds[kind](*tokens) for kind, *tokens in self.steps])
+        muon = lact_kernels.NewtonSchulz(NEWTON_SCHULZ) if self.muon else False
+        norms = {"detach_norms": ORDERS[self.plan].detach_norms}
+        return lact_kernels.ttt(
+            **_all_rates(inputs), plan=plan, muon=muon, **norms, backend=backend
+        )
+
+    def reference(self, **inputs: Tensor) -> Tensor:
+        steps = [(kind, [(start, stop)]) for kind, start, stop in self.steps]
+        return reference.ttt(
+            **_all_rates(inputs),
+            steps=steps,
+            coefficients=NEWTON_SCHULZ if self.muon else None,
+            detach_norms=ORDERS[self.plan].detach_norms,
+        )[0]
+
+    def flops(self, mode: str) -> int:
+        """As those of `BlockCausalTTT`, with the Newton-Schulz steps of the standard form.
+
+        If w1 alone is trained, an update needs w0 k, w2 k and one outer product. Backward is twice forward.
+        """
+        Dk, Dv, Dh = self.Dk, self.Dv, self.Dh
+        apply = 4 * Dk * Dh + 2 * Dv * Dh
+        update = apply if self.only_w1 else 2 * apply
+        total = self._tokens("apply") * apply + self._tokens("update") * update
+        total *= 3 if mode == "fwd_bwd" else 1
+        if self.muon:
+            updates = sum(kind == "update" for kind, *_ in self.steps)
+            shapes = [(Dv, Dh)] if self.only_w1 else [(Dh, Dk), (Dv, Dh), (Dh, Dk)]
+            total += updates * sum(_newton_schulz_flops(*shape, mode) for shape in shapes)
+        return self.B * self.H * total
+
+    def gate(self) -> "TTT":
+        """The point itself where it is small, else at most three odd pieces, with fewer heads."""
+        if self.B * self.H * (self.Tq + self.Tk) <= GATE_TOKENS:
+            return self
+        pieces, piece = min(self.pieces, 3), min(self.piece, GATE_PIECE)
+        return dataclasses.replace(self, B=1, H=min(self.H, 2), pieces=pieces, piece=piece)
+
+    def _tokens(self, which: str) -> int:
+        return sum(stop - start for kind, start, stop in self.steps if kind == which)
+
+
+@dataclasses.dataclass(frozen=True)
+class TTTApply:
+    """One size of `ttt_apply`: Tq tokens through stored weights, which have the dtype of the tokens.
+
+    Many tokens are a rendering, one is a control step. Forward only, so its inputs need no gradients.
+    """
+
+    op: ClassVar[str] = "ttt_apply"
+    swept: ClassVar[str] = "Tq"
+    modes: ClassVar[tuple[str, ...]] = ("fwd",)
+
+    Tq: int
+    B: int = 1
+    H: int = 1
+    Dk: int = 96
+    Dv: int = 96
+    Dh: int = 192
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return self.B, self.Tq, self.H, self.Dv
+
+    def inputs(self, dtype: torch.dtype, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
+        """Unit q and the weights, all in `dtype`."""
+        normal = _normal(device, seed)
+        q = _unit(normal((self.B, self.Tq, self.H, self.Dk)))
+        network = _network(normal, self.H, self.Dk, self.Dv, self.Dh)
+        return {name: x.to(dtype) for name, x in {"q": q, **network}.items()}
+
+    def run(self, backend: str, **inputs: Tensor) -> Tensor:
+        return lact_kernels.ttt_apply(**inputs, backend=backend)
+
+    def reference(self, **inputs: Tensor) -> Tensor:
+        return reference.ttt_apply(**inputs)
+
+    def flops(self, mode: str) -> int:
+        """w0 q, w2 q and w1 h."""
+        return self.B * self.Tq * self.H * (4 * self.Dk * self.Dh + 2 * self.Dv * self.Dh)
+
+    def needed_bytes(self, dtype: torch.dtype) -> int:
+        """Weights, queries and outputs, each once: what bounds a control step."""
+        weights = 2 * self.Dk * self.Dh + self.Dv * self.Dh
+        tokens = self.B * self.Tq * (self.Dk + self.Dv)
+        return self.H * (weights + tokens) * dtype.itemsize
+
+    def gate(self) -> "TTTApply":
+        """The point itself where it is small, else an odd number of tokens of fewer heads."""
+        if self.B * self.Tq * self.H <= GATE_TOKENS:
+            return self
+        return dataclasses.replace(self, B=1, Tq=min(self.Tq, GATE_PIECE), H=min(self.H, 2))
+
+
+Point = WindowAttn | WindowAttnWithKVCache | BlockCausalTTT | TTT | TTTApply
 OPERATIONS: dict[str, type[Point]] = {
-    x.op: x for x in (WindowAttn, WindowAttnWithKVCache, BlockCausalTTT)
+    x.op: x for x in (WindowAttn, WindowAttnWithKVCache, BlockCausalTTT, TTT, TTTApply)
 }
 
 
@@ -282,6 +495,24 @@ def _newton_schulz_flops(rows: int, columns: int, mode: str) -> int:
     forward = 4 * m * m * n + 2 * m**3
     backward = 6 * m * m * n + 4 * m**3
     return 5 * (forward + (backward if mode == "fwd_bwd" else 0))
+
+
+def _all_rates(inputs: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    """Inputs of `ttt`, in which a rate that is not there is None."""
+    return {"lr0": None, "lr2": None} | inputs
+
+
+def _unit(x: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(x, dim=-1)
+
+
+def _network(normal: Callable, H: int, Dk: int, Dv: int, Dh: int) -> dict[str, Tensor]:
+    """Fast weights that keep the size of what goes through them."""
+    return {
+        "w0": normal((H, Dh, Dk)) / Dk**0.5,
+        "w1": normal((H, Dv, Dh)) / Dh**0.5,
+        "w2": normal((H, Dh, Dk)) / Dk**0.5,
+    }
 
 
 def _normal(device: torch.device, seed: int) -> Callable[[tuple[int, ...]], Tensor]:

@@ -25,11 +25,12 @@ class Row:
 
     op: str
     variant: str
-    swept: str  # the variable of this sweep: "window_size", "chunk_size", "S" or "T"
+    swept: str  # the variable of this sweep, one of the shape, such as "window_size" or "T"
     shape: dict
     dtype: str
     mode: str  # "fwd", or "fwd_bwd" for forward and backward together
     status: str = "ok"  # or why there are no times
+    first_call_s: float | None = None  # seconds, compiling included where its caches lack it
     rounds: int = 0
     p20_ms: float | None = None
     p50_ms: float | None = None
@@ -153,7 +154,7 @@ def open_rows(
 
 HEADER = (
     f"{'size':>7} {'mode':<7} {'variant':<30} {'p20 ms':>9} {'p50 ms':>9} {'p80 ms':>9} {'TFLOP/s':>8}"
-    f" {'GB/s':>7} {'x base':>7} {'matrix':>6} {'peak MiB':>9}  status"
+    f" {'GB/s':>7} {'x base':>7} {'matrix':>6} {'peak MiB':>9} {'first s':>7}  status"
 )
 
 
@@ -166,7 +167,8 @@ def table_line(row: Row) -> str:
         f"{size:>7} {row.mode:<7} {row.variant:<30} {times}"
         f" {significant(row.needed_tflops, 8)}"
         f" {_number(row.needed_gb_per_s, 7, 1)}"
-        f" {_number(row.ratio_to_baseline, 7, 2)} {share:>6} {_number(mebibytes, 9, 1)}  {row.status}"
+        f" {_number(row.ratio_to_baseline, 7, 2)} {share:>6} {_number(mebibytes, 9, 1)}"
+        f" {_number(row.first_call_s, 7, 2)}  {row.status}"
     )
 
 

@@ -5,6 +5,8 @@ python -m benchmarks.run                                 # this device's default
 python -m benchmarks.run --op window_attn --window-sizes 512 4096 full --mode fwd_bwd
 python -m benchmarks.run --op window_attn --sequences 16 # packed sequences of very different lengths
 python -m benchmarks.run --op window_attn_with_kvcache   # new tokens over ever larger caches
+python -m benchmarks.run --op ttt --plan views video     # orders of updates and applies that models use
+python -m benchmarks.run --op ttt_apply                  # stored weights: a control step, renderings
 python -m benchmarks.run --memory                        # peak memory against T, up to 65,536 tokens
 python -m benchmarks.phases                              # where block_causal_ttt spends its time
 ```
@@ -29,8 +31,11 @@ from benchmarks.plot import plot
 from benchmarks.registry import (
     MODES,
     OPERATIONS,
+    ORDERS,
+    TTT,
     BlockCausalTTT,
     Point,
+    TTTApply,
     WindowAttn,
     WindowAttnWithKVCache,
 )
@@ -53,6 +58,8 @@ class Defaults:
     cache_rows: int
     chunk_sizes: tuple[int, ...]
     fast_weight_dims: tuple[int, ...]
+    small_plans: bool
+    applied_tokens: tuple[int, ...]
     rounds: int
 
 
@@ -67,6 +74,8 @@ DEFAULTS = {
         cache_rows=4,
         chunk_sizes=(256, 512, 1024, 2048, 4096),
         fast_weight_dims=(192,),
+        small_plans=True,
+        applied_tokens=(1, 1024, 8192),
         rounds=7,
     ),
     "cuda": Defaults(
@@ -79,6 +88,8 @@ DEFAULTS = {
         cache_rows=16,
         chunk_sizes=(1024, 2048, 4096),
         fast_weight_dims=(384, 768),
+        small_plans=False,
+        applied_tokens=(1, 1024, 65536),
         rounds=20,
     ),
 }
@@ -133,7 +144,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=positive,
         default=1,
         metavar="B",
-        help="rows of T tokens, of window_attn and block_causal_ttt",
+        help="rows of tokens, of everything but caches",
     )
     parser.add_argument("--window-sizes", nargs="+", type=window_size, metavar="W")
     parser.add_argument(
@@ -159,13 +170,37 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--queries", type=positive, default=1, metavar="TQ", help="new tokens of each row"
     )
     parser.add_argument("--chunk-sizes", nargs="+", type=positive, metavar="C")
-    parser.add_argument("--fast-weight-heads", type=positive, default=4)
+    parser.add_argument(
+        "--fast-weight-heads",
+        type=positive,
+        metavar="H",
+        help="default: 4 of block_causal_ttt; of a plan and of ttt_apply as many as the model has",
+    )
     parser.add_argument(
         "--fast-weight-dims", nargs="+", type=positive, metavar="D", help="each for Dk = Dv = Dh"
     )
     parser.add_argument("--muon", action="store_true", help="block_causal_ttt with Muon")
     parser.add_argument("--momentum", action="store_true", help="block_causal_ttt with momentum")
     parser.add_argument("--prenorm", action="store_true", help="block_causal_ttt with pre-norm")
+    parser.add_argument(
+        "--plan",
+        nargs="+",
+        choices=ORDERS,
+        default=list(ORDERS),
+        help="of ttt, with the options and sizes of a model; an eighth of the sizes on a CPU",
+    )
+    parser.add_argument(
+        "--pieces", nargs="+", type=positive, metavar="N", help="views, frames or chunks of a plan"
+    )
+    parser.add_argument("--piece-len", type=positive, metavar="T", help="tokens of each of these")
+    parser.add_argument("--only-w1", action="store_true", help="ttt that trains w1 alone")
+    parser.add_argument(
+        "--applied-tokens",
+        nargs="+",
+        type=positive,
+        metavar="TQ",
+        help="of ttt_apply: 1 is a control step, many are a rendering",
+    )
     parser.add_argument("--repeats", type=positive, metavar="N", help="turns that variants take")
     parser.add_argument(
         "--seconds",
@@ -186,7 +221,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--memory",
         action="store_true",
-        help="sweep T instead, ours only, at one window and chunk size; not for caches",
+        help="sweep T instead, ours only, at one window and chunk size; of window_attn and"
+        " block_causal_ttt",
     )
     parser.add_argument("--out", type=Path, default=Path(report.RESULTS), metavar="DIR")
     options = parser.parse_args(arguments)
@@ -201,7 +237,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             f"--window-sizes {max(options.window_sizes)} is beyond --seq-len {T}; say full"
         )
     if options.memory:
-        options.op = [op for op in options.op if op != WindowAttnWithKVCache.op]
+        asked = " and ".join(options.op)
+        options.op = [op for op in options.op if op in (WindowAttn.op, BlockCausalTTT.op)]
+        if not options.op:
+            parser.error(f"there is no sweep over T of {asked}")
         options.window_sizes = options.window_sizes or [min(MEMORY_SIZE, T)]
         options.chunk_sizes = options.chunk_sizes or [MEMORY_SIZE]
     options.window_sizes = options.window_sizes or [
@@ -214,6 +253,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options.cache_rows = options.cache_rows or defaults.cache_rows
     options.chunk_sizes = options.chunk_sizes or list(defaults.chunk_sizes)
     options.fast_weight_dims = options.fast_weight_dims or list(defaults.fast_weight_dims)
+    options.small_plans = defaults.small_plans
+    options.applied_tokens = options.applied_tokens or list(defaults.applied_tokens)
     options.repeats = options.repeats or defaults.rounds
     if options.heads % options.kv_heads:
         parser.error(f"--kv-heads {options.kv_heads} does not divide --heads {options.heads}")
@@ -223,9 +264,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(
             f"--queries {options.queries} are more than --cache-sizes {min(options.cache_sizes)}"
         )
+    asked = " and ".join(options.op)
     options.op = [op for op in options.op if set(OPERATIONS[op].modes) & set(options.mode)]
     if not options.op:
-        parser.error(f"{WindowAttnWithKVCache.op} has no backward and no sweep over T")
+        parser.error(f"there is no backward of {asked}")
     _check_peers(parser, options)
     return options
 
@@ -282,12 +324,30 @@ def _sweeps(options: argparse.Namespace) -> list[tuple[str, list[Point]]]:
     if BlockCausalTTT.op in options.op:
         flags = {name: getattr(options, name) for name in ("muon", "momentum", "prenorm")}
         for D in options.fast_weight_dims:
-            dims = {"B": options.batch, "H": options.fast_weight_heads, "Dk": D, "Dv": D, "Dh": D}
+            dims = {"B": options.batch, "H": options.fast_weight_heads or 4}
+            dims |= {"Dk": D, "Dv": D, "Dh": D}
             points = [
                 BlockCausalTTT(T=T, chunk_size=C, **dims, **flags) for C in options.chunk_sizes
             ]
             sweeps += _sweep(points, options.memory)
+    if TTT.op in options.op:
+        sweeps += [_sweep_of_plan(plan, options) for plan in options.plan]
+    if TTTApply.op in options.op:
+        like = TTT.of("views", options.small_plans)  # whose trained weights render new views
+        dims = {"B": options.batch, "H": options.fast_weight_heads or like.H}
+        dims |= {"Dk": like.Dk, "Dv": like.Dv, "Dh": like.Dh}
+        points = [TTTApply(Tq=Tq, **dims) for Tq in options.applied_tokens]
+        sweeps += _sweep(points, memory=False)
     return sweeps
+
+
+def _sweep_of_plan(plan: str, options: argparse.Namespace) -> tuple[str, list[Point]]:
+    changes = {"piece": options.piece_len, "H": options.fast_weight_heads}
+    changes = {name: x for name, x in changes.items() if x}
+    changes |= {"B": options.batch, "only_w1": options.only_w1}
+    point = TTT.of(plan, options.small_plans, **changes)
+    numbers = options.pieces or [point.pieces]
+    return TTT.swept, [dataclasses.replace(point, pieces=n) for n in numbers]
 
 
 def _sweep(points: list[Point], memory: bool) -> list[tuple[str, list[Point]]]:

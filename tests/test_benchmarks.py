@@ -22,7 +22,10 @@ from benchmarks import (
     timing,
 )
 from benchmarks.registry import (
+    ORDERS,
+    TTT,
     BlockCausalTTT,
+    TTTApply,
     WindowAttn,
     WindowAttnWithKVCache,
     empty_output,
@@ -41,6 +44,11 @@ TTT_POINTS = [
     for T in (16, 17, 70)
     for muon in (False, True)
 ]
+# Of every order in miniature, and one that trains w1 alone.
+SMALL = {"pieces": 3, "piece": 5, "B": 2, "H": 2, "Dk": 6, "Dv": 10, "Dh": 8}
+PLAN_POINTS = [TTT(plan, **SMALL) for plan in ORDERS]
+PLAN_POINTS.append(TTT("views", **SMALL, only_w1=True))
+PLAN_IDS = [*ORDERS, "only-w1"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -103,6 +111,65 @@ def test_ttt_flops_are_those_of_the_reference(point):
     assert point.flops("fwd_bwd") == both.get_total_flops() - spared
 
 
+@pytest.mark.parametrize("point", PLAN_POINTS, ids=PLAN_IDS)
+def test_flops_of_a_plan_are_those_of_the_reference(point):
+    inputs = point.inputs(torch.float32, CPU)
+    do = output_gradient(empty_output(point, torch.float32, CPU))
+    with FlopCounterMode(display=False) as forward:
+        point.reference(**inputs)
+    with FlopCounterMode(display=False) as both:
+        forward_backward(point.reference, inputs, do)
+    # X X^T as above; and the reference computes w1^T v even where only w1 is trained.
+    updates = sum(kind == "update" for kind, *_ in point.steps)
+    squares = [8 * 8 * 10] if point.only_w1 else [6 * 6 * 8, 8 * 8 * 10, 6 * 6 * 8]
+    spared = 2 * 2 * updates * 5 * sum(2 * x for x in squares) if point.muon else 0
+    unneeded = 2 * 2 * point.Tk * 2 * 10 * 8 if point.only_w1 else 0
+    assert point.flops("fwd") == forward.get_total_flops() - unneeded
+    assert point.flops("fwd_bwd") == both.get_total_flops() - spared - unneeded
+
+
+def test_orders_have_the_tokens_of_their_models():
+    sizes = {plan: TTT.of(plan, small=False) for plan in ORDERS}
+    tokens = {plan: (x.Tk, x.Tq, x.output_shape[1]) for plan, x in sizes.items()}
+    assert tokens["views"] == (32768, 65536, 65536)
+    assert tokens["bidirectional"] == (33600,) * 3
+    assert tokens["update-first"] == (32768,) * 3
+    # The noisy tokens behind the last clean piece are no keys.
+    assert tokens["video"] == (60840 - 4680, 60840, 60840)
+    assert sizes["video"].steps[:3] == [
+        ("apply", 0, 4680),
+        ("update", 4680, 9360),
+        ("apply", 4680, 14040),
+    ]
+    small = TTT.of("video", small=True)
+    assert (small.pieces, small.piece, small.H, small.Dk, small.Dh) == (4, 585, 2, 96, 192)
+
+
+def test_flops_and_bytes_of_stored_weights():
+    point = TTTApply(Tq=7, B=2, H=3, Dk=6, Dv=10, Dh=8)
+    inputs = point.inputs(torch.float16, CPU)
+    assert {x.dtype for x in inputs.values()} == {torch.float16}
+    with FlopCounterMode(display=False) as counted:
+        o = point.reference(**inputs)
+    assert point.flops("fwd") == counted.get_total_flops()
+    assert point.needed_bytes(torch.float16) == sum(x.nbytes for x in [o, *inputs.values()])
+
+
+@pytest.mark.parametrize(
+    "point", [*PLAN_POINTS, TTTApply(Tq=7, B=2, H=3)], ids=[*PLAN_IDS, "apply"]
+)
+def test_plain_functions_compute_it(monkeypatch, point):
+    """In their layout, with the gradients; but for the dtype of their Newton-Schulz steps."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    monkeypatch.setattr(measure, "_time", lambda *_: None)
+    variants = [peers._ours("eager"), *peers.PLAIN]
+    settings = measure.Settings(torch.float32, CPU, rounds=3, seconds=1)
+    _, *theirs = measure.measure_point(point, point.modes[-1], point.swept, variants, settings)
+    assert [row.variant for row in theirs] == ["compiled plain function", "plain function"]
+    assert all(row.difference < 1e-3 for row in theirs), [row.status for row in theirs]
+
+
 def test_percentiles():
     assert timing.percentiles([3.0]) == (3.0, 3.0, 3.0)
     assert timing.percentiles([float(x) for x in range(11)]) == (2.0, 5.0, 8.0)
@@ -135,6 +202,7 @@ def arguments(out, *more):
     sizes = ["--device", "cpu", "--seq-len", "96", "--head-dim", "16", "--fast-weight-dims", "16"]
     sizes += ["--window-sizes", "32", "full", "--chunk-sizes", "40", "--repeats", "3"]
     sizes += ["--cache-sizes", "64", "96", "--cache-window", "40", "--queries", "2"]
+    sizes += ["--plan", "video", "--pieces", "2", "--piece-len", "9", "--applied-tokens", "1"]
     return [*sizes, "--seconds", "1", "--out", str(out), *more]
 
 
@@ -164,7 +232,8 @@ def test_run_writes_a_complete_row_for_every_variant(
     assert run.main(arguments(tmp_path)) == 0
     (path,) = tmp_path.glob("*.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(rows) == 2 * 2 * 5 + 2 * 3 + 2 * 3  # modes x points x variants of each operation
+    # Modes x points x variants of each operation.
+    assert len(rows) == 2 * 2 * 5 + 2 * 3 + 2 * 3 + 2 * 2 + 2
     fields = {field.name for field in dataclasses.fields(report.Row)}
     fields |= {"commit", "date", "versions", "device"}
     assert all(row.keys() == fields for row in rows)
@@ -179,6 +248,7 @@ def test_run_writes_a_complete_row_for_every_variant(
         if row["status"] != "ok":
             assert row["p50_ms"] is None
             continue
+        assert row["first_call_s"] > 0
         assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
         rate = row["needed_tflops"]
         assert row["share_of_matrix_rate"] == pytest.approx(rate / row["matrix_tflops"])
@@ -191,7 +261,7 @@ def test_run_writes_a_complete_row_for_every_variant(
             needed = point.needed_bytes(torch.float32)
             assert row["needed_gb_per_s"] == pytest.approx(needed / row["p50_ms"] / 1e6)
         else:
-            assert row["needed_gb_per_s"] is None
+            assert (row["needed_gb_per_s"] is None) is (row["op"] != "ttt_apply")
     assert {path.suffix for path in tmp_path.iterdir()} == {".jsonl", ".png"}
 
 
@@ -544,6 +614,13 @@ def test_gate_points_fit_the_reference_and_keep_the_heads_grouped():
     assert point.Hq // point.Hkv == 4 and point.T < 2**12
     small = WindowAttn(T=100, window_size=7)
     assert small.gate() is small
+    for plan in ORDERS:
+        point = TTT.of(plan, small=False)
+        gate_point = point.gate()
+        assert gate_point.Tk + gate_point.Tq < 2**14 and gate_point.Dh == point.Dh
+        for kind, start, stop in gate_point.steps:
+            assert kind == "apply" or (stop - start > point.Dk and (stop - start) % 2)
+    assert TTTApply(Tq=2**16, B=4).gate() == TTTApply(Tq=1023)
     cache = WindowAttnWithKVCache(S=2**20, window_size=300, Hq=32, Hkv=8).gate()
     assert cache.Hq // cache.Hkv == 4 and 300 < cache.S < 2**10
 
@@ -584,6 +661,8 @@ def test_interrupting_keeps_finished_rows(tmp_path, monkeypatch, capsys):
         (["--batch", "2", "--sequences", "4"], "are one row"),
         (["--peers", "FlashAttention-9"], "is none of 'dense-mask SDPA'"),
         (["--peers", "reference loop", "--no-peers"], "cannot be combined"),
+        (["--op", "ttt", "ttt_apply", "--memory"], "no sweep over T of ttt and ttt_apply"),
+        (["--plan", "causal"], "invalid choice"),
     ],
     ids=lambda x: x[1] if isinstance(x, list) else "",
 )

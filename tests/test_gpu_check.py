@@ -20,7 +20,7 @@ from benchmarks import (
 )
 from benchmarks.gpu_stages import Stage, Tier
 from benchmarks.gpu_summary import NOTE, yardsticks
-from benchmarks.registry import BlockCausalTTT, WindowAttn, WindowAttnWithKVCache
+from benchmarks.registry import TTT, BlockCausalTTT, TTTApply, WindowAttn, WindowAttnWithKVCache
 from tests.commands import assert_refused_before_any_work
 
 PARSERS = {x.__name__: x.parse for x in (run, accuracy_report, phases, branches, model)}
@@ -76,6 +76,15 @@ def test_complete_check_asks_for_what_the_benchmarks_take(tmp_path, gpu):
     whole = options["model"]
     assert (whole.dtype, whole.seq_len, whole.layers) == ("bfloat16", 16384, 12)
     assert options["window_attn-packed"].sequences > 1
+    small, large = {"Dk": 384, "Dv": 384, "Dh": 384}, {"Dk": 768, "Dv": 768, "Dh": 768}
+    network = large | {"Dh": 1536}
+    assert points_of(options["fast_weights"]) == [
+        BlockCausalTTT(T=32768, chunk_size=2048, H=4, **small),
+        BlockCausalTTT(T=32768, chunk_size=2048, H=4, **large),
+        TTT("views", pieces=32, piece=1024, **network),
+        TTT("video", pieces=7, piece=4680, H=2, **network),
+        TTTApply(Tq=1, **network),
+    ]
     cache = options["window_attn_with_kvcache"]
     assert cache.op == ["window_attn_with_kvcache"] and cache.heads > cache.kv_heads
 
@@ -270,14 +279,16 @@ def row(point, variant, mode, milliseconds, status="ok", dtype="bfloat16"):
         timed.needed_tflops = point.flops(mode) / milliseconds / 1e9
         timed.share_of_matrix_rate = timed.needed_tflops / 800
         timed.matrix_tflops = 800.0
-        if isinstance(point, WindowAttnWithKVCache):
+        if hasattr(point, "needed_bytes"):
             timed.needed_gb_per_s = point.needed_bytes(torch.bfloat16) / milliseconds / 1e6
     return {"device": "none"} | dataclasses.asdict(timed)
 
 
 ATTENTION = WindowAttn(B=4, T=16384, window_size=1024, Hq=16, Hkv=16)  # 0.266 TFLOP a forward
 CACHE = WindowAttnWithKVCache(S=8192, window_size=4096, B=64, Hq=32, Hkv=8, D=128)
-TTT = BlockCausalTTT(T=32768, chunk_size=2048, Dk=384, Dv=384, Dh=384, muon=True)
+CHUNKS = BlockCausalTTT(T=32768, chunk_size=2048, Dk=384, Dv=384, Dh=384, muon=True)
+VIEWS = TTT("views", pieces=32, piece=1024, Dk=768, Dv=768, Dh=1536, only_w1=True)
+RENDERING = TTTApply(Tq=4096, Dk=768, Dv=768, Dh=1536)
 
 
 def test_yardsticks_are_a_table():
@@ -292,10 +303,12 @@ def test_yardsticks_are_a_table():
         row(ATTENTION, flex, "fwd_bwd", None, "failed: RuntimeError: no"),
         row(CACHE, triton, "fwd", 0.5),
         row(CACHE, "SDPA over the window", "fwd", 0.6),
-        row(TTT, triton, "fwd_bwd", 70.0),
-        row(TTT, "compiled reference loop", "fwd_bwd", 80.0),
-        row(TTT, triton, "fwd_bwd", 50.0),  # in another run, with another peer
-        row(TTT, "reference loop", "fwd_bwd", 100.0),
+        row(CHUNKS, triton, "fwd_bwd", 70.0),
+        row(CHUNKS, "compiled reference loop", "fwd_bwd", 80.0),
+        row(CHUNKS, triton, "fwd_bwd", 50.0),  # in another run, with another peer
+        row(CHUNKS, "reference loop", "fwd_bwd", 100.0),
+        row(VIEWS, triton, "fwd_bwd", 5.0),
+        row(RENDERING, triton, "fwd", 0.1),
         {"op": "silu_l2norm_rope", "variant": triton},
     ]
     assert [line.rstrip() for line in yardsticks(rows)] == EXPECTED
@@ -309,6 +322,10 @@ window_attn_with_kvcache                         ms     GB/s matrix  SDPA over t
 S8192 W4096 B64 Tq1 H32 Hkv8 D128  fwd       0.5000   2149.6     1%         0.6000  1.20x
 block_causal_ttt                            ms  TFLOP/s matrix  reference loop
 T32768 C2048 B1 H4 D384 muon  fwd_bwd    50.00     36.3     5%    100.0  2.00x
+ttt                                                      ms  TFLOP/s matrix
+views N32 C1024 B1 H1 D768 Dh1536 only_w1  fwd_bwd    5.000    429.2    54%
+ttt_apply                               ms  TFLOP/s matrix
+Tq4096 B1 H1 D768 Dh1536  fwd       0.1000    289.9    36%
 bwd: forward and backward together, less forward. x: as many times our time.
 """.strip("\n").splitlines()
 
