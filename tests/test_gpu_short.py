@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.compile_report.kernels import compile_cases
-from lact_kernels import block_causal_ttt, ttt_apply, window_attn
+from lact_kernels import Apply, TTTPlan, Update, block_causal_ttt, ttt_apply, window_attn
 from lact_kernels import triton as package
 from lact_kernels.triton import configs
 from tests import test_block_causal_ttt_triton as ttt
@@ -29,6 +29,7 @@ from tests.cases import (
     filled_with_nan,
 )
 from tests.ttt_pieces import in_pieces
+from tests.ttt_plans import PUBLISHED, PlanCase, check_case, state_tensors
 
 triton_window_attn = functools.partial(window_attn, backend="triton")
 triton_block_causal_ttt = functools.partial(block_causal_ttt, backend="triton")
@@ -77,6 +78,22 @@ APPLY = [
     ApplyCase("D384", T=300, B=1, Dk=384, Dv=384, Dh=768, float32_weights=True),
     ApplyCase("unequal dims", T=130, B=3, H=1, Dk=24, Dv=136, Dh=144, batched="012"),
 ]
+# Elongated weights, for which Newton-Schulz takes its Gram form; updates and queries in any order; w1 alone.
+late = {"muon": True, "momentum_after_muon": True, "weight_norm": False}
+GAPS = TTTPlan([Apply(0, 200), Update(300), Update(0, 250), Apply(150, 400)])
+PLANS = {
+    "views": PlanCase(
+        (TTTPlan([Update(0, 1100), Apply(0, 300)]),), ((300, 1100),),
+        (("muon", PUBLISHED), ("detach_norms", True)), rows=1, sizes=(1, 512, 512, 768),
+    ),
+    "gaps": PlanCase(
+        (GAPS,), ((400, 600),), tuple(late.items()), momentum=True, rows=2, sizes=(1, 24, 136, 144)
+    ),
+    "w1 of packed sequences": PlanCase(
+        (TTTPlan.bidirectional(), GAPS), ((70, 90), (400, 500)), (("prenorm", True),),
+        trained=(False, True, False), sizes=(2, 64, 64, 64),
+    ),
+}  # fmt: skip
 BRANCHES = [
     branches.Case(f"C{C}", T=499, C=C, Hq=Hq, Hf=Hf, rows_of_angles=2)
     for C, Hq, Hf in ((768, 12, 4), (640, 8, 4), (1024, 16, 8))
@@ -114,6 +131,14 @@ def test_ttt_apply(case, dtype):
 
 @pytest.mark.gpu
 @dtypes
+@pytest.mark.parametrize("case", PLANS.values(), ids=PLANS)
+def test_ttt(case, dtype):
+    with filled_with_nan():
+        check_case(case, dtype, "cuda", backend="triton")
+
+
+@pytest.mark.gpu
+@dtypes
 @pytest.mark.parametrize("case", ATTENTION, ids=str)
 def test_window_attn(case, dtype):
     with filled_with_nan():
@@ -138,7 +163,8 @@ def test_branches(check, case, dtype):
 
 def differentiate(outputs, inputs):
     outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
-    torch.autograd.grad(outputs, inputs, [torch.ones_like(x) for x in outputs])
+    ones = [torch.ones_like(x) for x in outputs]
+    torch.autograd.grad(outputs, inputs, ones, materialize_grads=True)
 
 
 def run_all(dtype):
@@ -156,6 +182,10 @@ def run_all(dtype):
     for case in APPLY:
         inputs = case.inputs(dtype)
         differentiate(triton_ttt_apply(*inputs), inputs)
+    for case in PLANS.values():
+        x = case.tensors(dtype)
+        o, state = case.call(backend="triton", return_state=True)(**x)
+        differentiate((o, *state_tensors(state)), list(x.values()))
     for case in BRANCHES:
         tensors, options = case.qkv(dtype)
         qkv = branches.call_qkv(branches.silu_l2norm_rope, tensors, options | {"backend": "triton"})

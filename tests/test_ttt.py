@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from lact_kernels import Apply, NewtonSchulz, TTTPlan, Update, block_causal_ttt, ttt, ttt_update
 from lact_kernels.core.lowering import gather, lower
 from lact_kernels.eager import swiglu
-from tests.tolerance import assert_close_to_float64
+from tests.cases import filled_with_nan
 from tests.ttt_plans import (
     PUBLISHED,
     PlanCase,
     cases,
+    check_case,
     outputs_and_gradients,
     state_tensors,
 )
@@ -120,25 +121,17 @@ def test_precision(plan, options, dtype):
     check_case(case, dtype, backend="eager")
 
 
-def check_case(case, dtype, **more):
-    """Outputs, weights and all gradients of `ttt` against float64."""
-    x = case.tensors(dtype)
-    exact_x = {name: t.detach().double().requires_grad_() for name, t in x.items()}
-    cotangents = [torch.randn_like(o) for o in case.reference(**exact_x)]
-    fn = case.call(return_state=True, **more)
-
-    def ours(**x):
-        o, state = fn(**x)
-        return [o, *state_tensors(state)]
-
-    results = [
-        outputs_and_gradients(f, x, cotangents)
-        for f, x in ((ours, x), (case.reference, x), (case.reference, exact_x))
-    ]
-    names = [f"output {i}" for i in range(len(cotangents))], [f"d{name}" for name in x]
-    for part, group in zip(zip(*results), names):
-        for name, a, s, e in zip(group, *part, strict=True):
-            assert_close_to_float64(a, s, e, name)
+@pytest.mark.parametrize(
+    "plan, options", [("views", "published"), ("later queries first", "plain")]
+)
+def test_triton(plan, options):
+    """Two rows of a batch, which the kernels take as one; any plan and option is in `test_plan`."""
+    case = PlanCase(
+        (NAMED[plan],), ((T, T),), tuple(OPTIONS[options].items()), rows=2, sizes=(1, 8, 12, 16)
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with filled_with_nan():
+        check_case(case, torch.float32, device, backend="triton")
 
 
 def inputs(T=T, momentum=False, B=1, trained=(True, True, True)):

@@ -9,6 +9,7 @@ from torch import Tensor
 import reference
 from lact_kernels import Apply, NewtonSchulz, TTTPlan, Update, ttt
 from lact_kernels.core.newton_schulz import LACT
+from tests.tolerance import assert_close_to_float64
 
 PUBLISHED = NewtonSchulz([(3.4445, -4.7750, 2.0315)] * 5)  # of LaCT's code for views
 LEAVES = ("q", "k", "v", "w0", "w1", "w2", "lr0", "lr1", "lr2", "momentum")
@@ -121,6 +122,27 @@ def outputs_and_gradients(fn, x: dict[str, Tensor], cotangents: list[Tensor]):
     how = {"allow_unused": True, "materialize_grads": True}
     outs, grads = zip(*pairs)
     return outputs, torch.autograd.grad(outs, leaves, grads, **how)
+
+
+def check_case(case: PlanCase, dtype: torch.dtype, device: str = "cpu", **more) -> None:
+    """Outputs, weights and all gradients of `ttt` against float64."""
+    x = case.tensors(dtype, device)
+    exact_x = {name: t.detach().double().requires_grad_() for name, t in x.items()}
+    cotangents = [torch.randn_like(o) for o in case.reference(**exact_x)]
+    fn = case.call(return_state=True, **more)
+
+    def ours(**x):
+        o, state = fn(**x)
+        return [o, *state_tensors(state)]
+
+    results = [
+        outputs_and_gradients(f, x, cotangents)
+        for f, x in ((ours, x), (case.reference, x), (case.reference, exact_x))
+    ]
+    names = [f"output {i}" for i in range(len(cotangents))], [f"d{name}" for name in x]
+    for part, group in zip(zip(*results), names):
+        for name, a, s, e in zip(group, *part, strict=True):
+            assert_close_to_float64(a, s, e, name)
 
 
 def _with_rates(x: dict[str, Tensor]) -> dict[str, Tensor | None]:
