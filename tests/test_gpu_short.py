@@ -87,7 +87,7 @@ PLANS = {
         (("muon", PUBLISHED), ("detach_norms", True)), rows=1, sizes=(1, 512, 512, 768),
     ),
     "gaps": PlanCase(
-        (GAPS,), ((400, 600),), tuple(late.items()), momentum=True, rows=2, sizes=(1, 24, 136, 144)
+        (GAPS,), ((400, 600),), tuple(late.items()), momentum=True, rows=2, sizes=(4, 24, 136, 144)
     ),
     "w1 of packed sequences": PlanCase(
         (TTTPlan.bidirectional(), GAPS), ((70, 90), (400, 500)), (("prenorm", True),),
