@@ -20,6 +20,7 @@ WITHOUT_PRODUCTS = (
     "ttt_update_bwd",
     "ttt_mean_momentum",
     "ttt_rates_bwd",
+    "ttt_end",
     "newton_schulz_inner",
     "newton_schulz_normalize",
     "window_attn_combine",
@@ -97,12 +98,13 @@ def test_fast_weight_kernels_are_compiled_in_every_variant(rows):
             assert "192x192x192 given" in shapes[kernel, arch]
         for kernel in ("ttt_rates_bwd", "ttt_mean_momentum"):
             assert "1024x1024x1024 packed" in shapes[kernel, arch]
-        update = {"", " pre-norm", " to Muon", " from Muon"}
-        for kernel, own in (
-            ("ttt_update", " from Muon pre-norm"),
-            ("ttt_update_bwd", " to Muon pre-norm"),
+        update = ("", " pre-norm", " to Muon", " from Muon", " without renorm")
+        sizes = "1024x1024x1024", "1024x1024x4096", "2048x2048x4096"
+        for kernel, *own in (
+            ("ttt_update", " from Muon pre-norm", " from Muon to momentum"),
+            ("ttt_update_bwd", " to Muon pre-norm", " to momentum to Muon", " w1 alone"),
         ):
-            assert shapes[kernel, arch] == {f"1024x1024x1024{x}" for x in {*update, own}}
+            assert shapes[kernel, arch] == {f"{x}{how}" for x in sizes for how in (*update, *own)}
 
 
 def test_ptxas_warns_of_nothing(rows):

@@ -35,7 +35,7 @@ from lact_kernels.triton.fast_weights.primitives import (
 )
 
 RENORM_EPS = tl.constexpr(fast_weights.RENORM_EPS)
-PROGRAM_ELEMENTS, NUM_WARPS = 2048, 4
+PROGRAM_ELEMENTS, NUM_WARPS, WIDE_WARPS = 2048, 4, 16
 TOKEN_BLOCK = 1024
 
 
@@ -205,6 +205,6 @@ def row_block(dims: Dims) -> tuple[int, int]:
 
 
 def row_warps(dims: Dims) -> int:
-    """More for rows that are longer than a program's share."""
+    """More for a row that is longer than what a program has otherwise."""
     rows, columns = row_block(dims)
-    return NUM_WARPS * max(1, rows * columns // PROGRAM_ELEMENTS)
+    return NUM_WARPS if rows * columns <= PROGRAM_ELEMENTS else WIDE_WARPS
