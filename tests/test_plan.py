@@ -123,6 +123,7 @@ SCANS = [
     ScanCase("gaps and unseen versions", momentum=True),
     ScanCase("rows", B=2, H=1, prenorm=True),
     ScanCase("packed", plan=PACKED, momentum=True, prenorm=True, checkpoint_interval=2),
+    ScanCase("no rows", B=0, momentum=True),
     ScanCase("no keys", plan=Plan([[(0, 0)]], [[0, 2, 5]]), Tk=0, momentum=True),
     ScanCase("no queries", plan=Plan([[(0, 5), (6, 9)]], [[0, 0, 0, 0]])),
     ScanCase("no renorm", weight_norm=False, momentum=True),

@@ -48,6 +48,8 @@ def _in_one_row(call: Call) -> Call:
     B = q.shape[0]
     if plan is None or B == 1:
         return call
+    if B == 0:
+        return call._replace(plan=None)
     row = torch.arange(B, dtype=plan.dtype)[:, None]
     queries, keys = row * q.shape[1], row * tokens.k.shape[1]
     shift = torch.cat([row, torch.zeros_like(row), keys, keys, queries, queries], dim=1)
