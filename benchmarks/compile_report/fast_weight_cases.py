@@ -13,7 +13,7 @@ from lact_kernels.triton.configs import ARCHITECTURES, TRITON, TTTConfig, kernel
 from lact_kernels.triton.fast_weights import (
     activations,
     end,
-    newton_schulz,
+    newton_schulz_kernels,
     products,
     update,
     update_bwd,
@@ -21,11 +21,13 @@ from lact_kernels.triton.fast_weights import (
 from lact_kernels.triton.fast_weights.layout import ALL_MATRICES, Dims
 
 # Sizes that the tiles exceed, sizes of whole tiles, and the largest.
-COMPILED_DIMS = (Dims(192, 192, 192), Dims(768, 768, 768), Dims(2048, 2048, 4096))
+LONGEST = Dims(2048, 2048, 4096)
+COMPILED_DIMS = (Dims(192, 192, 192), Dims(768, 768, 768), LONGEST)
+ELONGATED = (Dims(192, 192, 320), LONGEST)  # for the Gram form of Newton-Schulz
 MAX_TRITON_DIM = 1024  # of the kernels that have no rows in the table
 LARGEST = Dims(MAX_TRITON_DIM, MAX_TRITON_DIM, MAX_TRITON_DIM)
 # Kernels over rows keep whole rows in registers: the longest there are, of a common shape and of the largest.
-ROW_DIMS = (LARGEST, Dims(1024, 1024, 4096), Dims(2048, 2048, 4096))
+ROW_DIMS = (LARGEST, Dims(1024, 1024, 4096), LONGEST)
 W1_ALONE = (False, True, False)  # the only matrix that is trained
 
 
@@ -118,31 +120,52 @@ def _update_bwd(arch: int) -> Iterator[CompileCase]:
         "ttt_rates_bwd", {TRITON: update_bwd._ttt_rates_bwd_kernel}, arch,
         lambda dims, _: update_bwd.rates_constexprs(dims), absent=("table_ptr",),
         fixed=(torch.float32, TTTConfig(1, update_bwd.TOKEN_BLOCK, 1, update_bwd.NUM_WARPS, 3)),
-        sizes=(LARGEST, ROW_DIMS[-1]),
+        dims=(LARGEST, LONGEST),
     )  # fmt: skip
 
 
 def _newton_schulz(arch: int) -> Iterator[CompileCase]:
-    name, block = "newton_schulz_symmetric", newton_schulz.NORMALIZE_BLOCK
+    name, squares = "newton_schulz_symmetric", ("y_ptr", "y2_ptr")
+    tokens = ("a_ptr", "b_ptr", "y_ptr", "y2_ptr", "out_ptr")
     for square in (False, True):
         yield from _cases(
-            name, newton_schulz.SYMMETRIC_KERNELS, arch,
-            functools.partial(newton_schulz.symmetric_constexprs, square=square),
-            tokens=("a_ptr", "b_ptr", "y_ptr", "out_ptr"), absent=() if square else ("y_ptr",),
+            name, newton_schulz_kernels.SYMMETRIC_KERNELS, arch,
+            functools.partial(newton_schulz_kernels.symmetric_constexprs, square=square),
+            tokens=tokens, absent=("exact_ptr", *(squares[square:])),
         )  # fmt: skip
-    yield from _cases(
-        "newton_schulz_multiply", newton_schulz.MULTIPLY_KERNELS, arch,
-        functools.partial(newton_schulz.multiply_constexprs, in_place=False),
-        tokens=("square_ptr", "x_ptr", "square2_ptr", "x2_ptr", "out_ptr"),
-    )  # fmt: skip
+    # X X^T, P R and P Q of the Gram form: float32 beside what is rounded, and two terms to add.
+    for variant, float32, absent in (
+        ("exact", (), ("b_ptr", *squares)),
+        ("exact square", ("y_ptr",), ("y2_ptr",)),
+        ("two terms", (), ("exact_ptr",)),
+    ):
+        yield from _cases(
+            name, newton_schulz_kernels.SYMMETRIC_KERNELS, arch,
+            functools.partial(
+                newton_schulz_kernels.symmetric_constexprs,
+                square="y_ptr" not in absent, one_sided="b_ptr" not in absent,
+            ),
+            tokens=tuple(x for x in tokens if x not in float32), absent=absent,
+            variant=variant, dims=ELONGATED,
+        )  # fmt: skip
+    for of_square in (False, True):
+        yield from _cases(
+            "newton_schulz_multiply", newton_schulz_kernels.MULTIPLY_KERNELS, arch,
+            functools.partial(newton_schulz_kernels.multiply_constexprs, square=of_square),
+            tokens=("square_ptr", "x_ptr", "square2_ptr", "x2_ptr", "out_ptr"),
+            absent=("square2_ptr", "x2_ptr") if of_square else (),
+            variant="square" if of_square else "",
+            dims=ELONGATED if of_square else COMPILED_DIMS,
+        )  # fmt: skip
     yield from _row_cases(
-        "newton_schulz_inner", newton_schulz._inner_kernel, arch, ()
+        "newton_schulz_inner", newton_schulz_kernels._inner_kernel, arch, ()
     )  # fmt: skip
+    block = newton_schulz_kernels.NORMALIZE_BLOCK
     yield from _cases(
-        "newton_schulz_normalize", {TRITON: newton_schulz._normalize_kernel}, arch,
-        lambda dims, _: newton_schulz.normalize_constexprs(dims, gradient=True),
+        "newton_schulz_normalize", {TRITON: newton_schulz_kernels._normalize_kernel}, arch,
+        lambda dims, _: newton_schulz_kernels.normalize_constexprs(dims, gradient=True),
         tokens=("x_ptr",),
-        fixed=(torch.float16, TTTConfig(block, block, 1, newton_schulz.NUM_WARPS, 3)),
+        fixed=(torch.float16, TTTConfig(block, block, 1, update.NUM_WARPS, 3)), dims=(LARGEST, LONGEST),
     )  # fmt: skip
 
 
@@ -194,16 +217,19 @@ def _cases(
     absent: tuple[str, ...] = (),  # arguments that are None
     fixed: tuple[torch.dtype, TTTConfig] | None = None,  # of a kernel that has no rows in the table
     variant: str = "",
-    sizes: tuple[Dims, ...] = (LARGEST,),  # of such a kernel
+    dims: tuple[
+        Dims, ...
+    ] = (),  # instead of COMPILED_DIMS, or with a fixed configuration of LARGEST
 ) -> Iterator[CompileCase]:
     """One specialisation of one kernel, with every configuration of its, for the compile report.
 
     Pointers are to float32, but for `tokens`. A kernel with a fixed configuration is compiled at the
-    largest `sizes`. One that reads packed sequences from a table is compiled with one as well, at the first.
+    largest. One that reads packed sequences from a table is compiled with one as well, at the first.
     """
-    configs, dims = shipped_ttt_configs(name, arch), COMPILED_DIMS
+    configs, sizes = shipped_ttt_configs(name, arch), dims or COMPILED_DIMS
     if fixed is not None:
-        configs, dims = [fixed] if arch in ARCHITECTURES else [], sizes
+        configs = [fixed] if arch in ARCHITECTURES else []
+        sizes = dims or (LARGEST,)
     for dtype, config in configs:
         kernel = kernel_of(kernels, config)
         pointers = {
@@ -211,7 +237,7 @@ def _cases(
             for argument in kernel.arg_names
             if argument.endswith("_ptr") and argument not in (*absent, "table_ptr")
         }
-        for size in dims:
+        for size in sizes:
             case = CompileCase(
                 name=name,
                 kernel=kernel,
@@ -222,10 +248,10 @@ def _cases(
                 pointers=pointers,
                 constexprs={**constexprs(size, config), **dict.fromkeys(absent)},
                 also=others(arch),
-                demanding=size == dims[0] and "table_ptr" not in absent,
+                demanding=size == sizes[0] and "table_ptr" not in absent,
             )
             yield case
-            if "table_ptr" in absent and size == dims[0]:
+            if "table_ptr" in absent and size == sizes[0]:
                 constants = {k: v for k, v in case.constexprs.items() if k != "table_ptr"}
                 packed = pointers | {"table_ptr": torch.int32}
                 yield replace(

@@ -4,9 +4,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 EPS = 1e-7  # added to the norm that the iteration begins with a division by
 
 Coefficients = tuple[tuple[float, float, float], ...]
+
+# Where X X^T has so much less to compute than X, some steps are taken on it alone.
+GRAM_RATIO = 1.5  # of the longer side to the shorter
+GRAM_SIDE = 512  # at least the shorter side
+GRAM_STEPS = 3
 
 
 @dataclass(frozen=True, init=False)
@@ -50,3 +57,23 @@ LACT = NewtonSchulz(
         (2.8366, -3.0525, 1.2012),
     )
 )
+
+
+def groups(
+    coefficients: Coefficients, shapes: Sequence[tuple[int, int]], dtype: torch.dtype
+) -> tuple[Coefficients, ...]:
+    """The steps in runs, each one polynomial of X X^T, for matrices iterated side by side in this dtype.
+
+    In float16, and where all of them are large and elongated, the first three steps, or as many as there are,
+    are taken together: the Gram form, which has fewer products with the long X. Otherwise every step is a run
+    of its own.
+
+    More steps, or later ones, or smaller matrices would not do. A step multiplies the small values of X X^T
+    by a^2, about 16, and the rounding errors among them, too, which are relative to the largest values. That
+    is little as long as all are small, as they are in the beginning where there are many. Float32 is there
+    for its digits, and would lose some.
+    """
+    elongated = all(max(x) >= GRAM_RATIO * min(x) and min(x) >= GRAM_SIDE for x in shapes)
+    first = min(GRAM_STEPS if elongated and dtype == torch.float16 else 1, len(coefficients))
+    rest = tuple((triple,) for triple in coefficients[first:])
+    return (coefficients[:first], *rest) if first else ()

@@ -64,6 +64,11 @@ class Dims(NamedTuple):
         return (self.Dh, self.Dk), (self.Dv, self.Dh), (self.Dh, self.Dk)
 
     @property
+    def iterated(self) -> list[tuple[int, int]]:
+        """The shapes of these matrices alone."""
+        return [shape for shape, on in zip(self.shapes, self.matrices) if on]
+
+    @property
     def offsets(self) -> list[int]:
         """First element of each matrix, and the end of the last."""
         return [0, *itertools.accumulate(round_up(r * c) for r, c in self.shapes)]

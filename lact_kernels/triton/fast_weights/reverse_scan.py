@@ -272,7 +272,7 @@ class ReverseScan(Scan):
                 before, after = momentum | {"dnext_steps": dmuon}, {}
             ttt_update_bwd(*places, **prenorm, **muon, **before)
             muon["iteration"] = self.newton_schulz(number).backward(
-                dmuon, then.muon, *squares, self.options.coefficients, after.get("dbuffers"),
+                dmuon, then.muon, *squares, after.get("dbuffers"),
                 with_sizes=units is not None,
             )  # fmt: skip
             ttt_update_bwd(*places, **prenorm, **muon, **after, **outputs)

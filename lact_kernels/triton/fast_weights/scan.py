@@ -25,7 +25,7 @@ from lact_kernels.triton.fast_weights.history import (
     trained_matrices,
 )
 from lact_kernels.triton.fast_weights.layout import ALL_MATRICES, Chunks, Dims
-from lact_kernels.triton.fast_weights.newton_schulz import NewtonSchulz
+from lact_kernels.triton.fast_weights.newton_schulz import Iteration
 from lact_kernels.triton.fast_weights.products import num_outer_splits, ttt_outer, ttt_project
 from lact_kernels.triton.fast_weights.update import ttt_mean_momentum, ttt_update
 from lact_kernels.triton.launch import readable_in_place
@@ -245,9 +245,7 @@ class Scan:
             before, after = {"next_steps": then.gradients}, momentum
         squares = self.floats(number * self.H, dims.rows)
         ttt_update(parts, *places, **how, **before, squares=squares)
-        orthogonal = self.newton_schulz(number).forward(
-            then.muon, squares, self.options.coefficients
-        )
+        orthogonal = self.newton_schulz(number).forward(then.muon, squares)
         ttt_update(orthogonal, *places, **how, **after)
 
     def apply(self, segment: Segment, o: Tensor) -> None:
@@ -273,9 +271,10 @@ class Scan:
         """`[N, H, SIZE]` in the order of `layout`, as three matrices of each sequence in order."""
         return tuple(map(own, self.dims.unpack(self.chunks.unsorted(packed))))
 
-    def newton_schulz(self, number: int) -> NewtonSchulz:
+    def newton_schulz(self, number: int) -> Iteration:
         """The iteration for the steps of `number` chunks."""
-        return NewtonSchulz(number * self.H, self.dims, self.k.dtype, self.k.device)
+        triples = self.options.coefficients
+        return Iteration(number * self.H, self.dims, self.k.dtype, self.k.device, triples)
 
     def betas_of(self, step: int, number: int) -> Tensor | None:
         """`[heads]`, of the first `number` chunks of a step."""

@@ -237,7 +237,7 @@ def ttt_update_bwd(
     squares: tuple[Tensor, Tensor]
     | None = None,  # `[heads, ROWS]`: of the rows' norms of dx' or dM' and of next_steps
     dnext_steps: Tensor | None = None,  # `[heads, SIZE]`: written: dM' where momentum is after Muon
-    iteration: tuple[Tensor | None, ...] | None = None,  # NewtonSchulz.backward: the second launch
+    iteration: tuple[Tensor | None, ...] | None = None,  # Iteration.backward: the second launch
     units: Tensor | None = None,  # `[heads, 4]`: the first three are written
     dsteps: Tensor | None = None,  # `[heads, SIZE]`: written; None: the first launch with Muon
 ) -> None:
