@@ -44,7 +44,7 @@ def ttt(
     masters = list(w)
     buffers = [torch.zeros_like(x) for x in w]
     rates = (lr0, lr1, lr2)
-    outputs = [q.new_zeros(q.shape[0], 0, q.shape[2], v.shape[-1])]
+    outputs = [ttt_apply(q[:, :0], *w)]  # for what has no apply at all
     for kind, ranges in steps:
         if kind == "apply":
             outputs += [ttt_apply(q[:, start:stop], *w) for start, stop in ranges]
