@@ -20,7 +20,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.launches import count_launches
-from lact_kernels import RingKVCache, block_causal_ttt, window_attn, window_attn_with_kvcache
+from lact_kernels import (
+    Apply,
+    NewtonSchulz,
+    RingKVCache,
+    TTTPlan,
+    Update,
+    block_causal_ttt,
+    ttt,
+    window_attn,
+    window_attn_with_kvcache,
+)
 from lact_kernels.eager import masked_attention
 from tests.cases import WRITES, TTTCase, WindowCase
 from tests.ranks import Ranks
@@ -229,6 +239,13 @@ def fast_weights_inputs(B, T):
     return tuple(TTTCase("", B=B, T=T, H=3, momentum=True).inputs(torch.float32).values())
 
 
+def call_plan(*inputs):
+    *inputs, momentum = inputs
+    plan = TTTPlan([Update(0, 4), Apply(2), Update(4), Apply(0, 8)])
+    muon = NewtonSchulz([(3.4445, -4.7750, 2.0315)])
+    return (ttt(*inputs, plan, momentum=momentum, muon=muon),)
+
+
 CHANGES = {
     "dense, batch": (call_dense, dense_inputs, [(5, 33), (2, 33), (9, 33), (16, 33)]),
     "dense, length": (call_dense, dense_inputs, [(5, 33), (5, 34), (5, 2), (5, 200)]),
@@ -237,6 +254,7 @@ CHANGES = {
     "kvcache, batch": (call_kvcache, kvcache_inputs, [(5, 33), (8, 33), (9, 33), (16, 33)]),
     "kvcache, slots": (call_kvcache, kvcache_inputs, [(5, 33), (5, 34), (5, 8), (5, 200)]),
     "fast weights, length": (call_fast_weights, fast_weights_inputs, [(2, 11), (2, 12), (2, 30)]),
+    "plan, batch": (call_plan, fast_weights_inputs, [(2, 11), (3, 11), (4, 11)]),
 }
 
 

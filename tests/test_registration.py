@@ -98,7 +98,7 @@ def opcheck_block_causal_ttt(
     shared = Options(C, case.muon, case.prenorm, case.momentum)
     state = new_state(weights, N, shared, torch.float32)
     start = [w.clone().requires_grad_() for triple in state[:4] for w in triple]
-    muon = [x for triple in LACT.coefficients for x in triple] if case.muon else None
+    muon = LACT.text if case.muon else None
     how = (C, muon, case.prenorm, True, False)
     options = (*how, return_end, checkpoint_interval, backend, "")
     torch.library.opcheck(

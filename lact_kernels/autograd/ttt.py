@@ -7,7 +7,7 @@ norms, then masters with pre-norm, then buffers with momentum.
     end      the same after each sequence's last update; empty unless `return_end`
     plan     the updates, and the queries of each version of the weights, see `core/plan.py`; made once, by
              `packed_plan` where a compiled program cannot know the borders of packed sequences
-    muon     the coefficients of Newton-Schulz, three for each step; None without Muon
+    muon     the coefficients of Newton-Schulz as text, three for each step; None without Muon
     ranks    the name of those among which the call is split, see `core/ranks.py`; "" for none
     history  what the backend's backward needs beside its inputs; only the backend can read it. It is empty
              with a checkpoint interval of 0, where no backward will come. Behind it are the fast weights that
@@ -40,7 +40,7 @@ NO_HISTORY = (
 )
 INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? lr0, Tensor? lr1, Tensor? lr2, Tensor? momentum,"
-    " Tensor[] start, Tensor? plan, SymInt chunk_size, float[]? muon, bool prenorm, bool weight_norm,"
+    " Tensor[] start, Tensor? plan, SymInt chunk_size, str? muon, bool prenorm, bool weight_norm,"
     " bool momentum_after_muon, bool return_end, SymInt checkpoint_interval, str backend, str ranks"
 )
 NUM_TENSORS = 7  # before the start
@@ -141,8 +141,7 @@ def _backward(ctx, do, dend, _dhistory):
     dq, dtokens, dstart = ttt_bwd(do, dend or [], history, *tensors, start, plan, *ctx.options)
     given = iter(dtokens)
     dtokens = (None if x is None else next(given) for x in tensors[1:])
-    # An empty list counts as one of tensors: no coefficients have no gradients.
-    return dq, *dtokens, dstart, None, *([] if x == [] else None for x in ctx.options)
+    return dq, *dtokens, dstart, None, *(None for _ in ctx.options)
 
 
 register_derivatives(packed_plan)
@@ -161,7 +160,7 @@ def _call(inputs: tuple) -> tuple[Call, ModuleType]:
     q, *tokens, start, plan = inputs[: NUM_TENSORS + 2]
     chunk_size, muon, prenorm, *rest, backend, ranks = inputs[NUM_TENSORS + 2 :]
     tokens, start = Tokens(*tokens), FastWeights.from_list(start, prenorm)
-    muon = muon is not None and NewtonSchulz([muon[i : i + 3] for i in range(0, len(muon), 3)])
+    muon = muon is not None and NewtonSchulz.of_text(muon)
     options = Options(chunk_size, muon, prenorm, tokens.momentum is not None, *rest)
     call = Call(q, tokens, start, plan, options, ranks)
     if backend == "triton":

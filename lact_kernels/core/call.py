@@ -37,9 +37,16 @@ class Options(NamedTuple):
     @property
     def coefficients(self) -> Coefficients | None:
         """The triples of Newton-Schulz, None without Muon."""
-        if isinstance(self.muon, NewtonSchulz):
-            return self.muon.coefficients
-        return LACT.coefficients if self.muon else None
+        return None if self.muon is False else self._newton_schulz.coefficients
+
+    @property
+    def muon_text(self) -> str | None:
+        """The same as a registered op takes them."""
+        return None if self.muon is False else self._newton_schulz.text
+
+    @property
+    def _newton_schulz(self) -> NewtonSchulz:
+        return LACT if self.muon is True else self.muon
 
     @property
     def segment(self) -> int:

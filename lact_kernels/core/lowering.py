@@ -1,6 +1,7 @@
 """From `TTTPlan`s to what a backend computes: a `Plan`, whose versions have one range of tokens each."""
 
 import itertools
+import operator
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -42,6 +43,7 @@ def lower(
         ValueError: a range goes beyond its sequence, or holds no token.
     """
     updates, borders, applied, place = [], [], [], 0
+    queries, keys = _constants(queries), _constants(keys)
     for n, plan in enumerate(plans):
         steps, seen = _versions(plan, queries[n : n + 2], keys[n : n + 2], distributed)
         while steps and not seen[-1] and not return_end:
@@ -105,10 +107,15 @@ def _placed(name: str, given: tuple[int, int | None], borders: Sequence[int], of
     start, stop = given
     first, last = borders
     length = last - first
-    stop = length if stop is None else stop
+    start, stop = _constants((start, length if stop is None else stop))
     if stop > length or start > stop:
         raise ValueError(f"{name} goes beyond its sequence, which has {length} {of}")
     return first + start, first + stop
+
+
+def _constants(numbers: Sequence[int]) -> list[int]:
+    """The numbers, which compiled code may take for variables, as constants of its program."""
+    return [operator.index(x) for x in numbers]
 
 
 def _joined(ranges: Iterable[Range]) -> list[Range]:

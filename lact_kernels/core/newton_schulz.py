@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -28,12 +28,21 @@ class NewtonSchulz:
         ValueError: a triple has not three numbers, or one of them is not finite.
     """
 
-    coefficients: Coefficients
+    coefficients: Coefficients = field(compare=False)
+    # The same as text: what a registered op takes. Compiled code would take floats for variables.
+    text: str = field(repr=False)
 
     def __init__(self, coefficients: Sequence[Sequence[float]]):
         if not isinstance(coefficients, Sequence) or isinstance(coefficients, str):
             raise TypeError(f"coefficients must be a sequence of triples, got {coefficients!r}")
-        object.__setattr__(self, "coefficients", tuple(map(_triple, coefficients)))
+        triples = tuple(map(_triple, coefficients))
+        object.__setattr__(self, "coefficients", triples)
+        object.__setattr__(self, "text", " ".join(repr(x) for triple in triples for x in triple))
+
+    @classmethod
+    def of_text(cls, text: str) -> "NewtonSchulz":
+        numbers = list(map(float, text.split()))
+        return cls([numbers[i : i + 3] for i in range(0, len(numbers), 3)])
 
 
 def _triple(triple: object) -> tuple[float, float, float]:

@@ -53,11 +53,8 @@ def run(call: Call, backend: Backend) -> tuple[Tensor, FastWeights | None]:
     interval = options.checkpoint_interval
     if not checks.may_need_backward(q, *tokens, *start):
         interval = 0
-    muon = options.coefficients
-    if muon is not None:
-        muon = [x for triple in muon for x in triple]
     o, end, _ = ttt_fwd(
-        q, *tokens, start, plan, options.chunk_size, muon, options.prenorm, options.weight_norm,
+        q, *tokens, start, plan, options.chunk_size, options.muon_text, options.prenorm, options.weight_norm,
         options.momentum_after_muon, options.return_end, interval, backend, ranks,
     )  # fmt: skip
     return o, FastWeights.from_list(end, options.prenorm) if end else None
@@ -87,7 +84,7 @@ def check_call(
     # Not by `_replace`: torch.compile loses what it makes where a call is compiled in parts.
     options = Options(chunk_size, muon, *options[2:7], interval)
     check_tensors(q, tokens, weights, rows, num_keys)
-    if options.momentum_after_muon and (options.coefficients is None or not options.momentum):
+    if options.momentum_after_muon and (options.muon is False or not options.momentum):
         raise ValueError(
             "momentum_after_muon=True needs muon and momentum, got"
             f" muon={options.muon} and momentum {'given' if options.momentum else 'None'}"
