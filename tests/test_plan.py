@@ -13,6 +13,9 @@ from lact_kernels.core.newton_schulz import NewtonSchulz
 from lact_kernels.core.plan import Plan
 from lact_kernels.core.tokens import Tokens
 from lact_kernels.ops.fast_weights import new_state, run
+from lact_kernels.triton.fast_weights.history import ttt_history
+from lact_kernels.triton.fast_weights.layout import Chunks
+from lact_kernels.triton.fast_weights.scan import Scan
 from tests.cases import TTTCase, filled_with_nan
 from tests.plan_cases import PACKED, ScanCase, check_scan
 
@@ -192,3 +195,28 @@ def test_versions_that_nobody_sees_are_not_applied(queries):
     assert backward.kernel_names["_ttt_hidden_kernel"] == 1
     assert backward.kernel_names["_ttt_outer_kernel"] == 1 + 3
     assert backward.kernel_names["_ttt_project_kernel"] == 1 + 2
+
+
+def test_apply_is_cut_at_versions_that_nobody_sees():
+    """Nothing is written, summed or filled with zeros for these."""
+    case = ScanCase("", plan=Plan(UPDATE_FIRST.keys, [[0, 4, 4, 4, 11]]), Tk=11)
+    chunks = Chunks(case.call(case.inputs(torch.float32)))
+    assert chunks.applied(range(4)) == [range(1), range(3, 4)]
+    assert chunks.applied(range(1, 3)) == []
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["momentum before Muon", "after"])
+def test_bound_of_growing_weights(late):
+    """Units of float16 rely on how long rows can become without renorm; these grow as fast as they can."""
+    case = ScanCase("", plan=UPDATE_FIRST, Tk=11, H=1, muon=True, momentum=True, weight_norm=False)
+    case = dataclasses.replace(case, momentum_after_muon=late)
+    x = {name: t.detach() for name, t in case.inputs(torch.float32).items()}
+    x["momentum"].fill_(1)
+    for name, t in x.items():
+        if name[:-1] in ("weights", "buffers"):
+            t.mul_(0.01)
+    call = case.call(x)
+    _, end = run(call, "eager")
+    longest = max(torch.linalg.vector_norm(w, dim=-1).max() for w in end.weights)
+    (bound,) = Scan(call, ttt_history(call)).lengths[0].flatten()
+    assert longest > 1.5 and longest <= bound < 20 * longest

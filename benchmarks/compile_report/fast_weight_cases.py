@@ -173,7 +173,7 @@ def _given_weights_cases(*arguments: Any, **keywords: Any) -> Iterator[CompileCa
     """Of `_cases` those of the first sizes, with weights where they lie and without what only a scan has."""
     of_scans = ("table_ptr", "lr_ptr", "acts2_ptr", "weights2_ptr", "units_ptr")
     for case in _cases(*arguments, **keywords):
-        if case.shape == "x".join(map(str, COMPILED_DIMS[0])):
+        if case.shape == "x".join(map(str, COMPILED_DIMS[0].sizes)):
             pointers = {k: v for k, v in case.pointers.items() if k not in of_scans}
             constants = case.constexprs | {k: None for k in of_scans if k in case.kernel.arg_names}
             del constants["weight_strides"]

@@ -142,8 +142,16 @@ def ttt(
         The outputs `[B, To, H, Dv]` in the dtype of q, those of every apply end to end in the order of the
         plan (and of packed sequences, one sequence's behind the other's); with `return_state` also the
         `TTTState`. Gradients flow to every floating-point argument, through every update, through
-        `initial_state` and through the returned state. Precision is that of `block_causal_ttt`, and so is
-        what is kept for the backward, for each update that is done.
+        `initial_state` and through the returned state. Precision is that of `block_causal_ttt`.
+
+        Beside the inputs, the Triton backend keeps for the backward, for the start and each update that is
+        done, `e + 4` bytes for each fast weight with products of e bytes, `e + 8` with momentum or Muon, and
+        `e + 12` with `momentum_after_muon`: with (Dk, Dh) = (1024, 4096) and 16 bits these are 72, 120 and
+        168 MiB for each head. The eager backend keeps two float32 copies of the weights that are trained
+        (pre-norm, and `momentum_after_muon`: one more each).
+
+        A plan, and with it the numbers of queries and keys, are constants of a program that `torch.compile`
+        makes, which another batch size does not change. With `cu_seqlens` it is compiled in parts.
 
     Raises:
         TypeError: an argument of the wrong type, or a tensor of the wrong dtype.
