@@ -205,7 +205,7 @@ def test_equals_one_process(ranks: Ranks, name, by):
 
 KERNELS = {
     "kernels": Case(
-        TTTPlan([Update(0, 6), Apply(0, 4), Update(6, 9), Apply(4, 9)]), (5, 4), (7, 2),
+        TTTPlan([Update(0, 6), Apply(0, 4), Update(6, 9), Apply(4, 9)]), (5, 4), (7, 2), B=2,
         options={"prenorm": True}, given="momentum",
     ),
 }  # fmt: skip
