@@ -3,6 +3,7 @@
 The kernels of the Gram form are float16, and are emulated.
 """
 
+import numpy as np
 import pytest
 import torch
 
@@ -96,6 +97,7 @@ def test_the_first_steps_of_large_elongated_matrices_are_taken_together():
         (TypeError, [(1.0, 2.0, None)], "None"),
         (ValueError, [(1.0, 2.0)], r"\(1.0, 2.0\)"),
         (ValueError, [(1.0, 2.0, float("nan"))], "nan"),
+        (TypeError, [(1.0, 2.0, True)], "True"),
     ],
 )
 def test_bad_coefficients_are_named(error, coefficients, said):
@@ -108,3 +110,4 @@ def test_coefficients_become_tuples_of_floats():
     assert given.coefficients == ((2.0, -1.5, 0.5),)
     assert {given: 1}[NewtonSchulz(((2, -1.5, 0.5),))]
     assert NewtonSchulz([]).coefficients == ()
+    assert NewtonSchulz([(np.int64(2), np.float32(-1.5), np.float64(0.5))]) == given

@@ -1,6 +1,7 @@
 """`NewtonSchulz`: the polynomial that Muon orthogonalises a step by."""
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -48,13 +49,18 @@ class NewtonSchulz:
 def _triple(triple: object) -> tuple[float, float, float]:
     if not isinstance(triple, Sequence) or isinstance(triple, str):
         raise TypeError(f"coefficients must be triples (a, b, c) of numbers, got {triple!r}")
-    if not all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in triple):
+    if not all(map(_is_number, triple)):
         raise TypeError(f"coefficients must be triples (a, b, c) of numbers, got {triple!r}")
     if len(triple) != 3 or not all(map(math.isfinite, triple)):
         raise ValueError(
             f"coefficients must be triples (a, b, c) of finite numbers, got {triple!r}"
         )
     return tuple(map(float, triple))
+
+
+def _is_number(x: object) -> bool:
+    """Python's or NumPy's."""
+    return type(x) in (int, float) or (isinstance(x, numbers.Real) and not isinstance(x, bool))
 
 
 LACT = NewtonSchulz(
