@@ -8,7 +8,16 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from lact_kernels import block_causal_ttt, ttt_apply, window_attn, window_attn_with_kvcache
+from lact_kernels import (
+    Apply,
+    TTTPlan,
+    Update,
+    block_causal_ttt,
+    ttt,
+    ttt_apply,
+    window_attn,
+    window_attn_with_kvcache,
+)
 from lact_kernels.asr import features
 from lact_kernels.compat.transformers import LaCTForCausalLM, LaCTSWIGLUConfig
 from tests.lact_layer_cases import make_layer
@@ -94,6 +103,28 @@ def test_operations(module, make_inputs, open_, dim):
     for T in LENGTHS:
         x = make_inputs(T)
         torch.testing.assert_close(program(x), module(x))
+
+
+@pytest.mark.parametrize(
+    "make_plan",
+    [
+        lambda T: TTTPlan.update_first(T, 8),
+        lambda T: TTTPlan([Update(0), Apply(4), Apply(0, 10)]),
+    ],
+    ids=["of the length", "queries twice"],
+)
+def test_lengths_are_constants_of_a_plan_in_a_program(make_plan):
+    """The batch may stay open."""
+
+    def call(*x):
+        return ttt(*x, make_plan(x[0].shape[1]))
+
+    x = learn(20)
+    open_ = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    shapes = [None if i in (3, 4, 5) else open_ for i in range(len(x))]
+    program = torch.export.export(Function(call), (x,), dynamic_shapes=(shapes,)).module()
+    twice = [y if i in (3, 4, 5) else torch.cat([y, y]) for i, y in enumerate(x)]
+    assert torch.equal(program(twice), call(*twice))
 
 
 def exported(module, x, dim, **options):

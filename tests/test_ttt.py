@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -258,6 +259,9 @@ BAD_STEPS = [
     (TypeError, "step 0 of a plan must be an Update or an Apply", lambda: TTTPlan([(0, 4)])),
     (TypeError, "steps must be a sequence of Update and Apply, got 3", lambda: TTTPlan(3)),
     (ValueError, "chunk_size must be at least 1", lambda: TTTPlan.block_causal(4, 0)),
+    (TypeError, "^T must be an int, got 4.0", lambda: TTTPlan.update_first(4.0, 2)),
+    (TypeError, "^T must be an int, got False", lambda: TTTPlan.bidirectional(False)),
+    (TypeError, "^chunk_size must be an int, got True", lambda: TTTPlan.block_causal(4, True)),
 ]
 
 
@@ -265,6 +269,16 @@ BAD_STEPS = [
 def test_bad_steps_are_refused(error, message, make):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_borders_may_be_numpy_ints():
+    """And are plain ints in the plan, which is the same as one of these."""
+    a, b = np.int64(3), np.int32(7)
+    plan = TTTPlan([Update(a, b), Apply(a, b)])
+    assert repr(plan) == "TTTPlan([Update(3, 7), Apply(3, 7)])"
+    assert TTTPlan.block_causal(b, a) == TTTPlan.block_causal(7, 3)
+    assert TTTPlan.bidirectional(b) == TTTPlan.bidirectional(7)
+    assert plan.shard(queries=(a, b), keys=(a, b)) == TTTPlan([Update(0, 4), Apply(0, 4)])
 
 
 TWO_PLANS = [TTTPlan([]), TTTPlan([])]

@@ -66,7 +66,8 @@ def gather(x: Tensor, ranges: Sequence[Range]) -> Tensor:
     """
     if len(ranges) == 1:
         return x[:, slice(*ranges[0])]
-    places = sorted({0, x.shape[1], *(place for r in ranges for place in r)})
+    length = operator.index(x.shape[1])
+    places = sorted({0, length, *(place for r in ranges for place in r)})
     pieces = x.split([b - a for a, b in itertools.pairwise(places)], dim=1)
     index = {place: i for i, place in enumerate(places)}
     return torch.cat([p for a, b in ranges for p in pieces[index[a] : index[b]]], dim=1)

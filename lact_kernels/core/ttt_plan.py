@@ -1,8 +1,12 @@
 """`TTTPlan`: the order of updates and applies that `ttt` computes."""
 
+import numbers
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import torch
 
 
 class TTTOperator(Protocol):
@@ -20,7 +24,8 @@ class Update:
     """One step of the fast weights on some keys.
 
     `Update(start, stop)` takes the keys `start:stop`, `Update([(a, b), (c, d)])` those of several ranges,
-    whose gradients are summed. A stop of None is the end of the sequence.
+    whose gradients are summed. A stop of None is the end of the sequence; if no key lies before it, nothing
+    is updated.
 
     Raises:
         TypeError: a border is no int.
@@ -45,7 +50,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Apply:
-    """The fast weights as they now are, applied to the queries `start:stop` (None: to the last).
+    """The fast weights as they now are, applied to the queries `start:stop` (None: to the last, if any).
 
     Raises:
         TypeError: a border is no int.
@@ -59,6 +64,8 @@ class Apply:
         start, stop = _range("Apply", (self.start, self.stop))
         if start == stop:
             raise ValueError(f"Apply must have at least one query, got the range ({start}, {stop})")
+        object.__setattr__(self, "start", start)
+        object.__setattr__(self, "stop", stop)
 
     def __repr__(self) -> str:
         return f"Apply({self.start}, {self.stop})"
@@ -94,8 +101,10 @@ class TTTPlan:
 
     @classmethod
     def block_causal(cls, T: int, chunk_size: int) -> "TTTPlan":
-        """The order of language models: each chunk is read with the weights that those before it have
-        made."""
+        """The order of language models: each chunk is read with the weights that those before it have made.
+
+        The last chunk makes none, as nothing would read them. Who goes on from the state adds its `Update`.
+        """
         chunks = _chunks(T, chunk_size)
         steps = [step for chunk in chunks for step in (Apply(*chunk), Update(*chunk))]
         return cls(steps[:-1])
@@ -104,6 +113,7 @@ class TTTPlan:
     @classmethod
     def bidirectional(cls, T: int | None = None) -> "TTTPlan":
         """One step on all keys, then all queries: every token sees every other."""
+        T = None if T is None else _int("T", T)
         return cls([] if T == 0 else [Update(0, T), Apply(0, T)])
 
     @classmethod
@@ -116,7 +126,7 @@ class TTTPlan:
     def of_ttt_operators(cls, order: Iterable[TTTOperator]) -> "TTTPlan":
         """The `ttt_ua_order` of LaCT's code: objects with the fields start, end, update and apply.
 
-        An end of -1 is that of the sequence.
+        An end of -1 is that of the sequence. Others that go beyond it are errors, where slices would be cut.
 
         Raises:
             TypeError: an entry lacks one of the fields.
@@ -168,16 +178,25 @@ def _range(step: str, given: tuple[int, int | None]) -> tuple[int, int | None]:
     if not isinstance(given, Sequence) or len(given) != 2:
         raise TypeError(f"{step} must have ranges (start, stop), got {given!r}")
     start, stop = given
-    for name, value in (("start", start), ("stop", stop)):
-        is_int = isinstance(value, int) and not isinstance(value, bool)
-        if not is_int and (name == "start" or value is not None):
-            raise TypeError(f"{name} of {step} must be an int, got {value!r}")
+    start = _int(f"start of {step}", start)
+    stop = None if stop is None else _int(f"stop of {step}", stop)
     if start < 0 or (stop is not None and stop < start):
         raise ValueError(f"{step} must have a range 0 <= start <= stop, got ({start}, {stop})")
     return start, stop
 
 
+def _int(name: str, value: int) -> int:
+    """A border as a plain int: NumPy's are taken, too, and a length that is symbolic becomes a constant."""
+    if type(value) is int:
+        return value
+    is_int = isinstance(value, (numbers.Integral, torch.SymInt))
+    if not is_int or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    return operator.index(value)
+
+
 def _chunks(T: int, chunk_size: int) -> list[tuple[int, int]]:
+    T, chunk_size = _int("T", T), _int("chunk_size", chunk_size)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if T < 0:
