@@ -125,7 +125,7 @@ def ttt(
         prenorm: accumulate steps in un-normalised masters instead of the normalised weights.
         weight_norm: bring the rows of the weights back to their initial norms after each update.
         detach_norms: take these norms as constants in the backward.
-        momentum_after_muon: orthogonalise the gradients, and then add momentum.
+        momentum_after_muon: orthogonalise the gradients, and then add momentum. It needs both.
         cu_seqlens: int32 `[N+1]`, the borders of N sequences laid end to end in one row (`B = 1`), in which
             the queries and the keys lie alike; or a pair, of the queries' borders and of the keys'. On the
             device of q, where each call waits to read it, or on the CPU, where nothing waits.
