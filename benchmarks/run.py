@@ -177,7 +177,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="default: 4 of block_causal_ttt; of a plan and of ttt_apply as many as the model has",
     )
     parser.add_argument(
-        "--fast-weight-dims", nargs="+", type=positive, metavar="D", help="each for Dk = Dv = Dh"
+        "--fast-weight-dims",
+        nargs="+",
+        type=positive,
+        metavar="D",
+        help="of block_causal_ttt, each for Dk = Dv = Dh",
     )
     parser.add_argument("--muon", action="store_true", help="block_causal_ttt with Muon")
     parser.add_argument("--momentum", action="store_true", help="block_causal_ttt with momentum")
@@ -228,6 +232,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
 
     settle_device(parser, options)
+    if BlockCausalTTT.op not in options.op:
+        for flag in ("muon", "momentum", "prenorm"):
+            if getattr(options, flag):
+                parser.error(f"--{flag} is of {BlockCausalTTT.op} alone")
     defaults = DEFAULTS[options.device]
     options.dtype = options.dtype or defaults.dtype
     options.seq_len = options.seq_len or (MEMORY_LENGTH if options.memory else defaults.seq_len)

@@ -663,6 +663,7 @@ def test_interrupting_keeps_finished_rows(tmp_path, monkeypatch, capsys):
         (["--peers", "reference loop", "--no-peers"], "cannot be combined"),
         (["--op", "ttt", "ttt_apply", "--memory"], "no sweep over T of ttt and ttt_apply"),
         (["--plan", "causal"], "invalid choice"),
+        (["--op", "ttt", "--momentum"], "--momentum is of block_causal_ttt alone"),
     ],
     ids=lambda x: x[1] if isinstance(x, list) else "",
 )

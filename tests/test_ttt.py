@@ -144,6 +144,11 @@ def test_block_causal_ttt_is_a_plan():
     x = inputs(momentum=True, B=2)
     o = ttt(**x, plan=TTTPlan.block_causal(T, C), muon=True, prenorm=True)
     close(o, block_causal_ttt(**x, chunk_size=C, muon=True, prenorm=True))
+    options = {"muon": True, "return_state": True}
+    _, state = ttt(**x, plan=TTTPlan.block_causal(T, T // 4), **options)
+    _, expected = block_causal_ttt(**x, chunk_size=T // 4, **options)
+    for a, e in zip(state_tensors(state), state_tensors(expected), strict=True):
+        close(a, e)
     assert TTTPlan.block_causal(0, C).steps == ()
 
 

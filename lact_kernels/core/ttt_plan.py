@@ -103,12 +103,10 @@ class TTTPlan:
     def block_causal(cls, T: int, chunk_size: int) -> "TTTPlan":
         """The order of language models: each chunk is read with the weights that those before it have made.
 
-        The last chunk makes none, as nothing would read them. Who goes on from the state adds its `Update`.
+        The last update changes no output: without `return_state` it is not computed.
         """
         chunks = _chunks(T, chunk_size)
-        steps = [step for chunk in chunks for step in (Apply(*chunk), Update(*chunk))]
-        return cls(steps[:-1])
-        # the last update would change no output
+        return cls([step for chunk in chunks for step in (Apply(*chunk), Update(*chunk))])
 
     @classmethod
     def bidirectional(cls, T: int | None = None) -> "TTTPlan":
