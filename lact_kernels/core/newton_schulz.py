@@ -1,5 +1,6 @@
 """`NewtonSchulz`: the polynomial that Muon orthogonalises a step by."""
 
+import functools
 import math
 import numbers
 from collections.abc import Sequence
@@ -41,6 +42,7 @@ class NewtonSchulz:
         object.__setattr__(self, "text", " ".join(repr(x) for triple in triples for x in triple))
 
     @classmethod
+    @functools.cache
     def of_text(cls, text: str) -> "NewtonSchulz":
         numbers = list(map(float, text.split()))
         return cls([numbers[i : i + 3] for i in range(0, len(numbers), 3)])
