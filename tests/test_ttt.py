@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.launches import count_launches
 from lact_kernels import Apply, NewtonSchulz, TTTPlan, Update, block_causal_ttt, ttt, ttt_update
 from lact_kernels.core.lowering import gather, lower
 from lact_kernels.eager import swiglu
@@ -195,6 +196,38 @@ def test_update_alone():
     _, expected = ttt(q, **x, plan=plan, **options, return_state=True)
     for a, e in zip(again, expected.weights):
         close(a, e)
+
+
+def update_inputs(device):
+    case = PlanCase((), ((T, T),), rows=1, sizes=(2, 16, 16, 32))
+    x = case.tensors(torch.float32, device)
+    return {name: t.detach() for name, t in x.items() if name != "q"}
+
+
+def test_update_alone_waits_for_nothing():
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = update_inputs(device)
+    counted = count_launches(lambda: ttt_update(**x, backend="triton"))
+    assert counted.syncs == 0 and counted.kernels == 4
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_updates_other_weights():
+    x = update_inputs("cuda")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        ttt_update(**x, backend="triton")
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        weights = ttt_update(**x, backend="triton")
+    others = update_inputs("cuda")
+    for name, t in x.items():
+        t.copy_(others[name])
+    graph.replay()
+    for a, e in zip(weights, ttt_update(**others, backend="triton")):
+        assert torch.equal(a, e)
 
 
 def updates_of(fn, monkeypatch):
