@@ -27,6 +27,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from benchmarks.registry import NEWTON_SCHULZ
 from lact_kernels.core.newton_schulz import EPS, LACT, Coefficients, groups
 from lact_kernels.eager.newton_schulz import newton_schulz, newton_schulz_bwd
 from lact_kernels.triton.fast_weights.layout import Dims, num_tiles
@@ -37,7 +38,7 @@ from lact_kernels.triton.fast_weights.newton_schulz_kernels import (
 )
 
 SHAPES = ((768, 1536), (1024, 2048), (1024, 4096))
-TRIPLES = {"LaCT": LACT.coefficients, "published": ((3.4445, -4.7750, 2.0315),) * 5}
+TRIPLES = {"LaCT": LACT.coefficients, "published": NEWTON_SCHULZ}
 KINDS = ("well", "ill", "low", "silu", "dominated")
 CPU = torch.device("cpu")
 
@@ -128,7 +129,7 @@ class Counted(Iteration):
     def _symmetric(self, a, b=None, *, add=(), factor=1.0, one_sided=False, exact=None) -> Tensor:
         tiles = num_tiles(symmetric_constexprs(self.dims, self.symmetric_config, bool(add)))
         products = 1 if b is None or one_sided else 2
-        length = min(self.dims) if add else max(self.dims)
+        length = (min if add else max)(self.dims.sizes)
         self.operations += tiles * self.symmetric_config.block_m**2 * 2 * length * products
         return torch.empty(0)
 
@@ -138,7 +139,9 @@ class Counted(Iteration):
         config = self.multiply_config
         tiles = num_tiles(multiply_constexprs(self.dims, config, in_place, of_square))
         products = 1 if second is None else 2
-        self.operations += tiles * config.block_m * config.block_n * 2 * min(self.dims) * products
+        self.operations += (
+            tiles * config.block_m * config.block_n * 2 * min(self.dims.sizes) * products
+        )
         return torch.empty(0)
 
     def _inner(self, *arguments) -> tuple[None, None, None]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.accuracy import compare
-from benchmarks.newton_schulz_accuracy import Rounded, measure
+from benchmarks.newton_schulz_accuracy import Rounded, measure, operations
 from lact_kernels import NewtonSchulz
 from lact_kernels.core.newton_schulz import LACT, groups
 from lact_kernels.eager.newton_schulz import newton_schulz, newton_schulz_bwd
@@ -111,3 +111,15 @@ def test_coefficients_become_tuples_of_floats():
     assert {given: 1}[NewtonSchulz(((2, -1.5, 0.5),))]
     assert NewtonSchulz([]).coefficients == ()
     assert NewtonSchulz([(np.int64(2), np.float32(-1.5), np.float64(0.5))]) == given
+
+
+def test_operations_of_both_forms():
+    """In whole tiles. A step of the standard form is one symmetric product of X, one of R, and one with X."""
+    m, n, tile = 512, 1024, 128
+    lower = (
+        m // tile * (m // tile + 1) // 2 * tile**2
+    )  # elements of the tiles on and below the diagonal
+    standard, gram = (operations(m, n, gram) for gram in (False, True))
+    once = 2 * (lower * n + lower * m + m * n * m)  # R, B and X of one step
+    assert standard[0] == 3 * 5 * once
+    assert all(few < many for few, many in zip(gram, standard))

@@ -7,11 +7,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
+from benchmarks.registry import NEWTON_SCHULZ
 from lact_kernels import Apply, NewtonSchulz, TTTPlan, Update, ttt
 from lact_kernels.core.newton_schulz import LACT
 from tests.tolerance import assert_close_to_float64
 
-PUBLISHED = NewtonSchulz([(3.4445, -4.7750, 2.0315)] * 5)  # of LaCT's code for views
+PUBLISHED = NewtonSchulz(NEWTON_SCHULZ)  # of LaCT's code for views
 LEAVES = ("q", "k", "v", "w0", "w1", "w2", "lr0", "lr1", "lr2", "momentum")
 
 
