@@ -25,7 +25,7 @@ class Options(NamedTuple):
     prenorm: bool
     momentum: bool  # whether the tokens have one
     weight_norm: bool = True  # whether an update ends in renorm
-    momentum_after_muon: bool = False
+    momentum_after_muon: bool = False  # only with both of them
     return_end: bool = False
     checkpoint_interval: int = 1  # 0: no backward will come, and the history is empty
 

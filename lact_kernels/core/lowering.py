@@ -37,7 +37,7 @@ def lower(
     """`plans` of N sequences, the borders of whose queries and keys these are `[N + 1]`.
 
     Updates that no query sees are left out, unless `return_end` needs them. Where a plan is `distributed`,
-    updates may have no keys here, as other ranks have some.
+    all of them stay, as another rank may need them, and they may have no keys here, as other ranks have some.
 
     Raises:
         ValueError: a range goes beyond its sequence, or holds no token.
@@ -46,7 +46,7 @@ def lower(
     queries, keys = _constants(queries), _constants(keys)
     for n, plan in enumerate(plans):
         steps, seen = _versions(plan, queries[n : n + 2], keys[n : n + 2], distributed)
-        while steps and not seen[-1] and not return_end:
+        while steps and not seen[-1] and not (return_end or distributed):
             steps.pop()
             seen.pop()
         updates.append(steps)

@@ -143,8 +143,8 @@ def ttt(
         num_keys = k.shape[1]
         options = ops.check_call(q, tokens, weights, q.shape[0], initial_state, options, num_keys)
         own_plans = check_plan(plan, 1, packed=False)
-        # No update is left out, as if the end were asked for: other ranks may need it.
-        lowered = lower(own_plans, [0, q.shape[1]], [0, num_keys], True, distributed=True)
+        borders = [0, q.shape[1]], [0, num_keys]
+        lowered = lower(own_plans, *borders, return_state, distributed=True)
         if lowered.plan.keys[0]:
             check_rates(tokens)
         rates, fields = tokens.rates, weights
@@ -174,7 +174,7 @@ def ttt(
     agreement.agree("ttt", facts)
     backend = checks.choose_backend(backend, q, ops.triton_obstacle(q, v, w0))
     start = start_of(initial_state, weights, q.shape[0], options, q.dtype, detach_norms)
-    numbers = ()
+    numbers = None
     if options.momentum and lowered.plan.keys[0]:
         numbers = _numbers_of_keys(lowered, q.device, agreement.group)
     ranks = remember(SharedUpdates(agreement.group))

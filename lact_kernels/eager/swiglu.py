@@ -11,7 +11,7 @@ Names, for a key k and a value v: gate = w0 k, up = w2 k, hidden = silu(gate) * 
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -104,7 +104,8 @@ def gradients(tokens: Tokens, weights: Triple) -> tuple[Tensor | None, ...]:
     """
     k, v, *rates, _ = tokens
     dtype = k.dtype
-    sums = tuple(None if lr is None else zeros for lr, zeros in zip(rates, _zeros_like(weights)))
+    trained = (w if lr is not None else None for lr, w in zip(rates, weights))
+    sums = _zeros_like(trained)
     weights = [_rounded(w, dtype)[None] for w in weights]
     g0, g1, g2 = (None if g is None else g.flatten(0, 1) for g in sums)
     for block in _blocks(k, weights[0].shape[-2]):
@@ -233,8 +234,11 @@ def _blocks(x: Tensor, hidden_dim: int, borders: Sequence[int] | None = None) ->
         chunk += count
 
 
-def _zeros_like(weights: Triple) -> Triple:
-    return tuple(torch.zeros_like(w, memory_format=torch.contiguous_format) for w in weights)
+def _zeros_like(weights: Iterable[Tensor | None]) -> tuple[Tensor | None, ...]:
+    def zeros(w: Tensor) -> Tensor:
+        return torch.zeros_like(w, memory_format=torch.contiguous_format)
+
+    return tuple(None if w is None else zeros(w) for w in weights)
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,5 +1,8 @@
 """What `ttt` and `block_causal_ttt` share: checks, the state before the first token, the registered op."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -79,11 +82,11 @@ def check_call(
         weight_norm=options.weight_norm,
         momentum_after_muon=options.momentum_after_muon,
     )
-    muon = check_muon(options.muon)
+    muon = _check_muon(options.muon)
     interval = checks.check_count("checkpoint_interval", options.checkpoint_interval)
     # Not by `_replace`: torch.compile loses what it makes where a call is compiled in parts.
     options = Options(chunk_size, muon, *options[2:7], interval)
-    check_tensors(q, tokens, weights, rows, num_keys)
+    _check_tensors(q, tokens, weights, rows, num_keys)
     if options.momentum_after_muon and (options.muon is False or not options.momentum):
         raise ValueError(
             "momentum_after_muon=True needs muon and momentum, got"
@@ -94,14 +97,14 @@ def check_call(
     return options
 
 
-def check_muon(muon: bool | NewtonSchulz) -> bool | NewtonSchulz:
+def _check_muon(muon: bool | NewtonSchulz) -> bool | NewtonSchulz:
     """`muon` as one of its spellings: True where the coefficients are LaCT's."""
     if not isinstance(muon, (bool, NewtonSchulz)):
         raise TypeError(f"muon must be True, False or a NewtonSchulz, got {muon!r}")
     return True if muon == LACT else muon
 
 
-def check_tensors(q, tokens: Tokens, weights, rows: int, num_keys: int | None) -> None:
+def _check_tensors(q, tokens: Tokens, weights, rows: int, num_keys: int | None) -> None:
     k, v, *rates, momentum = tokens
     checks.check_floating("q", q, "[B, T, H, Dk]")
     checks.check_floating("v", v, "[B, T, H, Dv]")
@@ -115,7 +118,21 @@ def check_tensors(q, tokens: Tokens, weights, rows: int, num_keys: int | None) -
 
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     checks.check_floating("w0", weights[0], "[H, Dh, Dk]", "[B, H, Dh, Dk]")
-    Dh = weights[0].shape[-2]
+    for name, w, shape, layout in weight_layouts(weights, rows, H, (Dk, Dv, weights[0].shape[-2])):
+        _check_wide(name, w, shape, layout, wide, q.device)
+    for name, x in zip(("lr0", "lr1", "lr2", "momentum"), (*rates, momentum)):
+        if x is not None or name not in optional:
+            _check_wide(name, x, (B, T, H), f"[B, {t}, H]", wide, q.device)
+
+
+def weight_layouts(
+    weights, rows: int, H: int, sizes: tuple[int, int, int]
+) -> Iterator[tuple[str, Any, tuple[int, ...], str]]:
+    """Name, value, and shape and layout to have, of weights with one set for all rows, or one for each.
+
+    `sizes` are Dk, Dv and Dh.
+    """
+    Dk, Dv, Dh = sizes
     shapes = {
         "w0": ((H, Dh, Dk), "H, Dh, Dk"),
         "w1": ((H, Dv, Dh), "H, Dv, Dh"),
@@ -124,10 +141,7 @@ def check_tensors(q, tokens: Tokens, weights, rows: int, num_keys: int | None) -
     for (name, (shape, layout)), w in zip(shapes.items(), weights):
         batched = isinstance(w, Tensor) and w.ndim == 4
         shape, layout = ((rows, *shape), f"[B, {layout}]") if batched else (shape, f"[{layout}]")
-        _check_wide(name, w, shape, layout, wide, q.device)
-    for name, x in zip(("lr0", "lr1", "lr2", "momentum"), (*rates, momentum)):
-        if x is not None or name not in optional:
-            _check_wide(name, x, (B, T, H), f"[B, {t}, H]", wide, q.device)
+        yield name, w, shape, layout
 
 
 def _check_wide(name: str, x: Tensor, shape, layout: str, dtype, device) -> None:

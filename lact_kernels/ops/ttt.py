@@ -181,8 +181,7 @@ def ttt(
         check_rates(tokens)
     backend = checks.choose_backend(backend, q, triton_obstacle(q, v, w0))
     start = start_of(initial_state, weights, N, options, q.dtype, detach_norms)
-    numbers = [stop - first for ranges in lowered.plan.keys for first, stop in ranges]
-    o, end = run(lowered_call(Call(q, tokens, start, None, options), lowered, numbers), backend)
+    o, end = run(lowered_call(Call(q, tokens, start, None, options), lowered), backend)
     return (o, TTTState.of(end, options, q.dtype)) if return_state else o
 
 
@@ -294,9 +293,12 @@ def check_rates(tokens: Tokens) -> None:
         )
 
 
-def lowered_call(call: Call, lowered: Lowered, numbers: Sequence[int | Tensor]) -> Call:
-    """The call with the tokens and the plan that `lowered` says; `numbers` are those of each update's
-    keys."""
+def lowered_call(call: Call, lowered: Lowered, numbers: Sequence[Tensor] | None = None) -> Call:
+    """The call with the tokens and the plan that `lowered` says.
+
+    `numbers` are those of the keys that each update has on all ranks; without ranks they are those of the
+    plan.
+    """
     tokens, size = call.tokens, 1
     updates = [r for ranges in lowered.plan.keys for r in ranges]
     if not updates:
@@ -304,10 +306,12 @@ def lowered_call(call: Call, lowered: Lowered, numbers: Sequence[int | Tensor]) 
     elif lowered.keys is not None:
         tokens = tokens.map(lambda x: gather(x, lowered.keys))
     if call.options.momentum and updates:
-        if all(isinstance(n, int) and n == numbers[0] for n in numbers):
-            size = numbers[0]
+        lengths = [stop - start for start, stop in updates]
+        if numbers is None and len(set(lengths)) == 1:
+            size = lengths[0]
         else:
-            tokens = Tokens(*tokens[:5], divided(tokens.momentum, updates, numbers))
+            momentum = divided(tokens.momentum, updates, numbers or lengths)
+            tokens = Tokens(*tokens[:5], momentum)
     q, plan = gather(call.q, lowered.queries), lowered.plan.to_tensor()
     return Call(q, tokens, call.start, plan, Options(size, *call.options[1:]), call.ranks)
 

@@ -7,7 +7,7 @@ from lact_kernels.autograd.ttt_apply import ttt_apply_fwd
 from lact_kernels.ops import checks
 from lact_kernels.ops.autocast import autocast_dtype, autocasts
 from lact_kernels.ops.checks import Backend
-from lact_kernels.ops.fast_weights import size_obstacle
+from lact_kernels.ops.fast_weights import size_obstacle, weight_layouts
 
 __all__ = ["ttt_apply"]
 
@@ -93,15 +93,8 @@ def _check_weights(q: Tensor, w0: Tensor, w1: Tensor, w2: Tensor) -> None:
     checks.check_floating("w0", w0, "[H, Dh, Dk]", "[B, H, Dh, Dk]")
     checks.check_floating("w1", w1, "[H, Dv, Dh]", "[B, H, Dv, Dh]")
     B, _, H, Dk = q.shape
-    Dh, Dv = w0.shape[-2], w1.shape[-2]
-    shapes = (
-        ("w0", w0, (H, Dh, Dk), "H, Dh, Dk"),
-        ("w1", w1, (H, Dv, Dh), "H, Dv, Dh"),
-        ("w2", w2, (H, Dh, Dk), "H, Dh, Dk"),
-    )
-    for name, w, shape, layout in shapes:
-        batched = isinstance(w, Tensor) and w.ndim == 4
-        shape, layout = ((B, *shape), f"[B, {layout}]") if batched else (shape, f"[{layout}]")
+    sizes = Dk, w1.shape[-2], w0.shape[-2]
+    for name, w, shape, layout in weight_layouts((w0, w1, w2), B, H, sizes):
         dtypes = _weight_dtypes(q)
         if isinstance(w, Tensor) and w.dtype not in dtypes:
             expected = " or ".join(map(str, dtypes))

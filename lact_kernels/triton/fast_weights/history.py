@@ -55,16 +55,7 @@ def ttt_history(call: Call) -> list[Tensor]:
 def num_float_arrays(call: Call) -> int:
     """Of sums, steps and gradients those that there are."""
     has_steps = bool(call.start.buffers) or call.options.coefficients is not None
-    return 1 + has_steps + momentum_after_muon(call)
-
-
-def momentum_after_muon(call: Call) -> bool:
-    options = call.options
-    return (
-        bool(call.start.buffers)
-        and options.coefficients is not None
-        and options.momentum_after_muon
-    )
+    return 1 + has_steps + call.options.momentum_after_muon
 
 
 class Arrays(NamedTuple):

@@ -267,7 +267,7 @@ class ReverseScan(Scan):
             squares = (self.floats(heads, dims.rows), self.floats(heads, dims.rows))
             muon = {"next_steps": then.muon, "squares": squares}
             dmuon, before, after = grads.carry.flatten(0, 1)[:heads], {}, momentum
-            if self.momentum_after_muon:
+            if self.options.momentum_after_muon:
                 dmuon = self.floats(heads, dims.size)
                 before, after = momentum | {"dnext_steps": dmuon}, {}
             ttt_update_bwd(*places, **prenorm, **muon, **before)

@@ -20,7 +20,6 @@ from lact_kernels.triton.fast_weights.end import End, own
 from lact_kernels.triton.fast_weights.history import (
     Arrays,
     Segment,
-    momentum_after_muon,
     num_float_arrays,
     trained_matrices,
 )
@@ -41,7 +40,6 @@ class Scan:
         self.ranks, self.options, self.start = named(call.ranks), call.options, start
         self.q, self.k, self.v = readable_in_place(q, tokens.k, tokens.v)
         self.rates, self.momentum = tokens.rates, tokens.momentum
-        self.momentum_after_muon = momentum_after_muon(call)
         self.dims, self.H = Dims.of(start.weights, trained_matrices(call)), q.shape[2]
         self.chunks = Chunks(call)
         self.norms = self.chunks.sorted(torch.cat(start.norms, dim=-1)).flatten(0, 1)
@@ -90,7 +88,7 @@ class Scan:
     def _growth(self) -> Tensor | float:
         """What all updates together can add to the length of a row, without renorm and with Muon."""
         updates, step = self.chunks.updates, largest_singular_value(self.options.coefficients)
-        if not self.momentum_after_muon:
+        if not self.options.momentum_after_muon:
             return updates * step
         # M grows by a step at a time, from that of the start.
         return updates * (self._longest_rows(self.start.buffers) + step * (updates + 1) / 2)
@@ -241,7 +239,7 @@ class Scan:
             ttt_update(parts, *places, **how, **momentum)
             return
         before, after = momentum, {}
-        if self.momentum_after_muon:
+        if self.options.momentum_after_muon:
             before, after = {"next_steps": then.gradients}, momentum
         squares = self.floats(number * self.H, dims.rows)
         ttt_update(parts, *places, **how, **before, squares=squares)
