@@ -10,7 +10,8 @@ import torch
 
 import reference
 from benchmarks import peers
-from lact_kernels.compat import block_causal_lact_swiglu, lact, prenorm_block_causal_lact_swiglu
+from lact_kernels.compat import block_causal_lact_swiglu, prenorm_block_causal_lact_swiglu
+from lact_kernels.compat.lact import language_model
 
 FUNCTIONS = {False: block_causal_lact_swiglu, True: prenorm_block_causal_lact_swiglu}
 NAMES = ("w0", "w1", "w2", "q", "k", "v", "lr0", "lr1", "lr2")
@@ -143,13 +144,13 @@ def test_autocast_changes_nothing():
 
 
 def test_layout_costs_no_copy(monkeypatch):
-    given, op = [], lact.block_causal_ttt
+    given, op = [], language_model.block_causal_ttt
 
     def watch(*tensors, momentum, **options):
         given.extend([*tensors, momentum])
         return op(*tensors, momentum=momentum, **options)
 
-    monkeypatch.setattr(lact, "block_causal_ttt", watch)
+    monkeypatch.setattr(language_model, "block_causal_ttt", watch)
     inputs = make(torch.float32, momentum=True)
     block_causal_lact_swiglu(**inputs, chunk_size=4)
     names = ("q", "k", "v", "w0", "w1", "w2", "lr0", "lr1", "lr2", "momentum")

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from lact_kernels.compat.lact import AUTHORS_OPTIONS
+from lact_kernels.compat.lact.swap import AUTHORS_OPTIONS
 from lact_kernels.compat.transformers.config import LaCTSWIGLUConfig
 from lact_kernels.compat.transformers.positions import (
     check_counted,
