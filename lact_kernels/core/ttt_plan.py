@@ -121,24 +121,27 @@ class TTTPlan:
         return cls([step for chunk in chunks for step in (Update(*chunk), Apply(*chunk))])
 
     @classmethod
-    def of_ttt_operators(cls, order: Iterable[TTTOperator]) -> "TTTPlan":
-        """The `ttt_ua_order` of LaCT's code: objects with the fields start, end, update and apply.
+    def of_ttt_operators(cls, order: Iterable[TTTOperator | Sequence]) -> "TTTPlan":
+        """The `ttt_ua_order` of LaCT's code: objects with the fields start, end, update and apply, or
+        sequences of these four.
 
-        An end of -1 is that of the sequence. Others that go beyond it are errors, where slices would be cut.
+        An end of -1 is that of the sequence. Others that go beyond it are errors, where slices would be cut;
+        `shard` cuts them. An apply to no queries is left out.
 
         Raises:
-            TypeError: an entry lacks one of the fields.
+            TypeError: the order is no sequence, or an entry is neither of these.
+            ValueError: a range begins before 0 or ends before it begins.
         """
+        if not isinstance(order, Iterable):
+            raise TypeError(f"the order must be a sequence of TTTOperator, got {order!r}")
         steps = []
         for i, entry in enumerate(order):
-            missing = [x for x in ("start", "end", "update", "apply") if not hasattr(entry, x)]
-            if missing:
-                raise TypeError(f"entry {i} of the order has no {', '.join(missing)}: {entry!r}")
-            stop = None if entry.end == -1 else entry.end
-            if entry.update:
-                steps.append(Update(entry.start, stop))
-            if entry.apply:
-                steps.append(Apply(entry.start, stop))
+            start, stop, update, apply = _operator_fields(i, entry)
+            stop = None if stop == -1 else stop
+            if update:
+                steps.append(Update(start, stop))
+            if apply and start != stop:
+                steps.append(Apply(start, stop))
         return cls(steps)
 
     def shard(self, *, queries: tuple[int, int], keys: tuple[int, int]) -> "TTTPlan":
@@ -163,6 +166,16 @@ class TTTPlan:
             elif (common := _common((step.start, step.stop), queries)) != (0, 0):
                 steps.append(Apply(*common))
         return TTTPlan(steps)
+
+
+def _operator_fields(i: int, entry: TTTOperator | Sequence) -> tuple[int, int, bool, bool]:
+    if isinstance(entry, (tuple, list)) and not hasattr(entry, "_fields") and len(entry) == 4:
+        return tuple(entry)
+    fields = ("start", "end", "update", "apply")
+    missing = [x for x in fields if not hasattr(entry, x)]
+    if missing:
+        raise TypeError(f"entry {i} of the order has no {', '.join(missing)}: {entry!r}")
+    return tuple(getattr(entry, x) for x in fields)
 
 
 def _common(given: tuple[int, int | None], piece: tuple[int, int]) -> tuple[int, int]:

@@ -1,35 +1,116 @@
 """`swap_lact_layers`: our layers in the place of the LaCT authors' in a model that exists."""
 
 import inspect
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from lact_kernels.compat.lact.bidirectional import BidirectionalLaCTSwiGLU
 from lact_kernels.compat.lact.language_model import LaCTSWIGLULayer
+from lact_kernels.compat.lact.sliding_window import CausalLaCTSwiGLUWithSlidingWindowAttn
+from lact_kernels.compat.lact.views import FastWeightGluMLPMultihead
 from lact_kernels.layers import LaCTLayer
 from lact_kernels.ops import checks
 from lact_kernels.ops.checks import Backend
 
-# The parameters and modules that every layer of the authors has.
-_PARTS = {"qkv", "o_proj", "w0", "w1", "w2", "lr_proj", "qk_scale", "qk_offset", "ttt_norm"}
-_PROJECTIONS = {"qkv", "o_proj", "lr_proj", "ttt_scale_proj", "momentum_proj.0"}
-# The arguments of their layer: all of ours but those that it does not have.
+
+class Kind(NamedTuple):
+    """A layer of the authors, and how ours is made of it."""
+
+    ours: type[nn.Module]
+    parts: set[str]  # parameters and modules that every such layer has
+    projections: set[str]  # modules of which nothing but the parameters goes over
+    attributes: dict[str, str]  # of their layer, and the arguments that they were made of
+    derived: Callable[[Any], dict[str, Any]]  # further arguments, from parameters
+    norms: tuple[str, ...]
+
+
+# The arguments of the language model's layer: all of ours but those that it does not have.
 AUTHORS_OPTIONS = set(inspect.signature(LaCTLayer).parameters) - {
     "temporal_reduction",
     "backend",
     "device",
     "dtype",
 }
-# Attributes of their layer, and the arguments that they were made of. Two more follow from parameters.
 _RENAMED = {"num_heads": "num_attn_heads", "num_fw_heads": "num_lact_heads"}
-_ATTRIBUTES = _RENAMED | {
-    name: name for name in sorted(AUTHORS_OPTIONS - set(_RENAMED.values()) - {"lr_dim", "qkv_bias"})
-}
+_FAST = {"w0", "w1", "w2"}
+
+
+def _of_language_model(old: Any) -> dict[str, Any]:
+    return {
+        "lr_dim": old.lr_proj.out_features / (3 * old.num_fw_heads),
+        "qkv_bias": old.qkv.bias is not None,
+    }
+
+
+def _of_views(old: Any) -> dict[str, Any]:
+    head_dim, dh = old.w0.shape[1:]
+    return {
+        "head_dim": head_dim,
+        "inter_multi": (dh + 0.5) / head_dim,  # times head_dim and rounded down: dh
+        "bias": old.to_qkv.bias is not None,
+        "base_lr": math.log1p(math.exp(old.base_lr_inv)),
+        "use_gate_fn": hasattr(old, "gate_fn"),
+    }
+
+
+def _of_sliding_window(old: Any) -> dict[str, Any]:
+    return {"ttt_scale_before_sum": hasattr(old, "ttt_scale_proj")}
+
+
+def _same(*names: str) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+_MINIMAL = ("dim", "head_dim", "inter_multi", "use_o_norm", "use_muon", "base_lr")
+# A layer is of the first kind whose parts it has.
+KINDS = (
+    Kind(
+        LaCTSWIGLULayer,
+        _FAST | {"qkv", "o_proj", "lr_proj", "qk_scale", "qk_offset", "ttt_norm"},
+        {"qkv", "o_proj", "lr_proj", "ttt_scale_proj", "momentum_proj.0"},
+        _RENAMED
+        | _same(*sorted(AUTHORS_OPTIONS - set(_RENAMED.values()) - {"lr_dim", "qkv_bias"})),
+        _of_language_model,
+        ("q_norm", "k_norm", "ttt_norm"),
+    ),
+    Kind(
+        CausalLaCTSwiGLUWithSlidingWindowAttn,
+        _FAST | {"to_qkv", "o_proj", "lr_proj", "o_norm", "qk_scale", "qk_offset"},
+        {"to_qkv", "o_proj", "lr_proj", "ttt_scale_proj", "momentum_proj.0"},
+        _same(*_MINIMAL, "attn_head_dim", "lact_chunk_size", "window_size", "use_momentum"),
+        _of_sliding_window,
+        ("o_norm",),
+    ),
+    Kind(
+        BidirectionalLaCTSwiGLU,
+        _FAST | {"to_qkv", "o_proj", "lr_proj", "o_norm"},
+        {"to_qkv", "o_proj", "lr_proj"},
+        _same(*_MINIMAL, "qk_l2_norm"),
+        lambda old: {},
+        ("o_norm",),
+    ),
+    Kind(
+        FastWeightGluMLPMultihead,
+        _FAST | {"to_qkv", "c_proj", "lr_fc", "o_norm"},
+        {"to_qkv", "c_proj", "lr_fc", "gate_fn.0"},
+        _same("dim", "num_heads", "muon_update_steps", "base_lr_inv"),
+        _of_views,
+        ("o_norm",),
+    ),
+)
 
 
 def swap_lact_layers(model: nn.Module, *, backend: Backend = "auto") -> dict[str, nn.Module]:
     """Put our layer in the place of every layer of the LaCT authors in a model.
 
-    A layer is known by the names of its parts, wherever it stands; the authors' package is not needed.
+    These are found: `LaCTSWIGLULayer` of the language model, `FastWeightGluMLPMultihead` of novel views (and
+    ZipMap's, with its gate), and the minimal implementations' `BidirectionalLaCTSwiGLU` and
+    `CausalLaCTSwiGLUWithSlidingWindowAttn`. A layer is known by the names of its parts, wherever it stands;
+    the authors' package is not needed.
+
     The new layers are called as the old ones were, have the very same parameters (nothing is copied,
     optimizers and tied weights go on) and the same state dict; hooks of layers and of their parts, and
     forwards that were set on an instance, stay with the old ones. All layers are examined before the first
@@ -38,7 +119,8 @@ def swap_lact_layers(model: nn.Module, *, backend: Backend = "auto") -> dict[str
         swap_lact_layers(model)
 
     What changes: Muon iterates in float16 or better instead of bfloat16; fast weights are float32
-    whatever `fp32_states` says; padding and packed sequences (`cu_seqlens`) reach the fast weights.
+    whatever `fp32_states` says; padding and packed sequences (`cu_seqlens`) reach the fast weights of the
+    language model's layer; bidirectional layers with Muon keep the weights that they update.
 
     Args:
         model: any module that contains such layers.
@@ -49,36 +131,38 @@ def swap_lact_layers(model: nn.Module, *, backend: Backend = "auto") -> dict[str
 
     Raises:
         NotImplementedError: a layer with another `ttt_loss_type`, `lr_parameterization` or number of
-            learning rates than `LaCTLayer` has.
+            learning rates than `LaCTLayer` has, or with an option that ours does not have, and that is on.
         TypeError: `model` is no module.
         ValueError: `model` is itself such a layer, which has no place to put another one in, or a layer
-            has parameters that `LaCTLayer` does not know, projections with adapters, or weights that
+            has parameters that ours does not know, projections with adapters, or weights that
             accelerate has offloaded.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     checks.check_backend(backend)
-    if _is_lact_layer(model):
+    if _kind(model) is not None:
         raise ValueError("model is a LaCT layer itself: give the module that contains it")
     found = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if _is_lact_layer(module)
+        if _kind(module) is not None
     }
-    layers = {id(old): _swapped(name, old, backend) for name, old in found.items()}
+    layers = {id(old): _swapped(name, old, _kind(old), backend) for name, old in found.items()}
     for name, old in found.items():
         model.set_submodule(name, layers[id(old)])
     return found
 
 
-def _is_lact_layer(module: nn.Module) -> bool:
-    if isinstance(module, LaCTLayer):
-        return False
+def _kind(module: nn.Module) -> Kind | None:
+    """What a module of the authors is; None if it is none of theirs, or ours already."""
+    if isinstance(module, (LaCTLayer, *(kind.ours for kind in KINDS))):
+        return None
     own = [*module.named_parameters(recurse=False), *module.named_children()]
-    return _PARTS <= {name for name, _ in own}
+    names = {name for name, _ in own}
+    return next((kind for kind in KINDS if kind.parts <= names), None)
 
 
-def _swapped(name: str, old: nn.Module, backend: Backend) -> LaCTSWIGLULayer:
+def _swapped(name: str, old: nn.Module, kind: Kind, backend: Backend) -> nn.Module:
     """Our layer with the options and the parameters of an old one."""
     if any(p.is_meta for p in old.parameters()) and hasattr(old, "_hf_hook"):
         raise ValueError(
@@ -87,35 +171,52 @@ def _swapped(name: str, old: nn.Module, backend: Backend) -> LaCTSWIGLULayer:
         )
     for path, module in old.named_modules():
         # Of a module with a forward of its own (an adapter, a quantised layer) only parameters would go over.
-        if path in _PROJECTIONS and type(module).forward is not nn.Linear.forward:
-            kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        if path in kind.projections and type(module).forward is not nn.Linear.forward:
+            of = f"{type(module).__module__}.{type(module).__qualname__}"
             raise ValueError(
-                f"{name}.{path} must be a torch.nn.Linear, got {kind}: swap the layers before adapters"
+                f"{name}.{path} must be a torch.nn.Linear, got {of}: swap the layers before adapters"
                 " are added to them, and before they are quantised"
             )
-    missing = [attribute for attribute in _ATTRIBUTES if not hasattr(old, attribute)]
-    if missing:
-        raise ValueError(
-            f"{name} has the parameters of a LaCT layer, but not its attributes {missing}"
-        )
-    options = {option: getattr(old, attribute) for attribute, option in _ATTRIBUTES.items()}
-    options["lr_dim"] = old.lr_proj.out_features / (3 * old.num_fw_heads)
-    options["qkv_bias"] = old.qkv.bias is not None
+    options = _options(name, old, kind)
     try:
-        new = LaCTSWIGLULayer(**options, backend=backend, device="meta")
+        new = kind.ours(**options, backend=backend, device="meta")
     except (NotImplementedError, TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from error
     parameters = dict(old.named_parameters())
     shapes = {n: tuple(p.shape) for n, p in parameters.items()}
     if shapes != {n: tuple(p.shape) for n, p in new.named_parameters()}:
         raise ValueError(
-            f"{name} must have the parameters of LaCTLayer with the same options,"
+            f"{name} must have the parameters of {_class(kind)} with the same options,"
             f" {[n for n, _ in new.named_parameters()]}, got {list(shapes)}"
         )
     for path, parameter in parameters.items():
         parent, _, leaf = path.rpartition(".")
         new.get_submodule(parent).register_parameter(leaf, parameter)
-    for norm in ("q_norm", "k_norm", "ttt_norm"):
-        if getattr(new, norm) is not None:
+    for norm in kind.norms:
+        if hasattr(getattr(new, norm), "eps"):
             getattr(new, norm).eps = getattr(old, norm).eps
     return new.train(old.training)
+
+
+def _class(kind: Kind) -> str:
+    return LaCTLayer.__name__ if kind.ours is LaCTSWIGLULayer else kind.ours.__name__
+
+
+def _options(name: str, old: nn.Module, kind: Kind) -> dict[str, Any]:
+    """The arguments of our layer."""
+    missing = [attribute for attribute in kind.attributes if not hasattr(old, attribute)]
+    if missing:
+        raise ValueError(
+            f"{name} has the parameters of a LaCT layer, but not its attributes {missing}"
+        )
+    known = inspect.signature(kind.ours).parameters
+    for option in inspect.signature(type(old)).parameters:
+        value = getattr(old, option, None)
+        if option not in known and isinstance(value, (bool, int, float, str)) and value:
+            if option not in kind.attributes:
+                raise NotImplementedError(
+                    f"{name} has the option {option}={value!r}, which {_class(kind)} does not have"
+                )
+    options = {option: getattr(old, attribute) for attribute, option in kind.attributes.items()}
+    options |= kind.derived(old)
+    return {option: value for option, value in options.items() if option in known}

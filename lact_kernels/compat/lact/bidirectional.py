@@ -1,0 +1,179 @@
+"""The bidirectional function and layer of LaCT's minimal implementations, `bidirectional_lact_layer.py`."""
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from lact_kernels.compat.lact.projections import (
+    NORM_EPS,
+    check_base_lr,
+    check_sizes,
+    check_tokens,
+    head_norm,
+    inv_softplus,
+    learning_rates,
+    silu_heads,
+    wide_dtype,
+)
+from lact_kernels.compat.lact.rows import Rows
+from lact_kernels.core.ttt_plan import TTTPlan
+from lact_kernels.ops import checks
+from lact_kernels.ops.checks import Backend
+from lact_kernels.ops.ttt import ttt
+
+
+def bidirectional_lact_swiglu(
+    w0: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr0: Tensor,
+    lr1: Tensor,
+    lr2: Tensor,
+    use_muon: bool = True,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """One update on all keys, then all queries: `lact_kernels.ttt` with the plan `TTTPlan.bidirectional()`.
+
+    Args:
+        w0, w1, w2, q, k, v, lr0, lr1, lr2: as in `block_causal_lact_swiglu`.
+        use_muon: orthogonalise the update of each weight by five Newton-Schulz iterations.
+        backend: as in `ttt`.
+
+    Returns:
+        The outputs `[b*h, l, dv]` in the dtype of v. Gradients flow to every tensor.
+
+    What differs from the authors' function:
+        With `use_muon` theirs replaces the weights by the orthogonalised update plus the gradient, and loses
+        what they were. Here the orthogonalised update is added to them, as in all other functions of theirs;
+        a warning says so. Precision, rates and errors are as in `block_causal_lact_swiglu`.
+
+    Raises:
+        TypeError: an argument of the wrong type, or a tensor of the wrong dtype.
+        ValueError: a wrong shape, device or value. Both name the argument.
+
+    Source: arXiv 2505.23884, section 3; the signature is that of github.com/a1600012888/LaCT at 1f84d47.
+    """
+    checks.check_flag("use_muon", use_muon)
+    if use_muon:
+        _warn_of_muon()
+    rows = Rows.of((w0, w1, w2), (q, k, v), (lr0, lr1, lr2))
+    plan = TTTPlan.bidirectional()
+    o = ttt(
+        rows.q, rows.k, rows.v, *rows.weights, *rows.rates, plan, muon=use_muon, backend=backend
+    )
+    return o[:, :, 0]
+
+
+def _warn_of_muon() -> None:
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            "use_muon: the orthogonalised update is added to the fast weights here. The authors'"
+            " bidirectional function loses the weights, so that what was trained with it gives other outputs",
+            stacklevel=3,
+        )
+
+
+class BidirectionalLaCTSwiGLU(nn.Module):
+    """The bidirectional layer of LaCT's minimal implementations, with the names and shapes of its parameters.
+
+        q, k, v = silu(to_qkv(x));  q, k divided by their norms + 1e-5, for each head           (qk_l2_norm)
+        rates   = softplus(lr_proj(x) + softplus^-1(base_lr))
+        y       = o_proj(rms_norm(bidirectional_lact_swiglu(w0, w1, w2, q, k, v, rates)))       (use_o_norm)
+
+    Args:
+        dim: channels of a token.
+        head_dim: channels of a head, a divisor of `dim`.
+        inter_multi: hidden width of the fast network, relative to `head_dim`.
+        use_o_norm: the RMS norm of each head's output.
+        qk_l2_norm: the norms of queries and keys.
+        use_muon: orthogonalise the update of each weight by five Newton-Schulz iterations. The authors' layer
+            loses the weights then, see `bidirectional_lact_swiglu`: a layer with it warns when it is made.
+        base_lr: learning rate of every token before training.
+        backend: as in `ttt`.
+        device, dtype: of the parameters.
+
+    Attributes:
+        w0, w2: initial fast weights `[H, dh, head_dim]`.
+        w1: `[H, head_dim, dh]`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value, which the message names.
+
+    Source: arXiv 2505.23884, section 3; names as in github.com/a1600012888/LaCT at 1f84d47.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        head_dim: int,
+        inter_multi: float = 1,
+        use_o_norm: bool = True,
+        qk_l2_norm: bool = True,
+        use_muon: bool = True,
+        base_lr: float = 1e-2,
+        *,
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        check_sizes(dim, inter_multi, head_dim=head_dim)
+        checks.check_flags(use_o_norm=use_o_norm, qk_l2_norm=qk_l2_norm, use_muon=use_muon)
+        checks.check_backend(backend)
+        if use_muon:
+            _warn_of_muon()
+        factory = {"device": device, "dtype": dtype}
+        self.dim = dim
+        self.head_dim = head_dim
+        self.inter_multi = inter_multi
+        self.num_heads = H = dim // head_dim
+        self.use_o_norm = use_o_norm
+        self.qk_l2_norm = qk_l2_norm
+        self.use_muon = use_muon
+        self.base_lr = check_base_lr(base_lr)
+        self.base_lr_inv = inv_softplus(self.base_lr)
+        self.backend: Backend = backend
+
+        dh = int(head_dim * inter_multi)
+        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False, **factory)
+        self.o_proj = nn.Linear(dim, dim, bias=False, **factory)
+        self.lr_proj = nn.Linear(dim, 3 * H, bias=False, **factory)
+        self.w0 = nn.Parameter(torch.empty(H, dh, head_dim, **factory))
+        self.w1 = nn.Parameter(torch.empty(H, head_dim, dh, **factory))
+        self.w2 = nn.Parameter(torch.empty(H, dh, head_dim, **factory))
+        self.o_norm = nn.Identity()
+        if use_o_norm:
+            self.o_norm = nn.RMSNorm(head_dim, eps=NORM_EPS, **factory)
+        self.reset_fast_weights()
+
+    def reset_fast_weights(self) -> None:
+        """Draw the initial fast weights anew."""
+        for w in (self.w0, self.w1, self.w2):
+            nn.init.normal_(w, std=w.shape[2] ** -0.5)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.dim}, head_dim={self.head_dim}, inter_multi={self.inter_multi},"
+            f" use_muon={self.use_muon}"
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix the tokens of each row, `[B, T, dim]` to `[B, T, dim]`.
+
+        Raises:
+            TypeError: an argument of the wrong type or dtype.
+            ValueError: a wrong shape or device.
+        """
+        check_tokens(x, self.dim)
+        q, k, v = silu_heads(self.to_qkv(x), self.num_heads, self.qk_l2_norm)
+        rates = learning_rates(self.lr_proj, x, self.base_lr_inv)
+        rates = rates.unflatten(-1, (self.num_heads, 3)).unbind(-1)
+        weights = (w.to(wide_dtype(v)) for w in (self.w0, self.w1, self.w2))
+        plan = TTTPlan.bidirectional()
+        o = ttt(q, k, v, *weights, *rates, plan, muon=self.use_muon, backend=self.backend)
+        return self.o_proj(head_norm(self.o_norm, o).flatten(2))
