@@ -5,11 +5,15 @@ and head, multiply the weights w0, w2 `[b, Dk, Dh]` and w1 `[b, Dh, Dv]` from th
 products take that of the tokens, weights stay float32, and Newton-Schulz runs in bfloat16.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.registry import Steps
+
+MUON_DTYPE = torch.bfloat16  # of Newton-Schulz
 
 
 def plain_ttt(
@@ -36,11 +40,13 @@ def plain_ttt(
             outputs.append(plain_apply(q[:, start:stop], *(w.to(q.dtype) for w in weights)))
             continue
         piece = [None if lr is None else lr[:, start:stop] for lr in rates]
-        gradients = _gradients(k[:, start:stop], v[:, start:stop], weights, piece)
+        gradients = plain_gradients(k[:, start:stop], v[:, start:stop], weights, piece)
         for i, g in enumerate(gradients):
             if g is None:
                 continue
-            w = weights[i] + (g if coefficients is None else _newton_schulz(g, coefficients))
+            if coefficients is not None:
+                g = plain_newton_schulz(g, coefficients, MUON_DTYPE)
+            w = weights[i] + g
             weights[i] = w / (w.norm(dim=1, keepdim=True) + 1e-5) * norms[i]
     return torch.cat(outputs, dim=1)
 
@@ -50,9 +56,10 @@ def plain_apply(q: Tensor, w0: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     return (F.silu(q @ w0) * (q @ w2)) @ w1
 
 
-def _gradients(
-    k: Tensor, v: Tensor, weights: list[Tensor], rates: list[Tensor | None]
+def plain_gradients(
+    k: Tensor, v: Tensor, weights: Sequence[Tensor], rates: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
+    """Of the weights, in their layout and in the dtype of k: None where there is no rate."""
     w0, w1, w2 = (w.to(k.dtype) for w in weights)
     gate, up = k @ w0, k @ w2
     sigmoid = gate.sigmoid()
@@ -67,9 +74,12 @@ def _gradients(
     ]
 
 
-def _newton_schulz(g: Tensor, coefficients: tuple[tuple[float, float, float], ...]) -> Tensor:
+def plain_newton_schulz(
+    g: Tensor, coefficients: Sequence[tuple[float, float, float]], dtype: torch.dtype
+) -> Tensor:
+    """The step `[b, rows, columns]` of a gradient. It is iterated, and returned, in `dtype`."""
     tall = g.shape[-2] > g.shape[-1]
-    x = g.bfloat16()
+    x = g.to(dtype)
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for a, b, c in coefficients:

@@ -17,6 +17,7 @@ from benchmarks import (
     measure,
     peers,
     phases,
+    plain_ttt,
     report,
     run,
     timing,
@@ -161,7 +162,7 @@ def test_flops_and_bytes_of_stored_weights():
 def test_plain_functions_compute_it(monkeypatch, point):
     """In their layout, with the gradients; but for the dtype of their Newton-Schulz steps."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    monkeypatch.setattr(plain_ttt, "MUON_DTYPE", torch.float32)
     monkeypatch.setattr(measure, "_time", lambda *_: None)
     variants = [peers._ours("eager"), *peers.PLAIN]
     settings = measure.Settings(torch.float32, CPU, rounds=3, seconds=1)
