@@ -161,10 +161,13 @@ class TTTPlan:
         steps = []
         for step in self.steps:
             if isinstance(step, Update):
-                ranges = [common for r in step.ranges if (common := _common(r, keys)) != (0, 0)]
+                ranges = [_common(r, keys) for r in step.ranges]
+                ranges = [r for r in ranges if r != (0, 0)]
                 steps.append(Update(ranges or [(0, 0)]))
-            elif (common := _common((step.start, step.stop), queries)) != (0, 0):
-                steps.append(Apply(*common))
+            else:
+                common = _common((step.start, step.stop), queries)
+                if common != (0, 0):
+                    steps.append(Apply(*common))
         return TTTPlan(steps)
 
 

@@ -40,12 +40,13 @@ def bidirectional_lact_swiglu(
     """One update on all keys, then all queries: `lact_kernels.ttt` with the plan `TTTPlan.bidirectional()`.
 
     Args:
-        w0, w1, w2, q, k, v, lr0, lr1, lr2: as in `block_causal_lact_swiglu`.
+        w0, w1, w2, q, k, v, lr0, lr1, lr2: as in `block_causal_lact_swiglu`; q may have another number of
+            tokens than the others.
         use_muon: orthogonalise the update of each weight by five Newton-Schulz iterations.
         backend: as in `ttt`.
 
     Returns:
-        The outputs `[b*h, l, dv]` in the dtype of v. Gradients flow to every tensor.
+        The outputs `[b*h, lq, dv]` in the dtype of v. Gradients flow to every tensor.
 
     What differs from the authors' function:
         With `use_muon` theirs replaces the weights by the orthogonalised update plus the gradient, and loses
@@ -61,7 +62,7 @@ def bidirectional_lact_swiglu(
     checks.check_flag("use_muon", use_muon)
     if use_muon:
         _warn_of_muon()
-    rows = Rows.of((w0, w1, w2), (q, k, v), (lr0, lr1, lr2))
+    rows = Rows.of((w0, w1, w2), (q, k, v), (lr0, lr1, lr2), any_queries=True)
     plan = TTTPlan.bidirectional()
     o = ttt(
         rows.q, rows.k, rows.v, *rows.weights, *rows.rates, plan, muon=use_muon, backend=backend

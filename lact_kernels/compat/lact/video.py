@@ -100,7 +100,8 @@ def ar_fast_weight_swish_glu_weight_norm_mini_batch(
     updates = [Update(i, min(i + mini_batch_size, T)) for i in starts]
     applies = [Apply(i, min(i + update_every, T)) for i in starts]
     last = [step for pair in zip(updates, applies) for step in pair]
-    plan = TTTPlan([Apply(0, first)] * (first > 0) + updates * (num_repeat - 1) + last)
+    noisy = [Apply(0, first)] if first else []
+    plan = TTTPlan(noisy + updates * (num_repeat - 1) + last)
     o, *weights = _run(rows, plan, options)
     done = applies[-1].stop if applies else first
     return F.pad(o, (0, 0, 0, T - done)), *weights
@@ -149,7 +150,7 @@ def ar_fast_weight_swish_glu_weight_norm_mini_batch_inference(
     rows = _scaled_rows(given, (q, k, v), (lr0, lr1, lr2), w_scale, any_queries=True)
     T = k.shape[1]
     mini_batch_size = _size("mini_batch_size", mini_batch_size, T, at_most=T)
-    if not do_update:
+    if not do_update or T == 0:
         return ttt_apply(rows.q, *rows.weights, backend=backend)[:, :, 0], *given
     plan = TTTPlan([Update(0, mini_batch_size)] * num_repeat + [Apply(0)])
     return _run(rows, plan, options)

@@ -23,7 +23,7 @@ from lact_kernels.compat.lact.projections import (
 )
 from lact_kernels.compat.lact.rows import Rows
 from lact_kernels.core.newton_schulz import NewtonSchulz
-from lact_kernels.core.ttt_plan import Apply, TTTPlan
+from lact_kernels.core.ttt_plan import Apply, TTTPlan, Update
 from lact_kernels.ops import checks
 from lact_kernels.ops.checks import Backend
 from lact_kernels.ops.ttt import ttt
@@ -106,8 +106,9 @@ def fast_weight_swish_glu_weight_norm_mini_batch_apply(
 
 
 def plan_of(order: Iterable, Tq: int, Tk: int) -> TTTPlan:
-    """The plan of an order, for so many queries and keys."""
-    return TTTPlan.of_ttt_operators(order).shard(queries=(0, Tq), keys=(0, Tk))
+    """The plan of an order, for so many queries and keys: what is beyond them is cut off."""
+    plan = TTTPlan.of_ttt_operators(order).shard(queries=(0, Tq), keys=(0, Tk))
+    return TTTPlan([step for step in plan.steps if step != Update(0, 0)])
 
 
 def _run(tokens, weights, rates, plan: TTTPlan, muon: NewtonSchulz, backend: Backend):
@@ -248,6 +249,8 @@ class FastWeightGluMLPMultihead(nn.Module):
                 weights.
         """
         check_tokens(x, self.dim)
+        if not isinstance(info, Mapping):
+            raise TypeError(f"info must be a mapping, got {type(info).__name__}")
         if "ttt_op_order" not in info:
             raise ValueError(f"info must have 'ttt_op_order', got {sorted(info)}")
         B, H = x.shape[0], self.num_heads
