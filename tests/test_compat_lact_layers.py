@@ -147,6 +147,15 @@ def test_options_that_ours_does_not_have_are_refused_by_name():
         assert all(a is b for a, b in zip(model.modules(), before, strict=True))
 
 
+def test_layers_that_are_called_otherwise_are_refused():
+    class Fork(plain_family.FastWeightGluMLPMultihead):
+        def forward(self, x, vis_dict=None, shape_info=None, *args):
+            return super().forward(x, shape_info)
+
+    with pytest.raises(NotImplementedError, match=r"0 is called with \['vis_dict', 'shape_info'\]"):
+        swap_lact_layers(nn.Sequential(Fork(24, 12)))
+
+
 @pytest.mark.parametrize("case", ["views", "bidirectional", "causal"])
 def test_parameters_that_ours_does_not_have_are_refused(case):
     _, old = pair(case)

@@ -168,6 +168,17 @@ def test_plans_of_ttt_operators():
     assert plan == TTTPlan([Apply(0, 8), Update(8, 12), Update(4), Apply(4)])
     with pytest.raises(TypeError, match="entry 0 of the order has no apply"):
         TTTPlan.of_ttt_operators([collections.namedtuple("O", "start end update")(0, 1, True)])
+    # Sequences of four, an end of None, and no queries at all.
+    assert TTTPlan.of_ttt_operators([(4, None, 1, 0), [3, 3, False, True]]).steps == (Update(4),)
+
+
+@pytest.mark.parametrize("field", ["compute_grad", "fast_weight"])
+def test_gradients_that_no_update_follows_are_refused(field):
+    entry = collections.namedtuple("O", f"start end {field} update apply")
+    plan = TTTPlan.of_ttt_operators([entry(0, 4, True, True, False), entry(0, -1, 0, 0, True)])
+    assert plan == TTTPlan([Update(0, 4), Apply(0)])
+    with pytest.raises(ValueError, match=f"entry 0 of the order must have the same {field}"):
+        TTTPlan.of_ttt_operators([entry(0, 4, True, False, True)])
 
 
 def test_open_ranges_are_those_of_each_packed_sequence():

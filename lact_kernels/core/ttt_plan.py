@@ -125,12 +125,13 @@ class TTTPlan:
         """The `ttt_ua_order` of LaCT's code: objects with the fields start, end, update and apply, or
         sequences of these four.
 
-        An end of -1 is that of the sequence. Others that go beyond it are errors, where slices would be cut;
-        `shard` cuts them. An apply to no queries is left out.
+        An end of -1 or None is that of the sequence. Others that go beyond it are errors, where slices would
+        be cut; `shard` cuts them. An apply to no queries is left out.
 
         Raises:
             TypeError: the order is no sequence, or an entry is neither of these.
-            ValueError: a range begins before 0 or ends before it begins.
+            ValueError: a range begins before 0 or ends before it begins; or an entry has a gradient that it
+                does not update with (`compute_grad` or `fast_weight`, which some models have beside update).
         """
         if not isinstance(order, Iterable):
             raise TypeError(f"the order must be a sequence of TTTOperator, got {order!r}")
@@ -178,6 +179,12 @@ def _operator_fields(i: int, entry: TTTOperator | Sequence) -> tuple[int, int, b
     missing = [x for x in fields if not hasattr(entry, x)]
     if missing:
         raise TypeError(f"entry {i} of the order has no {', '.join(missing)}: {entry!r}")
+    for name in ("compute_grad", "fast_weight"):
+        if bool(getattr(entry, name, entry.update)) != bool(entry.update):
+            raise ValueError(
+                f"entry {i} of the order must have the same {name} and update, got {entry!r}: for one update"
+                " with the gradients of several ranges, give a TTTPlan with Update([(start, stop), ...])"
+            )
     return tuple(getattr(entry, x) for x in fields)
 
 

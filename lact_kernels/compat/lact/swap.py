@@ -131,7 +131,8 @@ def swap_lact_layers(model: nn.Module, *, backend: Backend = "auto") -> dict[str
 
     Raises:
         NotImplementedError: a layer with another `ttt_loss_type`, `lr_parameterization` or number of
-            learning rates than `LaCTLayer` has, or with an option that ours does not have, and that is on.
+            learning rates than `LaCTLayer` has, with an option that ours does not have, and that is on, or
+            with arguments that ours is not called with.
         TypeError: `model` is no module.
         ValueError: `model` is itself such a layer, which has no place to put another one in, or a layer
             has parameters that ours does not know, projections with adapters, or weights that
@@ -177,6 +178,7 @@ def _swapped(name: str, old: nn.Module, kind: Kind, backend: Backend) -> nn.Modu
                 f"{name}.{path} must be a torch.nn.Linear, got {of}: swap the layers before adapters"
                 " are added to them, and before they are quantised"
             )
+    _check_call(name, old, kind)
     options = _options(name, old, kind)
     try:
         new = kind.ours(**options, backend=backend, device="meta")
@@ -196,6 +198,17 @@ def _swapped(name: str, old: nn.Module, kind: Kind, backend: Backend) -> nn.Modu
         if hasattr(getattr(new, norm), "eps"):
             getattr(new, norm).eps = getattr(old, norm).eps
     return new.train(old.training)
+
+
+def _check_call(name: str, old: nn.Module, kind: Kind) -> None:
+    """Ours takes the arguments that the old layer takes."""
+    given, taken = (inspect.signature(x.forward).parameters for x in (type(old), kind.ours))
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    more = [x.name for x in given.values() if x.name not in taken and x.kind not in variadic]
+    if more:
+        raise NotImplementedError(
+            f"{name} is called with {more}, which {_class(kind)} does not take: it is a layer of another kind"
+        )
 
 
 def _class(kind: Kind) -> str:
