@@ -187,6 +187,22 @@ def lact(model: torch.nn.Module, x: Tensor, w: Tensor, lr: Tensor) -> None:
     assert_type(result, tuple[Tensor, None, LaCTCache | None])
 
 
+def family(x: Tensor, w: Tensor, lr: Tensor) -> None:
+    Four = tuple[Tensor, Tensor, Tensor, Tensor]
+    tensors = (w, w, w, x, x, x, lr, lr, lr)
+    views = compat.lact.fast_weight_swish_glu_weight_norm_mini_batch_apply
+    order = [compat.lact.TTTOperator(0, -1, True, True)]
+    assert_type(views(*tensors, order, 5), Four)
+    views(*tensors, order, backend="cuda")  # type: ignore[arg-type]
+    video = compat.lact.ar_fast_weight_swish_glu_weight_norm_mini_batch
+    assert_type(video(*tensors, 1.0, mini_batch_size=4), Four)
+    piece = compat.lact.ar_fast_weight_swish_glu_weight_norm_mini_batch_inference
+    assert_type(piece(*tensors, 1.0, do_update=True), Four)
+    assert_type(compat.lact.bidirectional_lact_swiglu(*tensors, False), Tensor)
+    layer = compat.lact.FastWeightGluMLPMultihead(64, 32)
+    assert_type(layer.forward(x, {"ttt_op_order": order}), tuple[Tensor, dict[str, Tensor]])
+
+
 def plans(x: Tensor, w: Tensor, lr: Tensor, flag: bool) -> None:
     ttt, plan = lact_kernels.ttt, lact_kernels.TTTPlan([lact_kernels.Update(0, 4)])
     assert_type(ttt(x, x, x, w, w, w, None, lr, None, plan, muon=True), Tensor)
