@@ -10,6 +10,8 @@ from tests.soak.attention import SIZES, heads, scale
 from tests.soak.bar import hold, hold_gradients
 from tests.soak.draw import Draw, int32, kind
 from tests.test_compat_lact import by_heads, make
+from tests.test_compat_lact_family import TRIPLE, by_reference
+from tests.test_compat_lact_family import make as make_family
 
 
 def draw_window(draw: Draw, Tk: int) -> tuple[dict, int | None]:
@@ -149,6 +151,44 @@ def lact_functions(draw: Draw) -> None:
 
     gradients = draw.gradients(dtype, inputs)
     hold_gradients(ours, plain, gradients, inputs)
+
+
+@kind(5)
+def lact_views(draw: Draw) -> None:
+    """Orders of any ranges, also beyond the tokens, and of any number of Newton-Schulz steps."""
+    backend, dtype = draw.backend(0.1)
+    dtype = torch.float32 if dtype.itemsize == 2 else dtype
+    l, lq = draw.length(15), draw.length(15)  # noqa: E741
+    steps = draw.choice((0, 0, 1, 3))
+    order, expected = [], []
+    for _ in range(draw.randint(0, 4)):
+        start = draw.randint(0, 15)
+        end = draw.choice((-1, start, draw.randint(start, 30)))
+        update, apply = draw.chance(0.5) and len(expected) < 3, draw.chance(0.7)
+        entry = compat.lact.TTTOperator(start, end, update, apply)
+        order.append(draw.choice((entry, tuple(entry), list(entry))))
+        for is_on, step, length in ((update, "update", l), (apply, "apply", lq)):
+            stop = length if end == -1 else min(end, length)
+            if is_on and start < stop:
+                expected.append((step, [(start, stop)]))
+    sizes = {name: draw.randint(1, 9) for name in ("dk", "dv", "dh")}
+    inputs = make_family(dtype, True, rows=draw.randint(0, 3), l=l, lq=lq, **sizes)
+    inputs = {name: draw.laid_out(x.detach()) for name, x in inputs.items()}
+    draw.note(dtype=dtype, backend=backend, order=order, steps=steps, l=l, lq=lq, **sizes)
+
+    def named(results):
+        return dict(zip(("o", "w0 after", "w1 after", "w2 after"), results))
+
+    def ours(x):
+        fn = compat.lact.fast_weight_swish_glu_weight_norm_mini_batch_apply
+        return named(fn(**x, ttt_ua_order=order, muon_update_steps=steps, backend=backend))
+
+    def plain(x):
+        options = {"coefficients": (TRIPLE,) * steps, "detach_norms": True}
+        return named(by_reference(x, expected, True, **options))
+
+    with draw.tiles():
+        hold_gradients(ours, plain, draw.gradients(dtype, inputs), inputs)
 
 
 @functools.cache
