@@ -173,7 +173,8 @@ def lact_views(draw: Draw) -> None:
                 expected.append((step, [(start, stop)]))
     sizes = {name: draw.randint(1, 9) for name in ("dk", "dv", "dh")}
     inputs = make_family(dtype, True, rows=draw.randint(0, 3), l=l, lq=lq, **sizes)
-    inputs = {name: draw.laid_out(x.detach()) for name, x in inputs.items()}
+    inputs = {name: x.detach() for name, x in inputs.items()}
+    inputs |= {n: draw.laid_out(inputs[n][:, :, None])[:, :, 0] for n in "qkv"}
     draw.note(dtype=dtype, backend=backend, order=order, steps=steps, l=l, lq=lq, **sizes)
 
     def named(results):
