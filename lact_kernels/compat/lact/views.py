@@ -129,15 +129,13 @@ def _run(tokens, weights, rates, plan: TTTPlan, muon: NewtonSchulz, backend: Bac
         )
         return o, state.weights
     # Weights that are given for new tokens, as when a view is rendered.
-    outputs = [ttt_apply(x, *weights, backend=backend) for x in applied(q, plan)]
-    if len(outputs) == 1:
-        return outputs[0], None
-    return torch.cat([v.new_empty(v.shape[0], 0, *v.shape[2:]), *outputs], dim=1), None
+    return ttt_apply(applied(q, plan), *weights, backend=backend), None
 
 
-def applied(x: Tensor, plan: TTTPlan) -> list[Tensor]:
-    """The pieces of `x [B, T, ...]` whose outputs a plan gives, in its order."""
-    return [x[:, step.start : step.stop] for step in plan.steps if isinstance(step, Apply)]
+def applied(x: Tensor, plan: TTTPlan) -> Tensor:
+    """The pieces of `x [B, T, ...]` whose outputs a plan gives, in its order. One piece is not copied."""
+    pieces = [x[:, step.start : step.stop] for step in plan.steps if isinstance(step, Apply)]
+    return pieces[0] if len(pieces) == 1 else torch.cat([x[:, :0], *pieces], dim=1)
 
 
 def newton_schulz(name: str, steps: int) -> NewtonSchulz:
@@ -270,7 +268,7 @@ class FastWeightGluMLPMultihead(nn.Module):
             given = [w.mT.repeat(B, 1, 1) for w in weights]
         o = head_norm(self.o_norm, o).flatten(2)
         if self.use_gate_fn:
-            o = o * torch.cat([o[:, :0], *applied(self.gate_fn(x), plan)], dim=1)
+            o = o * applied(self.gate_fn(x), plan)
         return self.c_proj(o), dict(zip(("w0", "w1", "w2"), given))
 
     def _given_weights(self, info: Mapping[str, Any], B: int) -> list[Tensor] | None:
