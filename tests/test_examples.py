@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -76,6 +77,26 @@ def test_sequence_parallel_alone_says_how_to_call_it(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         runpy.run_path(SEQUENCE_PARALLEL, run_name="__main__")
     assert end.value.code == 2 and "torchrun --nproc-per-node 2" in capsys.readouterr().err
+
+
+def test_video(run, monkeypatch, capsys, tmp_path):
+    """A short training is enough to see that fast weights remember the frames before."""
+    monkeypatch.setattr("examples.video.TEST_VIDEOS", 16)
+    assert run("video", "--steps", "40", "--out", str(tmp_path)) == 0
+    said = capsys.readouterr().out
+    rows = [line.split() for line in said.splitlines() if re.match(r" +\d ", line)]
+    assert [row[0] for row in rows] == ["2", "3", "4", "5", "6", "7"]
+    remembered, guessed = (float(psnr) for psnr in rows[0][1:3])
+    assert remembered > guessed + 0.3
+    assert float(re.search(r"differ by at most (\S+)\.\n", said)[1]) < 1e-4
+    assert (tmp_path / "video.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_video_of_too_few_steps_is_an_error(run, capsys):
+    with pytest.raises(SystemExit) as end:
+        run("video", "--steps", "19")
+    assert end.value.code == 2
+    assert "--steps must be at least 20, got 19" in capsys.readouterr().err
 
 
 def test_stream_of_no_frames_is_an_error(run, capsys):
