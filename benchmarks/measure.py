@@ -1,6 +1,7 @@
 """All variants of one point, measured together: warmed up, compared, timed in turns."""
 
 import dataclasses
+import functools
 import gc
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,10 @@ MATRIX = "matrix product"
 DIFFERENCE_LIMITS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
+# Says of a result what is wrong with it, or None; it may add to the row.
+Judge = Callable[[Row, dict[str, Tensor]], str | None]
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     dtype: torch.dtype
@@ -29,9 +34,18 @@ class Settings:
 
 
 def measure_point(
-    point: Point, mode: str, swept: str, variants: list[Variant], settings: Settings
+    point: Point,
+    mode: str,
+    swept: str,
+    variants: list[Variant],
+    settings: Settings,
+    judge: Judge | None = None,
 ) -> Iterator[Row]:
-    """A row for every variant, whether it ran or not. Ratios refer to the first peer."""
+    """A row for every variant, whether it ran or not. Ratios refer to the first peer.
+
+    Only what `judge` finds right is timed: by default, what differs little enough from ours.
+    """
+    judge = judge or functools.partial(_judge_difference, point, settings.dtype)
     dtype = str(settings.dtype).removeprefix("torch.")
     rows = {
         v.name: Row(point.op, v.name, swept, dataclasses.asdict(point), dtype, mode)
@@ -60,15 +74,16 @@ def measure_point(
                 ours = result
             elif ours is not None:
                 row.difference = difference_of(result, ours)
+            wrong = judge(row, result)
             del result
             row.peak_memory_bytes = timing.peak_memory(run, settings.device)
         except Exception as error:  # a peer that breaks is a row, not the end of the run
             row.status = status_of(error)
         else:
-            if _computes_the_same(point, row.difference, settings.dtype):
+            if wrong is None:
                 runs[variant.name] = run
             else:
-                row.status = f"not timed: differs from ours by {row.difference:.1%}"
+                row.status = f"not timed: {wrong}"
         _free(settings.device)
     del ours
 
@@ -101,11 +116,13 @@ def _time(
         row = rows[name]
         row.rounds = len(milliseconds)
         row.p20_ms, row.p50_ms, row.p80_ms = timing.percentiles(milliseconds)
-        row.needed_tflops = point.flops(mode) / row.p50_ms / 1e9
+        if hasattr(point, "flops"):
+            row.needed_tflops = point.flops(mode) / row.p50_ms / 1e9
         if hasattr(point, "needed_bytes"):
             row.needed_gb_per_s = point.needed_bytes(settings.dtype) / row.p50_ms / 1e6
         row.matrix_tflops = product_flops / matrix_ms / 1e9
-        row.share_of_matrix_rate = row.needed_tflops / row.matrix_tflops
+        if row.needed_tflops is not None:
+            row.share_of_matrix_rate = row.needed_tflops / row.matrix_tflops
     for name in measured:
         if baseline in measured:
             rows[name].baseline = baseline
@@ -159,14 +176,18 @@ def _in_our_layout(variant: Variant, point: Point, result: dict[str, Tensor]) ->
     return {name: variant.layout.ours(point, names[name], x) for name, x in result.items()}
 
 
-def _computes_the_same(point: Point, difference: float | None, dtype: torch.dtype) -> bool:
-    """Whether a difference may come from rounding alone. `None` is ours, which others differ from.
+def _judge_difference(
+    point: Point, dtype: torch.dtype, row: Row, result: dict[str, Tensor]
+) -> str | None:
+    """Whether the difference may come from rounding alone. `None` is ours, which others differ from.
 
     Muon amplifies rounding at every update, so after many of them only the gate, with two, can judge.
     """
-    if difference is None or getattr(point, "muon", False):
-        return True
-    return difference <= DIFFERENCE_LIMITS[dtype]  # False for NaN
+    if row.difference is None or getattr(point, "muon", False):
+        return None
+    if row.difference <= DIFFERENCE_LIMITS[dtype]:  # False for NaN
+        return None
+    return f"differs from ours by {row.difference:.1%}"
 
 
 def difference_of(result: dict[str, Tensor], ours: dict[str, Tensor]) -> float:

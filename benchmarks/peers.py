@@ -281,6 +281,22 @@ def lact_module(checkout: str | Path | None, name: str) -> types.ModuleType:
         raise Unavailable(f"{name}.py cannot be imported ({error})") from None
 
 
+def lact_script(checkout: str | Path | None, folder: str, name: str) -> types.ModuleType:
+    """A module of the LaCT authors, imported from a folder of their repository as their scripts do it."""
+    if not checkout:
+        raise Unavailable("no checkout of the authors' repository was given")
+    path = Path(checkout).resolve() / folder
+    if not path.joinpath(*name.split(".")).with_suffix(".py").is_file():
+        raise Unavailable(f"{path} has no {name}")
+    sys.path.insert(0, str(path))
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # whatever importing somebody else's code raises
+        raise Unavailable(f"{name} cannot be imported ({error})") from None
+    finally:
+        sys.path.remove(str(path))
+
+
 def _find(module: str, name: str) -> Callable:
     try:
         return getattr(importlib.import_module(module), name)

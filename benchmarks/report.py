@@ -43,6 +43,7 @@ class Row:
     matrix_tflops: float | None = None  # of a plain matrix product, timed in turn with this row
     share_of_matrix_rate: float | None = None
     difference: float | None = None  # ||this - ours|| / ||ours||, the worst tensor
+    error: float | None = None  # ||this - exact|| / ||exact||, likewise, where that was computed
 
     @property
     def ours(self) -> bool:
