@@ -42,6 +42,34 @@ def test_example(run, capsys, example, found):
     assert found in capsys.readouterr().out
 
 
+def test_novel_views(run, capsys, monkeypatch, tmp_path):
+    """Without updates both trainings are the same, so any gain is theirs."""
+    monkeypatch.setattr("examples.novel_views.MARGIN", 0.25)
+    picture = tmp_path / "views" / "picture.png"
+    assert run("novel_views", "--steps", "100", "--size", "16", "--out", str(picture)) == 0
+    said = capsys.readouterr().out
+    for row in ("fast weights", "without updates", "nearest picture", "mean colour"):
+        assert re.search(rf"  {row} +\d+\.\d\d +\d+\.\d\d +\d+\.\d\d\n", said)
+    assert "with 4 pictures" in said
+    assert "the largest difference from the joint pass is" in said
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "arguments, error",
+    [
+        (["--steps", "39"], "--steps must be at least 40, got 39"),
+        (["--size", "12"], "--size must be a multiple of 8, got 12"),
+        (["--size", "0"], "--size must be a multiple of 8, got 0"),
+        (["--out", "views.jpg"], "--out must be a file that ends in .png, got views.jpg"),
+    ],
+)
+def test_novel_views_refuses(run, capsys, arguments, error):
+    with pytest.raises(SystemExit) as end:
+        run("novel_views", *arguments)
+    assert end.value.code == 2 and error in capsys.readouterr().err
+
+
 def test_sliding_window_lm():
     """In a process of its own, in which nothing else has registered the attention."""
     code = (
