@@ -78,26 +78,29 @@ def complete(out: Path) -> Tier:
     cache += ("--heads", "32", "--kv-heads", "8")
     chunks = ("--chunk-sizes", "2048", "--fast-weight-dims", "384", "768")
     ttt = (*run, "block_causal_ttt", *chunks)
-    # One order with Newton-Schulz and one without, and a control step.
+    # An order with Newton-Schulz, and a control step.
     fast_weights = (*run, "block_causal_ttt", "ttt", "ttt_apply", *chunks)
-    fast_weights += ("--plan", "views", "video", "--applied-tokens", "1")
+    fast_weights += ("--plan", "views", "--applied-tokens", "1")
     fast_weights += ("--peers", "plain function")
     sizes = "--dtype bfloat16 --seq-len 32768 --chunk-size 2048 --fast-weight-heads 4"
     phases = ("benchmarks.phases", "--device", "cuda", *sizes.split())
     phases += ("--fast-weight-dim", "384", "768", "--repeats", "3", "--out", str(out))
+    # An order without Newton-Schulz, many small updates, and a whole layer.
+    family = ("benchmarks.family", *common, "--case", "video", "frames", "layer", "--no-compile")
     model = ("benchmarks.model", "--device", "cuda", "--rounds", "3", "--out", str(out))
     branches = ("benchmarks.branches", *common)
     accuracy = ("benchmarks.accuracy_report", "--device", "cuda", "--out", str(out))
     accuracy += ("--seq-len", "4096", "65536", "--heads", "2")
     return Tier(
         "all",
-        _tests(out, "tests", processes=8, seconds=315),
+        _tests(out, "tests", processes=8, seconds=300),
         (
             Stage("window_attn", (*attention, "1024", "4096", "16384"), 40),
             Stage("window_attn-packed", packed, 20),
             Stage("window_attn_with_kvcache", cache, 20),
             Stage("accuracy", accuracy, 22),
-            Stage("fast_weights", fast_weights, 45),
+            Stage("fast_weights", fast_weights, 35),
+            Stage("family", family, 25),
             Stage("phases", phases, 25),
             Stage("phases-muon", (*phases, "--muon"), 20),
             Stage("branches", branches, 25),

@@ -11,6 +11,7 @@ import torch
 from benchmarks import (
     accuracy_report,
     branches,
+    family,
     gpu_check,
     gpu_stages,
     model,
@@ -23,7 +24,7 @@ from benchmarks.gpu_summary import NOTE, yardsticks
 from benchmarks.registry import TTT, BlockCausalTTT, TTTApply, WindowAttn, WindowAttnWithKVCache
 from tests.commands import assert_refused_before_any_work
 
-PARSERS = {x.__name__: x.parse for x in (run, accuracy_report, phases, branches, model)}
+PARSERS = {x.__name__: x.parse for x in (run, accuracy_report, phases, branches, family, model)}
 TIERS = (gpu_stages.short, gpu_stages.complete)
 
 
@@ -82,9 +83,11 @@ def test_complete_check_asks_for_what_the_benchmarks_take(tmp_path, gpu):
         BlockCausalTTT(T=32768, chunk_size=2048, H=4, **small),
         BlockCausalTTT(T=32768, chunk_size=2048, H=4, **large),
         TTT("views", pieces=32, piece=1024, **network),
-        TTT("video", pieces=7, piece=4680, H=2, **network),
         TTTApply(Tq=1, **network),
     ]
+    video, frames, layer = options["family"].calls
+    assert (video.op, frames.op, layer.op) == ("video", "frames", "layer")
+    assert not options["family"].compile and options["family"].dtype == "bfloat16"
     cache = options["window_attn_with_kvcache"]
     assert cache.op == ["window_attn_with_kvcache"] and cache.heads > cache.kv_heads
 
