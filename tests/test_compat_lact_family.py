@@ -309,6 +309,15 @@ def test_compiles_as_one_graph(name):
     assert_same(results, call(name, inputs), inputs, 1e-5)
 
 
+@torch.no_grad()
+def test_compiles_with_dynamic_sizes():
+    """Numbers, too, are variables then."""
+    compiled = torch.compile(VIEWS, fullgraph=True, backend="eager", dynamic=True)
+    inputs = make(torch.float32, transposed=True)
+    options = {"ttt_ua_order": [O(0, 19, True, True)], "muon_update_steps": 1}
+    torch.testing.assert_close(compiled(**inputs, **options), VIEWS(**inputs, **options))
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_no_token_is_copied(name, monkeypatch):
     module = inspect.getmodule(CALLS[name][0])

@@ -223,6 +223,12 @@ def test_compiles_and_copies(case):
 
 
 @pytest.mark.parametrize("case", ["views", "bidirectional", "causal"])
+def test_shapes_of_no_memory(case):
+    x = torch.randn(2, 19, 24, device="meta")
+    assert call(pair(case)[0].to("meta", torch.float32), x)[0].shape == x.shape
+
+
+@pytest.mark.parametrize("case", ["views", "bidirectional", "causal"])
 def test_sizes_that_are_empty(case):
     layer, _ = pair(case)
     for shape in ((2, 0, 24), (0, 19, 24)):
@@ -269,6 +275,7 @@ def test_bad_input():
         (x[..., :8], INFO, ValueError, r"x must have the shape .* got \(2, 19, 8\)"),
         (x.int(), INFO, TypeError, "x must have one of the dtypes"),
         (x, {}, ValueError, "info must have 'ttt_op_order'"),
+        (x, {1: 2, "w0": w}, ValueError, "info must have 'ttt_op_order', got .1, 'w0'"),
         (x, None, TypeError, "info must be a mapping"),
         (x, INFO | {"w0": w}, ValueError, r"info must have .* \['w1', 'w2'\] are not there"),
         (x, INFO | dict.fromkeys(("w0", "w1", "w2"), w[:2]), ValueError, r"w0 .*\(4, 12, 12\)"),

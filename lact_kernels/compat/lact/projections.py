@@ -1,5 +1,6 @@
 """What the LaCT authors' layers make of their tokens before the fast weights read them."""
 
+import contextlib
 import math
 
 import torch
@@ -37,7 +38,9 @@ def _l2_norm(x: Tensor) -> Tensor:
 
 def learning_rates(projection: nn.Linear, x: Tensor, base: float) -> Tensor:
     """`softplus(projection(x) + base)`, `[B, T, 3 H]`, in float32 (float64 for float64) without autocast."""
-    with torch.autocast(x.device.type, enabled=False):
+    # Of meta tensors PyTorch knows no autocast.
+    off = contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+    with off:
         rates = projection(x.to(projection.weight.dtype))
     return F.softplus(rates.to(wide_dtype(x)) + base)
 

@@ -33,8 +33,6 @@ TTTOperator = collections.namedtuple("TTTOperator", ["start", "end", "update", "
 TTTOperator.__doc__ = """An entry of an order: an update on the keys `start:end`, if `update`, and then the
 outputs of the queries `start:end`, if `apply`. An end of -1 is that of the sequence."""
 
-TRIPLE = (3.4445, -4.7750, 2.0315)  # of every Newton-Schulz step
-
 
 def fast_weight_swish_glu_weight_norm_mini_batch_apply(
     w0: Tensor,
@@ -143,7 +141,8 @@ def newton_schulz(name: str, steps: int) -> NewtonSchulz:
     steps = checks.check_int(name, steps)
     if steps < 0:
         raise ValueError(f"{name} must not be negative, got {steps}")
-    return NewtonSchulz((TRIPLE,) * steps)
+    # Written here: with dynamic=True, torch.compile makes variables of the numbers of a module.
+    return NewtonSchulz(((3.4445, -4.7750, 2.0315),) * steps)
 
 
 class FastWeightGluMLPMultihead(nn.Module):
@@ -250,7 +249,7 @@ class FastWeightGluMLPMultihead(nn.Module):
         if not isinstance(info, Mapping):
             raise TypeError(f"info must be a mapping, got {type(info).__name__}")
         if "ttt_op_order" not in info:
-            raise ValueError(f"info must have 'ttt_op_order', got {sorted(info)}")
+            raise ValueError(f"info must have 'ttt_op_order', got {list(info)}")
         B, H = x.shape[0], self.num_heads
         q, k, v = silu_heads(self.to_qkv(x), H, l2_norm=True)
         rates = learning_rates(self.lr_fc, x, self.base_lr_inv).unflatten(-1, (3, H)).unbind(2)
