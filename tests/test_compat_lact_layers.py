@@ -164,6 +164,36 @@ def test_parameters_that_ours_does_not_have_are_refused(case):
         swap_lact_layers(nn.Sequential(old))
 
 
+@pytest.mark.parametrize("case", ["views", "bidirectional", "causal"])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda old: setattr(old, "o_norm", nn.LayerNorm(12, bias=False)),
+            r"0\.o_norm .*LayerNorm",
+        ),
+        (lambda old: delattr(old.o_norm, "eps"), r"0\.o_norm must be an RMS norm with an eps"),
+        (lambda old: old.register_buffer("more", torch.zeros(3)), r"0 has the buffers \['more'\]"),
+    ],
+)
+def test_what_would_be_lost_is_refused(case, change, message):
+    _, old = pair(case)
+    change(old)
+    model = nn.Sequential(old)
+    with pytest.raises(ValueError, match=message):
+        swap_lact_layers(model)
+    assert model[0] is old
+
+
+def test_a_compiled_layer_is_refused_and_a_compiled_model_is_not():
+    """A compiled layer would go on to call the old one."""
+    _, old = pair("bidirectional")
+    with pytest.raises(ValueError, match=r"0\._orig_mod is compiled"):
+        swap_lact_layers(nn.Sequential(torch.compile(old, backend="eager")))
+    model = torch.compile(nn.Sequential(old), backend="eager")
+    assert list(swap_lact_layers(model)) == ["_orig_mod.0"]
+
+
 @pytest.mark.parametrize("case", ["ZipMap", "views"])
 def test_weights_are_handed_on(case):
     """Frame by frame is the whole at once; what is rendered changes no weight, and sees no other row."""

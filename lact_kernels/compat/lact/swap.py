@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
+from types import NoneType
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -135,8 +136,8 @@ def swap_lact_layers(model: nn.Module, *, backend: Backend = "auto") -> dict[str
             with arguments that ours is not called with.
         TypeError: `model` is no module.
         ValueError: `model` is itself such a layer, which has no place to put another one in, or a layer
-            has parameters that ours does not know, projections with adapters, or weights that
-            accelerate has offloaded.
+            has parameters or buffers that ours does not know, projections with adapters, another norm
+            than an RMS norm, or weights that accelerate has offloaded, or is what `torch.compile` returned.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -148,6 +149,9 @@ def swap_lact_layers(model: nn.Module, *, backend: Backend = "auto") -> dict[str
         for name, module in model.named_modules(remove_duplicate=False)
         if _kind(module) is not None
     }
+    for name in found:
+        if name.rpartition(".")[2] == "_orig_mod":
+            raise ValueError(f"{name} is compiled: swap the layers before torch.compile")
     layers = {id(old): _swapped(name, old, _kind(old), backend) for name, old in found.items()}
     for name, old in found.items():
         model.set_submodule(name, layers[id(old)])
@@ -178,6 +182,11 @@ def _swapped(name: str, old: nn.Module, kind: Kind, backend: Backend) -> nn.Modu
                 f"{name}.{path} must be a torch.nn.Linear, got {of}: swap the layers before adapters"
                 " are added to them, and before they are quantised"
             )
+    for norm in kind.norms:
+        module = getattr(old, norm, None)
+        if not isinstance(module, (nn.Identity, NoneType)) and not _is_rms_norm(module):
+            of = type(module).__qualname__
+            raise ValueError(f"{name}.{norm} must be an RMS norm with an eps, got {of}")
     _check_call(name, old, kind)
     options = _options(name, old, kind)
     try:
@@ -191,6 +200,9 @@ def _swapped(name: str, old: nn.Module, kind: Kind, backend: Backend) -> nn.Modu
             f"{name} must have the parameters of {_class(kind)} with the same options,"
             f" {[n for n, _ in new.named_parameters()]}, got {list(shapes)}"
         )
+    more = sorted(old.state_dict().keys() - parameters.keys())
+    if more:
+        raise ValueError(f"{name} has the buffers {more}, which {_class(kind)} does not have")
     for path, parameter in parameters.items():
         parent, _, leaf = path.rpartition(".")
         new.get_submodule(parent).register_parameter(leaf, parameter)
@@ -198,6 +210,11 @@ def _swapped(name: str, old: nn.Module, kind: Kind, backend: Backend) -> nn.Modu
         if hasattr(getattr(new, norm), "eps"):
             getattr(new, norm).eps = getattr(old, norm).eps
     return new.train(old.training)
+
+
+def _is_rms_norm(module: nn.Module) -> bool:
+    """PyTorch's, or that of a library, whose name says so."""
+    return "RMSNorm" in type(module).__name__ and hasattr(module, "eps")
 
 
 def _check_call(name: str, old: nn.Module, kind: Kind) -> None:
