@@ -188,6 +188,8 @@ def _parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.steps < 40:
         parser.error(f"--steps must be at least 40, got {options.steps}")
+    if not 0 <= options.seed < 2**32:
+        parser.error(f"--seed must be at least 0 and less than 2**32, got {options.seed}")
     if options.size < PATCH or options.size % PATCH:
         parser.error(f"--size must be a multiple of {PATCH}, got {options.size}")
     if options.out.suffix != ".png" or options.out.is_dir():

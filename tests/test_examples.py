@@ -59,6 +59,7 @@ def test_novel_views(run, capsys, monkeypatch, tmp_path):
     "arguments, error",
     [
         (["--steps", "39"], "--steps must be at least 40, got 39"),
+        (["--seed", str(2**64)], "--seed must be at least 0 and less than 2**32"),
         (["--size", "12"], "--size must be a multiple of 8, got 12"),
         (["--size", "0"], "--size must be a multiple of 8, got 0"),
         (["--out", "views.jpg"], "--out must be a file that ends in .png, got views.jpg"),

@@ -83,8 +83,9 @@ def fast_weight_swish_glu_weight_norm_mini_batch_apply(
         Precision. Theirs iterates Newton-Schulz in bfloat16, and so rounds every update to it, also with 0
         steps; here it is float16 or better (see `block_causal_ttt`). Under `torch.autocast` theirs takes
         products in its dtype, here they have that of v, which such models have cast by then.
+        An end of -1 is that of the sequence, as in ZipMap; theirs takes a slice, without the last token.
         Learning rates per channel (a last axis other than 1), and rates that broadcast over `b*h`, are
-        errors, and so are negative ends other than -1. An order without an apply is possible.
+        errors, and so are other negative ends. An order without an apply is possible.
 
     Raises:
         TypeError: an argument of the wrong type, or a tensor of the wrong dtype.
