@@ -107,6 +107,10 @@ ORDERS = {
         [O(3, -1, True, True), O(25, 30, False, True)],
         [("update", [(3, 19)]), ("apply", [(3, 19)])],
     ),
+    "an empty range": (
+        [O(4, 4, False, True), O(0, 19, True, True)],
+        [("update", [(0, 19)]), ("apply", [(0, 19)])],
+    ),
     "nothing but queries": ([O(0, 4, False, True), O(2, 9, 0, 1)], [("apply", [(0, 4), (2, 9)])]),
     "nothing but keys": ([O(0, -1, True, False)], [("update", [(0, 19)])]),
     "neither": ([O(0, 4, False, False)], []),
@@ -154,6 +158,7 @@ VIDEOS = {
         {},
         [("apply", [(0, 19)])],
     ),
+    "a piece longer than the video": ({"mini_batch_size": 30}, [("apply", [(0, 19)])]),
     "pairs": (
         {"mini_batch_size": 4},
         [

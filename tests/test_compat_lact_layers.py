@@ -16,6 +16,7 @@ from lact_kernels.compat.lact import (
     FastWeightGluMLPMultihead,
     TTTOperator,
 )
+from lact_kernels.compat.lact.projections import learning_rates, silu_heads
 from tests import lact_authors
 
 pytestmark = pytest.mark.filterwarnings("ignore:use_muon. the orthogonalised update is added")
@@ -128,6 +129,13 @@ def test_swapped_layer_is_the_old_one(case):
     assert swap_lact_layers(model) == {}
 
 
+def test_hidden_widths_are_exact():
+    """49 * (1 / 49) is less than 1."""
+    model = nn.Sequential(plain_family.FastWeightGluMLPMultihead(49, 49, 1.5 / 49))
+    swap_lact_layers(model)
+    assert model[0].w0.shape == (1, 49, 1)
+
+
 def test_options_that_ours_does_not_have_are_refused_by_name():
     class Fork(plain_family.FastWeightGluMLPMultihead):
         def __init__(self, *args, use_fused_kernels=False, mode="plain", **options):
@@ -237,6 +245,37 @@ def test_autocast_and_half(case):
     half = call(copy.deepcopy(ours).bfloat16(), x.bfloat16())
     assert half[0].dtype == torch.bfloat16
     assert (half[0] - expected[0]).norm() < 0.1 * expected[0].norm()
+
+
+def test_rates_and_norms_are_wide():
+    """Rates never see autocast, nor 16 bits behind their projection; norms round once."""
+    linear, x = nn.Linear(24, 6), torch.randn(2, 9, 24)
+    expected = torch.nn.functional.softplus(linear(x) - 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(learning_rates(linear, x, -3.0), expected)
+    linear, x = linear.bfloat16(), x.bfloat16()
+    expected = torch.nn.functional.softplus(linear(x).float() - 3)
+    assert torch.equal(learning_rates(linear, x, -3.0), expected)
+    qkv = torch.randn(2, 9, 72).bfloat16()
+    q, exact = (silu_heads(qkv, 2, l2_norm)[0].double() for l2_norm in (True, False))
+    exact /= exact.norm(dim=-1, keepdim=True) + 1e-5
+    assert ((q - exact) / exact).abs().max() < 1.01 * 2**-8
+
+
+@pytest.mark.parametrize("case", ["views", "bidirectional"])
+def test_norms_may_be_wider_than_the_rest(case):
+    layer = pair(case, torch.float32)[0].bfloat16()
+    layer.o_norm.float()
+    assert call(layer, torch.randn(2, 19, 24).bfloat16())[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("case", ["views", "bidirectional", "causal"])
+def test_the_backend_is_handed_on(case):
+    """Triton has no float64, and says so where it is asked for."""
+    layer, _ = pair(case)
+    layer.backend = "triton"
+    with pytest.raises((TypeError, ValueError), match="triton"):
+        call(layer, torch.randn(2, 19, 24, dtype=WIDE))
 
 
 @pytest.mark.parametrize("case", ["ZipMap", "bidirectional", "causal"])
