@@ -170,6 +170,9 @@ def test_plans_of_ttt_operators():
         TTTPlan.of_ttt_operators([collections.namedtuple("O", "start end update")(0, 1, True)])
     # Sequences of four, an end of None, and no queries at all.
     assert TTTPlan.of_ttt_operators([(4, None, 1, 0), [3, 3, False, True]]).steps == (Update(4),)
+    # Entries of a configuration are sequences, too, of a library's kind.
+    entry = collections.UserList([0, 4, True, True])
+    assert TTTPlan.of_ttt_operators([entry]) == TTTPlan([Update(0, 4), Apply(0, 4)])
 
 
 @pytest.mark.parametrize("field", ["compute_grad", "fast_weight"])

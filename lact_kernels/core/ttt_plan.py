@@ -173,7 +173,7 @@ class TTTPlan:
 
 
 def _operator_fields(i: int, entry: TTTOperator | Sequence) -> tuple[int, int, bool, bool]:
-    if isinstance(entry, (tuple, list)) and not hasattr(entry, "_fields") and len(entry) == 4:
+    if isinstance(entry, Sequence) and not hasattr(entry, "_fields") and len(entry) == 4:
         return tuple(entry)
     fields = ("start", "end", "update", "apply")
     missing = [x for x in fields if not hasattr(entry, x)]

@@ -110,7 +110,8 @@ def swap_lact_layers(model: nn.Module, *, backend: Backend = "auto") -> dict[str
     These are found: `LaCTSWIGLULayer` of the language model, `FastWeightGluMLPMultihead` of novel views (and
     ZipMap's, with its gate), and the minimal implementations' `BidirectionalLaCTSwiGLU` and
     `CausalLaCTSwiGLUWithSlidingWindowAttn`. A layer is known by the names of its parts, wherever it stands;
-    the authors' package is not needed.
+    the authors' package is not needed. What its `forward` computes is not looked at: a subclass or a copy
+    that adds something under the same names and arguments loses it.
 
     The new layers are called as the old ones were, have the very same parameters (nothing is copied,
     optimizers and tied weights go on) and the same state dict; hooks of layers and of their parts, and
