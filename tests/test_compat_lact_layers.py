@@ -164,6 +164,26 @@ def test_layers_that_are_called_otherwise_are_refused():
         swap_lact_layers(nn.Sequential(Fork(24, 12)))
 
 
+def test_subclasses_with_a_forward_of_their_own_are_refused():
+    class Doubled(plain_family.BidirectionalLaCTSwiGLU):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.raises(NotImplementedError, match="0 is a .*Doubled, whose forward is not that of"):
+        swap_lact_layers(nn.Sequential(Doubled(24, 12)))
+
+
+def test_tied_weights_of_a_layer_and_norms_without_eps_are_refused():
+    _, tied = pair("views")
+    tied.w2 = tied.w0
+    with pytest.raises(ValueError, match="0 must have the parameters of FastWeightGluMLPMultihead"):
+        swap_lact_layers(nn.Sequential(tied))
+    _, old = pair("causal")
+    old.o_norm.eps = None
+    with pytest.raises(ValueError, match="0.o_norm must be an RMS norm with an eps"):
+        swap_lact_layers(nn.Sequential(old))
+
+
 @pytest.mark.parametrize("case", ["views", "bidirectional", "causal"])
 def test_parameters_that_ours_does_not_have_are_refused(case):
     _, old = pair(case)

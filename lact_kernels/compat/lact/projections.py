@@ -17,6 +17,10 @@ def inv_softplus(x: float) -> float:
     return x + math.log(-math.expm1(-x))
 
 
+def softplus(x: float) -> float:
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
 def wide_dtype(x: Tensor) -> torch.dtype:
     """That of fast weights and rates beside tokens x."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,7 +1,6 @@
 """`swap_lact_layers`: our layers in the place of the LaCT authors' in a model that exists."""
 
 import inspect
-import math
 from collections.abc import Callable
 from types import NoneType
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from torch import nn
 
 from lact_kernels.compat.lact.bidirectional import BidirectionalLaCTSwiGLU
 from lact_kernels.compat.lact.language_model import LaCTSWIGLULayer
+from lact_kernels.compat.lact.projections import softplus
 from lact_kernels.compat.lact.sliding_window import CausalLaCTSwiGLUWithSlidingWindowAttn
 from lact_kernels.compat.lact.views import FastWeightGluMLPMultihead
 from lact_kernels.layers import LaCTLayer
@@ -52,7 +52,7 @@ def _of_views(old: Any) -> dict[str, Any]:
         "head_dim": head_dim,
         "inter_multi": (dh + 0.5) / head_dim,  # times head_dim and rounded down: dh
         "bias": old.to_qkv.bias is not None,
-        "base_lr": math.log1p(math.exp(old.base_lr_inv)),
+        "base_lr": softplus(old.base_lr_inv),
         "use_gate_fn": hasattr(old, "gate_fn"),
     }
 
@@ -110,8 +110,8 @@ def swap_lact_layers(model: nn.Module, *, backend: Backend = "auto") -> dict[str
     These are found: `LaCTSWIGLULayer` of the language model, `FastWeightGluMLPMultihead` of novel views (and
     ZipMap's, with its gate), and the minimal implementations' `BidirectionalLaCTSwiGLU` and
     `CausalLaCTSwiGLUWithSlidingWindowAttn`. A layer is known by the names of its parts, wherever it stands;
-    the authors' package is not needed. What its `forward` computes is not looked at: a subclass or a copy
-    that adds something under the same names and arguments loses it.
+    the authors' package is not needed. What its `forward` computes is not looked at: a copy that adds
+    something under the same names and arguments loses it. A subclass with a forward of its own is refused.
 
     The new layers are called as the old ones were, have the very same parameters (nothing is copied,
     optimizers and tied weights go on) and the same state dict; hooks of layers and of their parts, and
@@ -133,8 +133,8 @@ def swap_lact_layers(model: nn.Module, *, backend: Backend = "auto") -> dict[str
 
     Raises:
         NotImplementedError: a layer with another `ttt_loss_type`, `lr_parameterization` or number of
-            learning rates than `LaCTLayer` has, with an option that ours does not have, and that is on, or
-            with arguments that ours is not called with.
+            learning rates than `LaCTLayer` has, with an option that ours does not have, and that is on,
+            with arguments that ours is not called with, or of a subclass with a forward of its own.
         TypeError: `model` is no module.
         ValueError: `model` is itself such a layer, which has no place to put another one in, or a layer
             has parameters or buffers that ours does not know, projections with adapters, another norm
@@ -163,31 +163,14 @@ def _kind(module: nn.Module) -> Kind | None:
     """What a module of the authors is; None if it is none of theirs, or ours already."""
     if isinstance(module, (LaCTLayer, *(kind.ours for kind in KINDS))):
         return None
-    own = [*module.named_parameters(recurse=False), *module.named_children()]
-    names = {name for name, _ in own}
+    own = module.named_parameters(recurse=False, remove_duplicate=False)
+    names = {name for name, _ in [*own, *module.named_children()]}
     return next((kind for kind in KINDS if kind.parts <= names), None)
 
 
 def _swapped(name: str, old: nn.Module, kind: Kind, backend: Backend) -> nn.Module:
     """Our layer with the options and the parameters of an old one."""
-    if any(p.is_meta for p in old.parameters()) and hasattr(old, "_hf_hook"):
-        raise ValueError(
-            f"{name} has weights that accelerate keeps elsewhere until they are needed: swap the layers of"
-            " a model in memory, and offload it then"
-        )
-    for path, module in old.named_modules():
-        # Of a module with a forward of its own (an adapter, a quantised layer) only parameters would go over.
-        if path in kind.projections and type(module).forward is not nn.Linear.forward:
-            of = f"{type(module).__module__}.{type(module).__qualname__}"
-            raise ValueError(
-                f"{name}.{path} must be a torch.nn.Linear, got {of}: swap the layers before adapters"
-                " are added to them, and before they are quantised"
-            )
-    for norm in kind.norms:
-        module = getattr(old, norm, None)
-        if not isinstance(module, (nn.Identity, NoneType)) and not _is_rms_norm(module):
-            of = type(module).__qualname__
-            raise ValueError(f"{name}.{norm} must be an RMS norm with an eps, got {of}")
+    _check_parts(name, old, kind)
     _check_call(name, old, kind)
     options = _options(name, old, kind)
     try:
@@ -213,19 +196,47 @@ def _swapped(name: str, old: nn.Module, kind: Kind, backend: Backend) -> nn.Modu
     return new.train(old.training)
 
 
+def _check_parts(name: str, old: nn.Module, kind: Kind) -> None:
+    """Nothing that an old layer's parts compute is lost when only their parameters go over."""
+    if any(p.is_meta for p in old.parameters()) and hasattr(old, "_hf_hook"):
+        raise ValueError(
+            f"{name} has weights that accelerate keeps elsewhere until they are needed: swap the layers of"
+            " a model in memory, and offload it then"
+        )
+    for path, module in old.named_modules():
+        # Adapters and quantised layers have forwards of their own.
+        if path in kind.projections and type(module).forward is not nn.Linear.forward:
+            of = f"{type(module).__module__}.{type(module).__qualname__}"
+            raise ValueError(
+                f"{name}.{path} must be a torch.nn.Linear, got {of}: swap the layers before adapters"
+                " are added to them, and before they are quantised"
+            )
+    for norm in kind.norms:
+        module = getattr(old, norm, None)
+        if not isinstance(module, (nn.Identity, NoneType)) and not _is_rms_norm(module):
+            of = type(module).__qualname__
+            raise ValueError(f"{name}.{norm} must be an RMS norm with an eps, got {of}")
+
+
 def _is_rms_norm(module: nn.Module) -> bool:
     """PyTorch's, or that of a library, whose name says so."""
-    return "RMSNorm" in type(module).__name__ and hasattr(module, "eps")
+    return "RMSNorm" in type(module).__name__ and isinstance(getattr(module, "eps", None), float)
 
 
 def _check_call(name: str, old: nn.Module, kind: Kind) -> None:
-    """Ours takes the arguments that the old layer takes."""
+    """Ours takes the arguments that the old layer takes, which nobody has derived another one from."""
     given, taken = (inspect.signature(x.forward).parameters for x in (type(old), kind.ours))
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     more = [x.name for x in given.values() if x.name not in taken and x.kind not in variadic]
     if more:
         raise NotImplementedError(
             f"{name} is called with {more}, which {_class(kind)} does not take: it is a layer of another kind"
+        )
+    owners = [x for x in type(old).__mro__ if "forward" in vars(x) and x is not nn.Module]
+    if len(owners) > 1:
+        raise NotImplementedError(
+            f"{name} is a {type(old).__qualname__}, whose forward is not that of its base class"
+            f" {owners[1].__qualname__}: what it adds would be lost"
         )
 
 
@@ -241,13 +252,13 @@ def _options(name: str, old: nn.Module, kind: Kind) -> dict[str, Any]:
             f"{name} has the parameters of a LaCT layer, but not its attributes {missing}"
         )
     known = inspect.signature(kind.ours).parameters
-    for option in inspect.signature(type(old)).parameters:
+    given = inspect.signature(type(old)).parameters.keys()
+    for option in sorted(given - known - kind.attributes.keys()):
         value = getattr(old, option, None)
-        if option not in known and isinstance(value, (bool, int, float, str)) and value:
-            if option not in kind.attributes:
-                raise NotImplementedError(
-                    f"{name} has the option {option}={value!r}, which {_class(kind)} does not have"
-                )
+        if value and isinstance(value, (bool, int, float, str)):
+            raise NotImplementedError(
+                f"{name} has the option {option}={value!r}, which {_class(kind)} does not have"
+            )
     options = {option: getattr(old, attribute) for attribute, option in kind.attributes.items()}
     options |= kind.derived(old)
     return {option: value for option, value in options.items() if option in known}
