@@ -1,7 +1,7 @@
 """The LaCT family's functions (views, video, 3D) beside the plain ones that they replace, eager and compiled.
 
 ```
-python -m benchmarks.family                              # every case; about five minutes on two CPU cores
+python -m benchmarks.family                              # every case; about six minutes on two CPU cores
 python -m benchmarks.family --case views video --mode fwd_bwd
 python -m benchmarks.family --no-compile --lact-checkout PATH
 ```
