@@ -209,8 +209,8 @@ def test_videos_are_those_of_the_reference(case):
 @pytest.mark.parametrize("repeat, size, lq", [(1, -1, None), (2, 7, 40)])
 def test_video_inference_is_that_of_the_reference(repeat, size, lq):
     inputs = make(lq=lq)
-    ours = INFERENCE(*inputs.values(), 0.3, repeat, size, True)
-    scaled = inputs | {name: 0.3 * inputs[name] for name in ("lr0", "lr1", "lr2")}
+    ours = INFERENCE(*inputs.values(), -0.3, repeat, size, True)
+    scaled = inputs | {name: -0.3 * inputs[name] for name in ("lr0", "lr1", "lr2")}
     steps = [("update", [(0, 19 if size == -1 else size)])] * repeat
     steps.append(("apply", [(0, inputs["q"].shape[1])]))
     assert_same(ours, by_reference(scaled, steps), inputs)
