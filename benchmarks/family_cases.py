@@ -20,7 +20,6 @@ from torch.func import functional_call
 import lact_kernels
 from benchmarks import plain_family
 from benchmarks.peers import Unavailable, lact_script
-from benchmarks.plain_ttt import plain_apply, plain_gradients, plain_newton_schulz
 from benchmarks.registry import MODES, NEWTON_SCHULZ
 from lact_kernels.compat import lact
 
@@ -89,39 +88,6 @@ def _windows(
     return o[:, :, 0], state
 
 
-def _plain_windows(
-    w0: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lr0: Tensor,
-    lr1: Tensor,
-    lr2: Tensor,
-    momentum: Tensor,
-    window: int,
-    *,
-    muon_dtype: torch.dtype = torch.bfloat16,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """`_windows` in plain PyTorch."""
-    weights, buffers = [w0, w1, w2], [torch.zeros_like(w) for w in (w0, w1, w2)]
-    norms = [w.detach().norm(dim=1, keepdim=True) for w in weights]
-    outputs = []
-    for piece in (slice(i, i + window) for i in range(0, k.shape[1], window)):
-        outputs.append(plain_apply(q[:, piece], *(w.to(q.dtype) for w in weights)))
-        rates = [lr[:, piece] for lr in (lr0, lr1, lr2)]
-        gradients = plain_gradients(k[:, piece], v[:, piece], weights, rates)
-        beta = momentum[:, piece].mean(dim=1, keepdim=True)
-        for i, g in enumerate(gradients):
-            with torch.autocast(g.device.type, enabled=False):
-                step = plain_newton_schulz(g, NEWTON_SCHULZ, muon_dtype)
-            buffers[i] = step + beta * buffers[i]
-            w = weights[i] + buffers[i]
-            weights[i] = w / (w.norm(dim=1, keepdim=True) + 1e-5) * norms[i]
-    return torch.cat(outputs, dim=1), weights, buffers
-
-
 def _end_to_end(pieces: int, piece: int) -> int:
     return pieces * piece
 
@@ -173,7 +139,7 @@ FUNCTIONS = {
         _end_to_end,
         lambda n, T: (T,),
         "",
-        _plain_windows,
+        plain_family.windows,
         "it is not in their repository",
         transposed=True,
         momentum=True,

@@ -207,6 +207,39 @@ def block_causal(
     return torch.cat(outputs, dim=1)
 
 
+def windows(
+    w0: Tensor,  # [b*h, Dk, Dh]
+    w1: Tensor,  # [b*h, Dh, Dv]
+    w2: Tensor,  # [b*h, Dk, Dh]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lr0: Tensor,
+    lr1: Tensor,
+    lr2: Tensor,
+    momentum: Tensor,  # [b*h, l, 1]
+    window: int,
+    *,
+    muon_dtype: torch.dtype = torch.bfloat16,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """LoGeR's: the queries of a window, then a step on its keys, with momentum behind Newton-Schulz.
+
+    Target norms are detached. Returns the outputs, the weights and the momentum.
+    """
+    weights, buffers = [w0, w1, w2], [torch.zeros_like(w) for w in (w0, w1, w2)]
+    norms = [w.detach().norm(dim=1, keepdim=True) for w in weights]
+    outputs = []
+    for piece in (slice(i, i + window) for i in range(0, k.shape[1], window)):
+        outputs.append(_apply(q[:, piece], weights))
+        rates = [lr[:, piece] for lr in (lr0, lr1, lr2)]
+        gradients = plain_gradients(k[:, piece], v[:, piece], weights, rates)
+        beta = momentum[:, piece].mean(dim=1, keepdim=True)
+        steps = _muon(gradients, [MUON] * 5, muon_dtype)
+        buffers = [step + beta * m for step, m in zip(steps, buffers)]
+        weights = _updated(weights, buffers, norms)
+    return torch.cat(outputs, dim=1), weights, buffers
+
+
 def _apply(q: Tensor, weights: Weights) -> Tensor:
     return plain_apply(q, *(w.to(q.dtype) for w in weights))
 

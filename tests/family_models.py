@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.plain_family import MUON, FastWeightGluMLPMultihead, TTTOperator
-from benchmarks.plain_ttt import plain_apply, plain_gradients, plain_newton_schulz
+from benchmarks.plain_family import FastWeightGluMLPMultihead, TTTOperator, windows
 
 DIM = 16
 TOKENS = 12  # of a view or a frame
@@ -136,18 +135,5 @@ def plain_windows(
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in tokens)  # [b*h, l, D]
     *rates, momentum = (x.mT.reshape(B * H, T, 1) for x in (*rates, momentum))
     weights = [w.repeat(B, 1, 1) for w in weights]
-    norms = [w.detach().norm(dim=1, keepdim=True) for w in weights]
-    steps = [torch.zeros_like(w) for w in weights]
-    outputs = []
-    for piece in (slice(start, start + window) for start in range(0, T, window)):
-        outputs.append(plain_apply(q[:, piece], *weights))
-        gradients = plain_gradients(
-            k[:, piece], v[:, piece], weights, [lr[:, piece] for lr in rates]
-        )
-        beta = momentum[:, piece].mean(dim=1, keepdim=True)
-        steps = [
-            plain_newton_schulz(g, [MUON] * 5, g.dtype) + beta * m for g, m in zip(gradients, steps)
-        ]
-        weights = [w + step for w, step in zip(weights, steps)]
-        weights = [w / (w.norm(dim=1, keepdim=True) + 1e-5) * n for w, n in zip(weights, norms)]
-    return torch.cat(outputs, dim=1).unflatten(0, (B, H)).transpose(1, 2)
+    o, *_ = windows(*weights, q, k, v, *rates, momentum, window, muon_dtype=q.dtype)
+    return o.unflatten(0, (B, H)).transpose(1, 2)
