@@ -47,7 +47,7 @@ from torch import Tensor
 from benchmarks import report
 from benchmarks.accuracy import compare_all
 from benchmarks.family_cases import CASES, Call
-from benchmarks.measure import DIFFERENCE_LIMITS, Settings, measure_point, runner
+from benchmarks.measure import DIFFERENCE_LIMITS, Settings, difference_of, measure_point, runner
 from benchmarks.peers import Variant
 from benchmarks.registry import MODES, empty_output, in_float64, output_gradient
 from benchmarks.run import DEFAULTS, DTYPES, positive, settle_device
@@ -191,7 +191,7 @@ def judged(
     exact: Results, plain: Results, limit: float, row: report.Row, result: Results
 ) -> str | None:
     """What is wrong with a result, whose error goes into its row; a line says how its first call went."""
-    row.error = error_of(result, exact)
+    row.error = difference_of(result, exact)
     print(
         f"{'':>7} {row.mode:<7} {row.variant:<30} first call {row.first_call_s:.2f} s,"
         f" error {row.error:.1e}",
@@ -201,15 +201,6 @@ def judged(
         return None if row.error <= limit else f"its error is {row.error:.1%}"  # False for NaN
     failed = [name for name, x in compare_all(result, plain, exact).items() if not x.ok]
     return f"less accurate than plain PyTorch in {', '.join(failed)}" if failed else None
-
-
-def error_of(result: Results, exact: Results) -> float:
-    """`||result - exact|| / ||exact||` of the tensor where it is largest; NaN if any is not finite.
-
-    What must be zero, such as the gradient of keys that nothing reads, counts with its own norm.
-    """
-    errors = [((result[name] - x).norm() / (x.norm() or 1.0)).item() for name, x in exact.items()]
-    return max(errors, key=lambda error: (error != error, error))
 
 
 @contextlib.contextmanager

@@ -194,8 +194,9 @@ def difference_of(result: dict[str, Tensor], ours: dict[str, Tensor]) -> float:
     """`||result - ours|| / ||ours||` of the tensor where it is largest; NaN if any is not finite."""
     ratios = []
     for name, x in ours.items():
-        norm = torch.linalg.vector_norm(x, dtype=torch.float32)
-        error = torch.linalg.vector_norm((result[name] - x).float(), dtype=torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dtype=wide)
+        error = torch.linalg.vector_norm((result[name] - x).to(wide))
         ratios.append((error / norm).item() if norm else error.item())
     return max(ratios, key=lambda ratio: (ratio != ratio, ratio))
 

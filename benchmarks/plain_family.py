@@ -17,15 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.plain_ttt import plain_apply, plain_gradients, plain_newton_schulz
+from benchmarks.registry import NEWTON_SCHULZ
+from reference.ttt import LACT_COEFFICIENTS
 
-MUON = (3.4445, -4.7750, 2.0315)  # of every step, but for the layers with five triples
-LACT = (
-    (4.0848, -6.8946, 2.9270),
-    (3.9505, -6.3029, 2.6377),
-    (3.7418, -5.5913, 2.3037),
-    (2.8769, -3.1427, 1.2046),
-    (2.8366, -3.0525, 1.2012),
-)
+MUON = NEWTON_SCHULZ[0]  # of every step, but for those of Muon with LaCT's five triples
 
 Weights = Sequence[Tensor]  # w0, w2 [b*h, Dk, Dh], w1 [b*h, Dh, Dv]
 Coefficients = Sequence[tuple[float, float, float]]
@@ -58,7 +53,7 @@ def mini_batch_apply(
     An end of -1 is the end of the tokens. Target norms are detached. Without a step of Muon a gradient is
     divided by its Frobenius norm.
     """
-    weights, norms = [w0, w1, w2], [w.detach().norm(dim=1, keepdim=True) for w in (w0, w1, w2)]
+    weights, norms = [w0, w1, w2], _norms([w0.detach(), w1.detach(), w2.detach()])
     outputs = [v[:, :0]]
     for start, end, update, apply in order:
         piece = slice(start, None if end == -1 else end)
@@ -89,7 +84,7 @@ def bidirectional(
     """One step on all keys, with five triples if with Muon, then all queries."""
     weights = [w.mT for w in (w0, w1, w2)]
     steps = plain_gradients(k, v, weights, (lr0, lr1, lr2))
-    steps = _muon(steps, LACT, muon_dtype) if use_muon else steps
+    steps = _muon(steps, LACT_COEFFICIENTS, muon_dtype) if use_muon else steps
     return _apply(q, _updated(weights, steps, _norms(weights)))
 
 
@@ -202,7 +197,7 @@ def block_causal(
         if momentum is not None:
             beta = momentum[:, chunk].mean(dim=1, keepdim=True)
             steps = buffers = [g + beta * m for g, m in zip(steps, buffers)]
-        steps = _muon(steps, LACT, muon_dtype) if use_muon else steps
+        steps = _muon(steps, LACT_COEFFICIENTS, muon_dtype) if use_muon else steps
         weights = _updated(weights, steps, norms)
     return torch.cat(outputs, dim=1)
 
@@ -227,14 +222,14 @@ def windows(
     Target norms are detached. Returns the outputs, the weights and the momentum.
     """
     weights, buffers = [w0, w1, w2], [torch.zeros_like(w) for w in (w0, w1, w2)]
-    norms = [w.detach().norm(dim=1, keepdim=True) for w in weights]
+    norms = _norms([w0.detach(), w1.detach(), w2.detach()])
     outputs = []
     for piece in (slice(i, i + window) for i in range(0, k.shape[1], window)):
         outputs.append(_apply(q[:, piece], weights))
         rates = [lr[:, piece] for lr in (lr0, lr1, lr2)]
         gradients = plain_gradients(k[:, piece], v[:, piece], weights, rates)
         beta = momentum[:, piece].mean(dim=1, keepdim=True)
-        steps = _muon(gradients, [MUON] * 5, muon_dtype)
+        steps = _muon(gradients, NEWTON_SCHULZ, muon_dtype)
         buffers = [step + beta * m for step, m in zip(steps, buffers)]
         weights = _updated(weights, buffers, norms)
     return torch.cat(outputs, dim=1), weights, buffers

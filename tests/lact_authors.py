@@ -1,25 +1,21 @@
 """The LaCT authors' own code, from a checkout of github.com/a1600012888/LaCT at the path LACT_CHECKOUT."""
 
 import contextlib
-import importlib.util
 import os
 import sys
 import types
 from collections.abc import Iterator
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
 import reference
+from benchmarks import peers
 
-# What these files import beside torch and einops, and do not need for what is tested here.
+# What these modules import beside torch and einops, and do not need for what is tested here.
 NOT_NEEDED = (
     "flash_attn.bert_padding",
-    "minVid",
-    "minVid.models",
-    "minVid.models.blocks",
     "minVid.models.wan",
     "minVid.models.wan.wan_base",
     "minVid.models.wan.wan_base.modules",
@@ -33,12 +29,9 @@ def flash_attn_func(q, k, v, causal, window_size):
     return reference.window_attn(q, k, v, None if window_size[0] < 0 else window_size[0] + 1)
 
 
-def module(file: str) -> types.ModuleType:
-    """A file of theirs. The test is skipped where it, or what it needs, is not there."""
+def module(folder: str, name: str) -> types.ModuleType:
+    """A module of theirs. The test is skipped where it, or what it needs, is not there."""
     pytest.importorskip("einops")
-    path = Path(os.environ.get("LACT_CHECKOUT", "")) / file
-    if "LACT_CHECKOUT" not in os.environ or not path.is_file():
-        pytest.skip(f"LACT_CHECKOUT names no checkout with {file}")
     stubs = {name: mock.MagicMock() for name in NOT_NEEDED}
     stubs["flash_attn"] = types.SimpleNamespace(
         flash_attn_func=flash_attn_func, flash_attn_varlen_func=None
@@ -46,22 +39,14 @@ def module(file: str) -> types.ModuleType:
     before = {name: sys.modules.get(name) for name in stubs}
     sys.modules.update(stubs)
     try:
-        if path.parent.name == "blocks":  # the video models', which imports from a neighbour
-            name = "minVid.models.blocks.functions"
-            sys.modules[name] = _load(name, path.with_name("functions.py"))
-        return _load("lact_authors_" + path.stem, path)
+        return peers.lact_script(os.environ.get("LACT_CHECKOUT"), folder, name)
+    except peers.Unavailable as error:
+        pytest.skip(f"LACT_CHECKOUT: {error}")
     finally:  # what torch has imported meanwhile stays
         for name, old in before.items():
             sys.modules.pop(name)
             if old is not None:
                 sys.modules[name] = old
-
-
-def _load(name: str, path: Path) -> types.ModuleType:
-    spec = importlib.util.spec_from_file_location(name, path)
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
 
 
 @contextlib.contextmanager

@@ -241,7 +241,7 @@ def test_a_video_piece_by_piece_is_the_whole_one():
 def test_bidirectional_is_that_of_the_reference(use_muon):
     inputs = make(lq=23)
     ours = bidirectional_lact_swiglu(*inputs.values(), use_muon)
-    coefficients = plain_family.LACT if use_muon else None
+    coefficients = plain_family.LACT_COEFFICIENTS if use_muon else None
     steps = [("update", [(0, 19)]), ("apply", [(0, 23)])]
     assert_same((ours,), by_reference(inputs, steps, coefficients=coefficients)[:1], inputs)
 
@@ -398,10 +398,10 @@ def test_no_tokens_and_no_rows(name):
 
 
 THEIRS = {
-    "views": "lact_nvs/lact_ttt.py",
-    "video": "lact_ar_video/minVid/models/blocks/ar_lact_swa_repeat.py",
-    "inference": "lact_ar_video/minVid/models/blocks/ar_lact_swa_repeat.py",
-    "bidirectional": "minimal_implementations/bidirectional_lact_layer.py",
+    "views": ("lact_nvs", "lact_ttt"),
+    "video": ("lact_ar_video", "minVid.models.blocks.ar_lact_swa_repeat"),
+    "inference": ("lact_ar_video", "minVid.models.blocks.ar_lact_swa_repeat"),
+    "bidirectional": ("minimal_implementations", "bidirectional_lact_layer"),
 }
 AUTHORS_CALLS = {
     "views": [{"ttt_ua_order": order, "muon_update_steps": n} for n in (0, 5) for order in (
@@ -431,7 +431,7 @@ def test_equals_the_authors_functions(name, options):
 
     Their iteration, in bfloat16 otherwise, is given the dtype of the rest.
     """
-    theirs = getattr(lact_authors.module(THEIRS[name]), CALLS[name][0].__name__)
+    theirs = getattr(lact_authors.module(*THEIRS[name]), CALLS[name][0].__name__)
     wide = normed(make(torch.float64, CALLS[name][1], rows=3, l=250, dk=24, dv=24, dh=32))
     narrow = {key: x.detach().float() for key, x in wide.items()}
     iterates = options.get("muon_update_steps") or options.get("use_moun")
@@ -456,7 +456,7 @@ def test_equals_the_authors_functions(name, options):
 @pytest.mark.parametrize("name", CALLS)
 def test_signatures_are_those_of_the_checkout(name):
     ours = CALLS[name][0]
-    theirs = getattr(lact_authors.module(THEIRS[name]), ours.__name__)
+    theirs = getattr(lact_authors.module(*THEIRS[name]), ours.__name__)
     *expected, backend = inspect.signature(ours).parameters.values()
     assert backend.name == "backend"
     theirs = inspect.signature(theirs).parameters.values()
