@@ -363,6 +363,8 @@ def test_bad_input():
         (x[0], INFO, ValueError, r"x must have the shape \[B, T, dim\] with dim = 24, got \(19"),
         (x[..., :8], INFO, ValueError, r"x must have the shape .* got \(2, 19, 8\)"),
         (x.int(), INFO, TypeError, "x must have one of the dtypes"),
+        (x.double(), INFO, TypeError, "x must have the dtype torch.float32 of this layer"),
+        (x.to("meta"), INFO, ValueError, "x must be on cpu like this layer, got meta"),
         (x, {}, ValueError, "info must have 'ttt_op_order'"),
         (x, {1: 2, "w0": w}, ValueError, "info must have 'ttt_op_order', got .1, 'w0'"),
         (x, None, TypeError, "info must be a mapping"),
@@ -375,12 +377,14 @@ def test_bad_input():
     for other in (BidirectionalLaCTSwiGLU(24, 12), C(24, 12, 12)):
         with pytest.raises(ValueError, match=r"x must have the shape \[B, T, dim\]"):
             other(x[0])
+        with pytest.raises(TypeError, match="x must have the dtype torch.float32 of this layer"):
+            other(x.double())
 
 
 THEIRS = {
-    V: "lact_nvs/lact_ttt.py",
-    S: "minimal_implementations/bidirectional_lact_layer.py",
-    C: "minimal_implementations/causal_lact_with_sliding_window_attn.py",
+    V: ("lact_nvs", "lact_ttt"),
+    S: ("minimal_implementations", "bidirectional_lact_layer"),
+    C: ("minimal_implementations", "causal_lact_with_sliding_window_attn"),
 }
 # Theirs has no gate; it fails without a scale, and computes something else with bidirectional Muon.
 COMPARED = [
@@ -398,7 +402,7 @@ COMPARED = [
 def test_equals_the_authors_layers(case, changed):
     """Swapped for theirs: the same in float64, and within 1e-5 in float32."""
     ours, sizes, options = CASES[case]
-    theirs = getattr(lact_authors.module(THEIRS[ours]), ours.__name__)
+    theirs = getattr(lact_authors.module(*THEIRS[ours]), ours.__name__)
     info = {"ttt_op_order": [TTTOperator(0, 13, True, True), TTTOperator(13, 19, False, True)]}
     for dtype, tolerance in ((WIDE, 1e-9), (torch.float32, 1e-5)):
         x = torch.randn(2, 19, 24, dtype=dtype)
@@ -415,7 +419,7 @@ def test_equals_the_authors_layers(case, changed):
 
 @pytest.mark.parametrize("layer", THEIRS)
 def test_signatures_are_those_of_the_checkout(layer):
-    theirs = getattr(lact_authors.module(THEIRS[layer]), layer.__name__)
+    theirs = getattr(lact_authors.module(*THEIRS[layer]), layer.__name__)
     theirs = [(x.name, x.default) for x in inspect.signature(theirs).parameters.values()]
     ours = [(x.name, x.default) for x in inspect.signature(layer).parameters.values()]
     more = ["use_gate_fn"] if layer is V else []

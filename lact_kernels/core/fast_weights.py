@@ -3,11 +3,17 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 RENORM_EPS = 1e-5
 
 Triple = tuple[Tensor, ...]  # one tensor for each of w0, w1, w2; empty where an option is off
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """That of fast weights, rates and momentum beside tokens x."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 class FastWeights(NamedTuple):

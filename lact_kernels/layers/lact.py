@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from lact_kernels.core.fast_weights import wide_dtype
 from lact_kernels.core.offsets import on_host
 from lact_kernels.layers.branch_norm import BranchNorm
 from lact_kernels.layers.cache import LaCTCache, LayerOptions
@@ -21,6 +22,7 @@ from lact_kernels.layers.contexts import (
     context_of_pieces,
 )
 from lact_kernels.layers.fast_weight import LowRankFastWeight
+from lact_kernels.layers.inputs import check_input
 from lact_kernels.layers.padding import Padding, checked_mask
 from lact_kernels.layers.rotary import rotary_tables
 from lact_kernels.layers.temporal_reduction import TemporalReduction
@@ -270,14 +272,7 @@ class LaCTLayer(nn.Module):
             ValueError: a wrong shape, device or value, or a cache that does not fit.
             RuntimeError: a cache that an earlier call left half-way.
         """
-        shape, C = "[B, T, C]", self.hidden_size
-        checks.check_float_dtype("hidden_states", hidden_states, shape)
-        if hidden_states.ndim != 3 or hidden_states.shape[2] != C:
-            raise ValueError(
-                f"hidden_states must have the shape {shape} with C = {C}, got"
-                f" {tuple(hidden_states.shape)}"
-            )
-        self._check_fits(hidden_states)
+        check_input("hidden_states", hidden_states, "[B, T, C]", self.hidden_size, self.qkv)
         if cache is not None and not isinstance(cache, LaCTCache):
             raise TypeError(f"cache must be a LaCTCache, got {type(cache).__name__}")
         if pieces is not None:
@@ -304,20 +299,6 @@ class LaCTLayer(nn.Module):
         else:
             y = self._mix_behind(cache, x, context, padding)
         return y if padding is None else padding.restore(y)
-
-    def _check_fits(self, hidden_states: Tensor) -> None:
-        """What the projection cannot multiply. One that is wrapped or kept elsewhere may move or cast."""
-        if type(self.qkv) is not nn.Linear:
-            return
-        weight, device = self.qkv.weight, hidden_states.device
-        if weight.device != device and not weight.is_meta:
-            raise ValueError(
-                f"hidden_states must be on {weight.device} like this layer, got {device}"
-            )
-        if weight.dtype != hidden_states.dtype and not torch.is_autocast_enabled(device.type):
-            raise TypeError(
-                f"hidden_states must have the dtype {weight.dtype} of this layer, got {hidden_states.dtype}"
-            )
 
     def _mix_behind(
         self,
@@ -347,7 +328,7 @@ class LaCTLayer(nn.Module):
         if self.q_norm is not None:
             dtype = self.q_norm.weight.dtype  # wider than that of q under autocast
             q, k = self.q_norm(q.to(dtype)).to(v.dtype), self.k_norm(k.to(dtype)).to(v.dtype)
-        wide = torch.float64 if v.dtype == torch.float64 else torch.float32
+        wide = wide_dtype(v)
         q, k, fast_q, fast_k, fast_v = silu_l2norm_rope(
             q,
             k,

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map_only
 
 from lact_kernels.autograd.ttt import ttt_fwd
 from lact_kernels.core.call import Call, Options
-from lact_kernels.core.fast_weights import FastWeights
+from lact_kernels.core.fast_weights import FastWeights, wide_dtype
 from lact_kernels.core.newton_schulz import LACT, NewtonSchulz
 from lact_kernels.core.state import TTTState
 from lact_kernels.core.tokens import Tokens
@@ -116,7 +116,7 @@ def _check_tensors(q, tokens: Tokens, weights, rows: int, num_keys: int | None) 
     checks.check_tensor("k", k, (B, T, H, Dk), f"[B, {t}, H, Dk]", q.dtype, q.device)
     checks.check_tensor("v", v, (B, T, H, Dv), f"[B, {t}, H, Dv]", q.dtype, q.device)
 
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(q)
     checks.check_floating("w0", weights[0], "[H, Dh, Dk]", "[B, H, Dh, Dk]")
     for name, w, shape, layout in weight_layouts(weights, rows, H, (Dk, Dv, weights[0].shape[-2])):
         _check_wide(name, w, shape, layout, wide, q.device)

@@ -5,16 +5,12 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from lact_kernels.compat.lact.minimal import MinimalLayer
 from lact_kernels.compat.lact.projections import (
     NORM_EPS,
-    check_base_lr,
     check_sizes,
-    check_tokens,
     head_norm,
-    inv_softplus,
-    learning_rates,
     silu_heads,
-    wide_dtype,
 )
 from lact_kernels.compat.lact.rows import Rows
 from lact_kernels.core.ttt_plan import TTTPlan
@@ -64,9 +60,7 @@ def bidirectional_lact_swiglu(
         _warn_of_muon()
     rows = Rows.of((w0, w1, w2), (q, k, v), (lr0, lr1, lr2), any_queries=True)
     plan = TTTPlan.bidirectional()
-    o = ttt(
-        rows.q, rows.k, rows.v, *rows.weights, *rows.rates, plan, muon=use_muon, backend=backend
-    )
+    o = ttt(*rows.tokens, *rows.weights, *rows.rates, plan, muon=use_muon, backend=backend)
     return o[:, :, 0]
 
 
@@ -79,7 +73,7 @@ def _warn_of_muon() -> None:
         )
 
 
-class BidirectionalLaCTSwiGLU(nn.Module):
+class BidirectionalLaCTSwiGLU(MinimalLayer):
     """The bidirectional layer of LaCT's minimal implementations, with the names and shapes of its parameters.
 
         q, k, v = silu(to_qkv(x));  q, k divided by their norms + 1e-5, for each head           (qk_l2_norm)
@@ -122,40 +116,20 @@ class BidirectionalLaCTSwiGLU(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
         check_sizes(dim, inter_multi, head_dim=head_dim)
         checks.check_flags(use_o_norm=use_o_norm, qk_l2_norm=qk_l2_norm, use_muon=use_muon)
-        checks.check_backend(backend)
+        factory = {"device": device, "dtype": dtype}
+        super().__init__(dim, head_dim, inter_multi, base_lr, backend, factory)
         if use_muon:
             _warn_of_muon()
-        factory = {"device": device, "dtype": dtype}
-        self.dim = dim
-        self.head_dim = head_dim
-        self.inter_multi = inter_multi
-        self.num_heads = H = dim // head_dim
+        self.num_heads = dim // head_dim
         self.use_o_norm = use_o_norm
         self.qk_l2_norm = qk_l2_norm
         self.use_muon = use_muon
-        self.base_lr = check_base_lr(base_lr)
-        self.base_lr_inv = inv_softplus(self.base_lr)
-        self.backend: Backend = backend
-
-        dh = int(head_dim * inter_multi)
-        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False, **factory)
-        self.o_proj = nn.Linear(dim, dim, bias=False, **factory)
-        self.lr_proj = nn.Linear(dim, 3 * H, bias=False, **factory)
-        self.w0 = nn.Parameter(torch.empty(H, dh, head_dim, **factory))
-        self.w1 = nn.Parameter(torch.empty(H, head_dim, dh, **factory))
-        self.w2 = nn.Parameter(torch.empty(H, dh, head_dim, **factory))
         self.o_norm = nn.Identity()
         if use_o_norm:
             self.o_norm = nn.RMSNorm(head_dim, eps=NORM_EPS, **factory)
         self.reset_fast_weights()
-
-    def reset_fast_weights(self) -> None:
-        """Draw the initial fast weights anew."""
-        for w in (self.w0, self.w1, self.w2):
-            nn.init.normal_(w, std=w.shape[2] ** -0.5)
 
     def extra_repr(self) -> str:
         return (
@@ -170,11 +144,9 @@ class BidirectionalLaCTSwiGLU(nn.Module):
             TypeError: an argument of the wrong type or dtype.
             ValueError: a wrong shape or device.
         """
-        check_tokens(x, self.dim)
+        self._check_input(x)
         q, k, v = silu_heads(self.to_qkv(x), self.num_heads, self.qk_l2_norm)
-        rates = learning_rates(self.lr_proj, x, self.base_lr_inv)
-        rates = rates.unflatten(-1, (self.num_heads, 3)).unbind(-1)
-        weights = (w.to(wide_dtype(v)) for w in (self.w0, self.w1, self.w2))
+        weights, rates = self._weights_and_rates(x, v)
         plan = TTTPlan.bidirectional()
         o = ttt(q, k, v, *weights, *rates, plan, muon=self.use_muon, backend=self.backend)
         return self.o_proj(head_norm(self.o_norm, o).flatten(2))

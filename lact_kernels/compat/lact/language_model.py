@@ -108,9 +108,7 @@ def _block_causal_lact_swiglu(
     checks.check_flag("use_muon", use_muon)
     rows = Rows.of(weights, tokens, lrs, momentum)
     o = block_causal_ttt(
-        rows.q,
-        rows.k,
-        rows.v,
+        *rows.tokens,
         *rows.weights,
         *rows.rates,
         chunk_size=checks.check_count("chunk_size", chunk_size),

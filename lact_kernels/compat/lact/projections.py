@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lact_kernels.core.fast_weights import wide_dtype
 from lact_kernels.ops import checks
 
 NORM_EPS = 1e-5
@@ -19,11 +20,6 @@ def inv_softplus(x: float) -> float:
 
 def softplus(x: float) -> float:
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
-
-
-def wide_dtype(x: Tensor) -> torch.dtype:
-    """That of fast weights and rates beside tokens x."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def silu_heads(qkv: Tensor, num_heads: int, l2_norm: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -76,17 +72,3 @@ def check_base_lr(base_lr: float) -> float:
     if base_lr <= 0:
         raise ValueError(f"base_lr must be positive, got {base_lr}")
     return base_lr
-
-
-def check_tokens(x: Tensor, dim: int) -> None:
-    """The input of a layer.
-
-    Raises:
-        TypeError: no tensor, or no floating-point one.
-        ValueError: another shape than `[B, T, dim]`.
-    """
-    checks.check_float_dtype("x", x, "[B, T, dim]")
-    if x.ndim != 3 or x.shape[2] != dim:
-        raise ValueError(
-            f"x must have the shape [B, T, dim] with dim = {dim}, got {tuple(x.shape)}"
-        )

@@ -9,27 +9,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lact_kernels.core.fast_weights import Triple, wide_dtype
 from lact_kernels.ops import checks
-
-Weights = tuple[Tensor, Tensor, Tensor]
 
 
 class Rows(NamedTuple):
     """The arguments of a call in the layout of `block_causal_ttt` and `ttt`, with `B = b*h` and `H = 1`."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    weights: Weights  # out x in, float32 (float64 beside float64 tokens), as are the rates
-    rates: tuple[Tensor, Tensor, Tensor]
+    tokens: Triple  # q, k, v
+    weights: Triple  # out x in, float32 (float64 beside float64 tokens), as are the rates
+    rates: Triple
     momentum: Tensor | None
 
     @classmethod
     def of(
         cls,
-        weights: Weights,
-        tokens: Weights,
-        rates: Weights,
+        weights: Triple,
+        tokens: Triple,
+        rates: Triple,
         momentum: Tensor | None = None,
         *,
         transposed: bool = False,
@@ -49,12 +46,12 @@ class Rows(NamedTuple):
             ValueError: a wrong shape or device.
         """
         _check(weights, tokens, rates, momentum, transposed, any_queries)
-        dtype = tokens[2].dtype
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        q, k, v = (x.to(dtype)[:, :, None] for x in tokens)
+        v = tokens[2]
+        wide = wide_dtype(v)
+        tokens = tuple(x.to(v.dtype)[:, :, None] for x in tokens)
         weights = tuple((w.mT if transposed else w).to(wide)[:, None] for w in weights)
         rates = tuple(lr.to(wide) for lr in rates)
-        return cls(q, k, v, weights, rates, None if momentum is None else momentum.to(wide))
+        return cls(tokens, weights, rates, None if momentum is None else momentum.to(wide))
 
 
 def _check(weights, tokens, rates, momentum, transposed, any_queries) -> None:

@@ -4,16 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lact_kernels.compat.lact.projections import (
-    NORM_EPS,
-    check_base_lr,
-    check_sizes,
-    check_tokens,
-    inv_softplus,
-    learning_rates,
-    silu_heads,
-    wide_dtype,
-)
+from lact_kernels.compat.lact.minimal import MinimalLayer
+from lact_kernels.compat.lact.projections import NORM_EPS, check_sizes, silu_heads
+from lact_kernels.core.fast_weights import wide_dtype
 from lact_kernels.layers.branch_norm import BranchNorm
 from lact_kernels.ops import checks
 from lact_kernels.ops.block_causal_ttt import block_causal_ttt
@@ -21,7 +14,7 @@ from lact_kernels.ops.checks import Backend
 from lact_kernels.ops.window_attn import window_attn
 
 
-class CausalLaCTSwiGLUWithSlidingWindowAttn(nn.Module):
+class CausalLaCTSwiGLUWithSlidingWindowAttn(MinimalLayer):
     """The layer of LaCT's minimal implementation of a language model, with the names of its parameters.
 
         q, k, v      = to_qkv(x)
@@ -80,7 +73,6 @@ class CausalLaCTSwiGLUWithSlidingWindowAttn(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        super().__init__()
         check_sizes(dim, inter_multi, head_dim=head_dim, attn_head_dim=attn_head_dim)
         checks.check_flags(
             use_o_norm=use_o_norm,
@@ -88,30 +80,18 @@ class CausalLaCTSwiGLUWithSlidingWindowAttn(nn.Module):
             use_muon=use_muon,
             ttt_scale_before_sum=ttt_scale_before_sum,
         )
-        checks.check_backend(backend)
+        lact_chunk_size = checks.check_count("lact_chunk_size", lact_chunk_size)
+        window_size = checks.check_window("window_size", window_size)
         factory = {"device": device, "dtype": dtype}
-        self.dim = dim
-        self.head_dim = head_dim
+        super().__init__(dim, head_dim, inter_multi, base_lr, backend, factory)
         self.attn_head_dim = attn_head_dim
-        self.inter_multi = inter_multi
-        self.lact_chunk_size = checks.check_count("lact_chunk_size", lact_chunk_size)
-        self.window_size = checks.check_window("window_size", window_size)
+        self.lact_chunk_size = lact_chunk_size
+        self.window_size = window_size
         self.num_ttt_heads = H = dim // head_dim
         self.num_attn_heads = dim // attn_head_dim
         self.use_o_norm = use_o_norm
         self.use_momentum = use_momentum
         self.use_muon = use_muon
-        self.base_lr = check_base_lr(base_lr)
-        self.base_lr_inv = inv_softplus(self.base_lr)
-        self.backend: Backend = backend
-
-        dh = int(head_dim * inter_multi)
-        self.to_qkv = nn.Linear(dim, 3 * dim, bias=False, **factory)
-        self.o_proj = nn.Linear(dim, dim, bias=False, **factory)
-        self.lr_proj = nn.Linear(dim, 3 * H, bias=False, **factory)
-        self.w0 = nn.Parameter(torch.empty(H, dh, head_dim, **factory))
-        self.w1 = nn.Parameter(torch.empty(H, head_dim, dh, **factory))
-        self.w2 = nn.Parameter(torch.empty(H, dh, head_dim, **factory))
         self.momentum_proj = None
         if use_momentum:
             self.momentum_proj = nn.Sequential(nn.Linear(dim, H, **factory), nn.Sigmoid())
@@ -123,8 +103,7 @@ class CausalLaCTSwiGLUWithSlidingWindowAttn(nn.Module):
 
     def reset_fast_weights(self) -> None:
         """Draw the initial fast weights anew, and undo the scale and shift of the attention's q and k."""
-        for w in (self.w0, self.w1, self.w2):
-            nn.init.normal_(w, std=w.shape[2] ** -0.5)
+        super().reset_fast_weights()
         nn.init.ones_(self.qk_scale)
         nn.init.zeros_(self.qk_offset)
 
@@ -141,7 +120,7 @@ class CausalLaCTSwiGLUWithSlidingWindowAttn(nn.Module):
             TypeError: an argument of the wrong type or dtype.
             ValueError: a wrong shape or device.
         """
-        check_tokens(x, self.dim)
+        self._check_input(x)
         qkv = self.to_qkv(x)
         attn, ttt = self._attend(qkv), self._train_fast_weights(x, qkv)
         scale = None
@@ -164,7 +143,7 @@ class CausalLaCTSwiGLUWithSlidingWindowAttn(nn.Module):
     def _train_fast_weights(self, x: Tensor, qkv: Tensor) -> Tensor:
         """`[B, T, H, D]`."""
         q, k, v = silu_heads(qkv, self.num_ttt_heads, l2_norm=True)
-        rates = learning_rates(self.lr_proj, x, self.base_lr_inv)
+        weights, rates = self._weights_and_rates(x, v)
         momentum = None
         if self.momentum_proj is not None:
             momentum = self.momentum_proj[0](x).to(wide_dtype(v)).sigmoid()
@@ -172,8 +151,8 @@ class CausalLaCTSwiGLUWithSlidingWindowAttn(nn.Module):
             q,
             k,
             v,
-            *(w.to(wide_dtype(v)) for w in (self.w0, self.w1, self.w2)),
-            *rates.unflatten(-1, (self.num_ttt_heads, 3)).unbind(-1),
+            *weights,
+            *rates,
             chunk_size=self.lact_chunk_size,
             momentum=momentum,
             muon=self.use_muon,

@@ -151,7 +151,7 @@ def ar_fast_weight_swish_glu_weight_norm_mini_batch_inference(
     T = k.shape[1]
     mini_batch_size = _size("mini_batch_size", mini_batch_size, T, at_most=T)
     if not do_update or T == 0:
-        return ttt_apply(rows.q, *rows.weights, backend=backend)[:, :, 0], *given
+        return ttt_apply(rows.tokens[0], *rows.weights, backend=backend)[:, :, 0], *given
     plan = TTTPlan([Update(0, mini_batch_size)] * num_repeat + [Apply(0)])
     return _run(rows, plan, options)
 
@@ -182,6 +182,5 @@ def _size(name: str, value: int, default: int, at_most: int | None = None) -> in
 
 
 def _run(rows: Rows, plan: TTTPlan, options: dict) -> Results:
-    tokens = (rows.q, rows.k, rows.v)
-    o, state = ttt(*tokens, *rows.weights, *rows.rates, plan, return_state=True, **options)
+    o, state = ttt(*rows.tokens, *rows.weights, *rows.rates, plan, return_state=True, **options)
     return o[:, :, 0], *(w[:, 0] for w in state.weights)

@@ -14,16 +14,16 @@ from lact_kernels.compat.lact.projections import (
     NORM_EPS,
     check_base_lr,
     check_sizes,
-    check_tokens,
     head_norm,
     inv_softplus,
     learning_rates,
     silu_heads,
-    wide_dtype,
 )
 from lact_kernels.compat.lact.rows import Rows
+from lact_kernels.core.fast_weights import wide_dtype
 from lact_kernels.core.newton_schulz import NewtonSchulz
 from lact_kernels.core.ttt_plan import Apply, TTTPlan, Update
+from lact_kernels.layers.inputs import check_input
 from lact_kernels.ops import checks
 from lact_kernels.ops.checks import Backend
 from lact_kernels.ops.ttt import ttt
@@ -97,8 +97,7 @@ def fast_weight_swish_glu_weight_norm_mini_batch_apply(
     steps = newton_schulz("muon_update_steps", muon_update_steps)
     rows = Rows.of(given, (q, k, v), (lr0, lr1, lr2), transposed=True, any_queries=True)
     plan = plan_of(ttt_ua_order, q.shape[1], k.shape[1])
-    tokens = (rows.q, rows.k, rows.v)
-    o, weights = _run(tokens, rows.weights, rows.rates, plan, steps, backend)
+    o, weights = _run(rows.tokens, rows.weights, rows.rates, plan, steps, backend)
     if weights is None:
         return o[:, :, 0], *given
     return o[:, :, 0], *(w[:, 0].mT for w in weights)
@@ -246,7 +245,7 @@ class FastWeightGluMLPMultihead(nn.Module):
             ValueError: a wrong shape, device or value, or an `info` without an order or with a part of the
                 weights.
         """
-        check_tokens(x, self.dim)
+        check_input("x", x, "[B, T, dim]", self.dim, self.to_qkv)
         if not isinstance(info, Mapping):
             raise TypeError(f"info must be a mapping, got {type(info).__name__}")
         if "ttt_op_order" not in info:
