@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lact_kernels.triton import configs
-from lact_kernels.triton.configs import ALL, SMALL, Config, KernelConfig, TTTConfig
+from lact_kernels.triton.configs import ALL, DESCRIBED, SMALL, Config, KernelConfig, TTTConfig
 
 FLOAT32_COMPILED_FOR = 80  # whose rows for float32 are everybody's
 
@@ -16,9 +16,10 @@ FLOAT32_COMPILED_FOR = 80  # whose rows for float32 are everybody's
 class CompileCase:
     """One shipped specialisation of one kernel, as a report needs it to compile it without a GPU.
 
-    `pointers` gives the element dtype of each pointer argument, or a tuple of them for a tuple of
-    pointers, and `constexprs` the compile-time arguments. Arguments in neither are float32 where the name
-    ends in `scale` or `factor`, tuples of integers where it ends in `strides`, and else integers, of 32 bits.
+    `pointers` gives the element dtype of each pointer argument, a tuple of them for a tuple of pointers,
+    or the type of a descriptor, and `constexprs` the compile-time arguments. Arguments in neither are
+    float32 where the name ends in `scale` or `factor`, tuples of integers where it ends in `strides`, and
+    else integers, of 32 bits.
     """
 
     name: str
@@ -27,7 +28,7 @@ class CompileCase:
     dtype: torch.dtype
     shape: str
     config: Config
-    pointers: dict[str, torch.dtype | tuple[torch.dtype, ...]] = field(repr=False)
+    pointers: dict[str, torch.dtype | tuple[torch.dtype, ...] | str] = field(repr=False)
     constexprs: dict[str, Any] = field(repr=False)
     also: tuple[int, ...] = ()  # architectures that take the same row
     demanding: bool = True  # False: another case has the same tiles, the same code and more
@@ -65,6 +66,7 @@ def _compiled_for(arch: int) -> list[tuple[torch.dtype, int]]:
     sixteen = SMALL if arch in (86, 89, 120) else arch
     return [
         (torch.bfloat16, sixteen),
+        *([(torch.bfloat16, DESCRIBED)] if arch == 90 else []),
         *([(torch.float32, ALL)] if arch == FLOAT32_COMPILED_FOR else []),
     ]
 

@@ -85,6 +85,11 @@ def compile_source(source: Source) -> Binary:
     return Binary(**made, log=log.getvalue())
 
 
+def descriptor_type(dtype: torch.dtype, rows: int, cols: int) -> str:
+    """Triton's name for what `lact_kernels.triton.descriptors.descriptor` makes."""
+    return f"tensordesc<{_POINTER_TYPES[dtype].removeprefix('*')}[1, 1, {rows}, {cols}]>"
+
+
 def _signature(case: CompileCase) -> tuple[dict[str, str], dict]:
     """Argument types, and which arguments are multiples of 16, as a launch would find them."""
     signature, attributes = {}, {}
@@ -94,7 +99,8 @@ def _signature(case: CompileCase) -> tuple[dict[str, str], dict]:
             signature[name] = "constexpr"
             continue
         signature[name] = types = _types(name, case.pointers.get(name))
-        if types != "fp32" and not parameter.do_not_specialize:
+        aligned = types != "fp32" and not str(types).startswith("tensordesc")
+        if aligned and not parameter.do_not_specialize:
             places = (
                 [(index, i) for i in range(len(types))] if isinstance(types, tuple) else [(index,)]
             )
@@ -103,9 +109,11 @@ def _signature(case: CompileCase) -> tuple[dict[str, str], dict]:
 
 
 def _types(
-    name: str, pointers: torch.dtype | tuple[torch.dtype, ...] | None
+    name: str, pointers: torch.dtype | tuple[torch.dtype, ...] | str | None
 ) -> str | tuple[str, ...]:
     """Triton's name for the type of an argument, or those of the elements of a tuple."""
+    if isinstance(pointers, str):
+        return pointers
     if isinstance(pointers, tuple):
         return tuple(_POINTER_TYPES[dtype] for dtype in pointers)
     if pointers is not None:

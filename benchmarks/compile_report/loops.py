@@ -97,6 +97,8 @@ def _asynchronous(body: list[Instruction]) -> tuple[int, int, int]:
     # Code out of line repeats a wait until it succeeds, which is the same wait.
     repeated = {x.target for x in body if x.target is not None}
     body = [x for x in body if not (x.name.startswith("SYNCS") and x.address in repeated)]
+    # On barriers in memory Hopper waits for copies, Blackwell for products.
+    ends = "WARPGROUP.DEPBAR" if any(x.kind == "HGMMA" for x in body) else "SYNCS.PHASECHK"
     on_the_way = False
     for _ in range(2):  # what one iteration issues last, the next one waits for
         products = waits = overlapped = 0
@@ -108,7 +110,7 @@ def _asynchronous(body: list[Instruction]) -> tuple[int, int, int]:
             elif x.kind == "UTCBAR":  # the end of a product, signalled to those who wait
                 products += 1
                 on_the_way = True
-            elif x.name.startswith(("WARPGROUP.DEPBAR", "SYNCS.PHASECHK")):
+            elif x.name.startswith(ends):
                 waits += 1  # Hopper's may leave the last few products on their way
                 on_the_way = x.kind == "WARPGROUP" and not x.operands.rstrip().endswith(" 0x0")
             elif x.kind == "MUFU":

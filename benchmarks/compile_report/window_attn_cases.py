@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.compile_report.case import CompileCase, others, packing_cases, shipped_cases
+from benchmarks.compile_report.compiling import descriptor_type
 from lact_kernels.triton.configs import ARCHITECTURES, HEAD_DIM_CLASSES, RowConfig, kernel_of
 from lact_kernels.triton.primitives import Sizes
 from lact_kernels.triton.window_attn import bwd, with_kvcache
@@ -20,7 +21,15 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
 def _fwd(arch: int) -> Iterator[CompileCase]:
     """Of every row of the table."""
     for dtype, head_dim, config, more in shipped_cases("window_attn_fwd", arch):
-        pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), dtype)
+        sizes = Sizes.of(head_dim, head_dim, config)
+        tensors, absent = ("q", "k", "v"), {}
+        pointers = {f"{x}_tensor": dtype for x in tensors}
+        if config.descriptors:
+            rows = {"q": config.block_m, "k": config.block_n, "v": config.block_n}
+            pointers = {
+                f"{x}_tensor": descriptor_type(dtype, rows[x], sizes.BLOCK_D) for x in tensors
+            }
+            absent = {f"{x}_strides": None for x in tensors}
         case = CompileCase(
             name="window_attn_fwd",
             kernel=kernel_of(FWD_KERNELS, config),
@@ -28,8 +37,8 @@ def _fwd(arch: int) -> Iterator[CompileCase]:
             dtype=dtype,
             shape=f"D{head_dim}",
             config=config,
-            pointers={**pointers, "lse_ptr": torch.float32},
-            constexprs={"SIZES": Sizes.of(head_dim, head_dim, config)},
+            pointers={**pointers, "o_ptr": dtype, "lse_ptr": torch.float32},
+            constexprs={"SIZES": sizes, **absent},
             **more,
         )
         yield from packing_cases(case)

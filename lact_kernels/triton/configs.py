@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ import torch
 # Those with a row of every pass for 16-bit inputs, and that of float32's rows, which are everybody's.
 ARCHITECTURES = (80, 90, 100)
 ALL = 0
+# Compute capability 9's rows for tensors that it can copy by descriptors (`triton/descriptors.py`).
+DESCRIBED = 91
 # Compute capabilities 8.6, 8.9 and 12: sm_80's rows, but for those that do not fit 99 KiB of shared memory.
 SMALL = 86
 HEAD_DIM_CLASSES = (64, 96, 128, 192, 256)
@@ -40,6 +42,7 @@ class KernelConfig:
     num_warps: int
     num_stages: int
     split: bool = False  # dk and dv in a launch each: the dk/dv pass only
+    descriptors: bool = False  # tiles are copied by descriptors, not by pointers
     implementation: str = TRITON
 
 
@@ -79,6 +82,11 @@ def _row(*entries: tuple) -> dict[int, KernelConfig]:
     return {size: KernelConfig(*entry) for size, entry in zip(HEAD_DIM_CLASSES, entries)}
 
 
+def _described(*entries: tuple) -> dict[int, KernelConfig]:
+    """The same, for tiles that are copied by descriptors."""
+    return {size: replace(config, descriptors=True) for size, config in _row(*entries).items()}
+
+
 # Each entry is (block_m, block_n, warps, stages), in the order of HEAD_DIM_CLASSES.
 # Chosen by the compiler's figures (benchmarks/compile_report), not yet timed on a GPU.
 _TABLE: dict[tuple[str, int, int], dict[int, KernelConfig]] = {
@@ -86,7 +94,7 @@ _TABLE: dict[tuple[str, int, int], dict[int, KernelConfig]] = {
         (128, 64, 4, 3), (128, 64, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 8, 2)
     ),
     ("window_attn_fwd", 90, 16): _row(
-        (128, 128, 8, 3), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)
+        (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3), (128, 32, 8, 3)
     ),
     ("window_attn_fwd", 100, 16): _row(
         (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 2), (128, 32, 8, 2)
@@ -112,6 +120,9 @@ _TABLE: dict[tuple[str, int, int], dict[int, KernelConfig]] = {
     ),
     ("window_attn_bwd_dq", 100, 16): _row(
         (128, 64, 8, 2), (128, 64, 4, 2), (128, 64, 4, 2), (64, 32, 8, 2), (64, 32, 8, 2)
+    ),
+    ("window_attn_fwd", DESCRIBED, 16): _described(
+        (128, 128, 8, 3), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)
     ),
     **{
         ("window_attn_with_kvcache", arch, 16): _row(
@@ -187,13 +198,17 @@ def kernel_config(
     head_dim_v: int,
     dtype: torch.dtype,
     capability: tuple[int, int] | None,
+    described: bool = False,
 ) -> KernelConfig:
     """The row of pass `name` for these head dims, dtype and compute capability.
 
     `capability` is `(major, minor)`; None stands for no GPU (the interpreter) and reads as sm_90.
+    `described`: whether the tensors can have descriptors.
     """
     head_dim = _head_dim_class(head_dim_qk, head_dim_v)
     archs = _architectures(capability, dtype)
+    if described and archs == (90,):
+        archs = (DESCRIBED, 90)
     rows = (_TABLE.get((name, arch, 8 * dtype.itemsize), {}) for arch in archs)
     return next(row[head_dim] for row in rows if head_dim in row)
 

@@ -32,6 +32,7 @@ import triton.language as tl
 from lact_kernels.triton.configs import KernelConfig
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 # The running maximum before any key: finite, so that a row that has seen no key gives no NaN.
 LOWEST = tl.constexpr(-1.0e38)
 # Borders that a program reads at once in its search for a sequence.
@@ -148,6 +149,21 @@ def key_tile_bounds(first_query, Tq, Tk, window_size, BLOCK_M: tl.constexpr, BLO
 
 
 @triton.jit
+def seen_key_tiles(first_query, Tq, Tk, window_size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Key tiles seen by the queries of one tile: (first, inside, diagonal, end).
+
+    Tiles before `inside` have keys that have left the window of some query, those from `diagonal` on
+    keys that come after some query; where the window is narrow a tile may have both.
+    """
+    first_position = first_query + Tk - Tq
+    last_position = tl.minimum(first_query + BLOCK_M, Tq) - 1 + Tk - Tq
+    first = tl.maximum(first_position - window_size + 1, 0) // BLOCK_N
+    inside = tl.cdiv(tl.maximum(last_position - window_size + 1, 0), BLOCK_N)
+    diagonal = tl.maximum(first_position + 1, 0) // BLOCK_N
+    return first, inside, diagonal, tl.cdiv(tl.maximum(last_position + 1, 0), BLOCK_N)
+
+
+@triton.jit
 def query_tile_bounds(first_key, Tq, Tk, window_size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Query tiles that see the keys of one tile: (first, interior, right edge, end)."""
     offset = Tk - Tq
@@ -187,27 +203,65 @@ def visible(positions, keys, window_size):
 
 
 @triton.jit
-def softmax_step(scores, row_max, row_sum, scale_log2):
+def mask_before_window(scores, own, window_size):
+    """Scores of a tile, -inf for keys that have left the window: one comparison for each element.
+
+    `own` is the place in the tile of the key of the first query, of which each row has the next.
+    """
+    columns, rows = _mask_places(scores)
+    seen = tl.reshape(columns >= rows + (own - window_size + 1), scores.shape)
+    return tl.where(seen, scores, float("-inf"))
+
+
+@triton.jit
+def mask_after_query(scores, own):
+    """Scores of a tile, -inf for keys that come after the query; otherwise as `mask_before_window`."""
+    columns, rows = _mask_places(scores)
+    return tl.where(tl.reshape(columns <= rows + own, scores.shape), scores, float("-inf"))
+
+
+@triton.jit
+def _mask_places(scores):
+    """Columns and rows of a tile, each less its column modulo 8: [1, N / 8, 1] and [M, 1, 8].
+
+    A thread owns elements of one column modulo 8, or of two: so their columns are constants to it, and a
+    mask costs no registers.
+    """
+    ROWS: tl.constexpr = scores.shape[0]
+    COLS: tl.constexpr = scores.shape[1]
+    rows = tl.arange(0, ROWS)[:, None, None] - tl.arange(0, 8)[None, None, :]
+    return 8 * tl.arange(0, COLS // 8)[None, :, None], rows
+
+
+@triton.jit
+def softmax_step(scores, row_max, row_sum, scale_log2, FULL_PRECISION: tl.constexpr):
     """One tile of the online softmax, over the last axis of `scores` [BLOCK_M, BLOCK_N].
 
     Returns the unnormalised probabilities, the factor by which earlier sums shrink, and the new
-    maximum and sum. The maximum stays in the units of `scores`: it is subtracted before scaling,
-    because `scores * scale - maximum * scale` in one fused operation is far from 0 at the maximum
-    itself when scores are large.
+    maximum and sum. For 16-bit inputs the maximum is in units of `scores * scale_log2`, so that an
+    element takes one fused operation. Its rounding is a factor of the whole row, which the row's sum
+    takes out again. For float32 inputs it is in the units of `scores`, and is subtracted before
+    scaling: interpreted kernels have no fused operation, and would round the product of each element.
     """
-    new_max = tl.maximum(row_max, tl.max(scores, axis=1))  # [BLOCK_M]
-    probs = tl.exp2((scores - new_max[:, None]) * scale_log2)  # [BLOCK_M, BLOCK_N]
-    decay = tl.exp2((row_max - new_max) * scale_log2)  # [BLOCK_M]
+    if FULL_PRECISION:
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1))  # [BLOCK_M]
+        probs = tl.exp2((scores - new_max[:, None]) * scale_log2)  # [BLOCK_M, BLOCK_N]
+        decay = tl.exp2((row_max - new_max) * scale_log2)  # [BLOCK_M]
+    else:
+        new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale_log2)
+        probs = tl.exp2(scores * scale_log2 - new_max[:, None])
+        decay = tl.exp2(row_max - new_max)
     return probs, decay, new_max, row_sum * decay + tl.sum(probs, axis=1)
 
 
 @triton.jit
-def softmax_end(acc, row_max, row_sum, scale):
+def softmax_end(acc, row_max, row_sum, scale, FULL_PRECISION: tl.constexpr):
     """Normalised outputs and lse of the rows: 0 and -inf where nothing was seen."""
     blind = row_sum == 0.0
     row_sum = tl.where(blind, 1.0, row_sum)
-    lse = tl.where(blind, float("-inf"), row_max * scale + tl.log(row_sum))
-    return acc / row_sum[:, None], lse
+    largest = row_max * scale if FULL_PRECISION else row_max * LN_2
+    lse = tl.where(blind, float("-inf"), largest + tl.log(row_sum))
+    return acc * (1.0 / row_sum)[:, None], lse
 
 
 @triton.jit
@@ -230,6 +284,36 @@ def softmax_from_shift(scores, shift, scale):
     keeps the sum finite where the lse is coarser still.
     """
     return tl.exp2(tl.minimum((scores - shift) * (scale * LOG2_E), 64.0))
+
+
+@triton.jit
+def head_rows(ptr, strides, b, h, start):
+    """Pointer to row `start` of head h of batch row b; `strides` are those of batch row, token and head."""
+    b, h, start = tl.cast(b, tl.int64), tl.cast(h, tl.int64), tl.cast(start, tl.int64)
+    return ptr + (head_offset(strides, b, h) + start * strides[1])
+
+
+@triton.jit
+def head_tiles(ptr, strides, b, h, start, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Tiles of a head from row `start` on, as `tile_pointers` takes them."""
+    rows, cols = tl.arange(0, ROWS)[:, None], tl.arange(0, COLS)[None, :]
+    return head_rows(ptr, strides, b, h, start), rows * strides[1] + cols, strides
+
+
+@triton.jit
+def described_rows(descriptor, b, h, start):
+    """Row `start` of head h of batch row b of [B, H, T, D], as `load_described_rows` takes it."""
+    return descriptor, b, h, tl.cast(start, tl.int32)
+
+
+@triton.jit
+def load_described_rows(head, first_row, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The tile [ROWS, COLS] that begins with row `first_row`, zero beyond the columns and rows of the tensor.
+
+    Beyond a packed sequence it goes on with the next one.
+    """
+    descriptor, b, h, start = head
+    return tl.reshape(descriptor.load([b, h, start + first_row, 0]), [ROWS, COLS])
 
 
 @triton.jit

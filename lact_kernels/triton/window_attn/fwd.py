@@ -1,15 +1,19 @@
-"""`window_attn`, forward: one program per tile of queries, online softmax over the tiles it sees.
+"""`window_attn`, forward: one program per tile of queries, online softmax over the key tiles it sees.
 
 ```
     S = Q K^T      P = exp2((S - max S) * scale * log2 e)      O = P V / sum P
     lse = max S * scale + ln sum P
 ```
 
-The key tiles form three segments (see `primitives`): left edge and diagonal are visited in one
-loop with a mask and bounds checks, the interior in another with neither. Products take the input
-dtype and accumulate in float32; for float32 input they are full float32 products. Row statistics
-are float32. The window and the lengths are runtime values: no length, window, batch size or head
-count makes the kernel compile again.
+One loop visits the tiles from the left edge of the window to the diagonal (see `primitives`). Only at the
+two ends is a tile masked, which a branch decides: those in between are seen as a whole. Products take the
+input dtype and accumulate in float32; for float32 input they are full float32 products. Row statistics are
+float32. The window and the lengths are runtime values: no length, window, batch size or head count makes
+the kernel compile again.
+
+On Hopper tiles are copied by descriptors (rows of the table with `descriptors`), and the two products of
+a tile are a loop apart: the scores of the next tile are computed before the product with the values of this
+one, which then runs beside the softmax of the next.
 """
 
 import torch
@@ -23,6 +27,7 @@ from lact_kernels.triton.configs import (
     capability_of,
     kernel_config,
 )
+from lact_kernels.triton.descriptors import describable, descriptor
 from lact_kernels.triton.launch import (
     launch,
     on_device,
@@ -35,18 +40,22 @@ from lact_kernels.triton.primitives import (
     LOG2_E,
     LOWEST,
     Sizes,
-    head_offset,
-    key_tile_bounds,
+    described_rows,
+    head_rows,
+    head_tiles,
+    load_described_rows,
     load_rows,
+    mask_after_query,
+    mask_before_window,
     nth_tile,
     num_tile_slots,
     packed_tile,
     query_tile_program,
+    seen_key_tiles,
     softmax_end,
     softmax_step,
     store_rows,
     tile_pointers,
-    visible,
 )
 from lact_kernels.triton.window_attn.with_kvcache import window_attn_with_kvcache
 
@@ -54,23 +63,23 @@ FEW_QUERIES = 16  # of a row: up to here the kernel that splits the keys takes t
 
 
 @triton.jit
-def _fwd_segment(
-    acc,  # [BLOCK_M, BLOCK_DV]
-    row_max,  # [BLOCK_M]
-    row_sum,  # [BLOCK_M]
+def _segment(
+    state,  # acc [BLOCK_M, BLOCK_DV], row_max and row_sum [BLOCK_M]
     q,  # [BLOCK_M, BLOCK_D]
-    k_tiles,  # of this kv head, as `tile_pointers` takes them
+    k_tiles,  # as `tile_pointers` takes them
     v_tiles,
-    positions,  # [BLOCK_M]
     tiles,  # of keys, as `nth_tile` takes them
+    first_position,
     Tk,
     window_size,
     scale_log2,
     SIZES: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    cols_qk = tl.arange(0, SIZES.BLOCK_D)
-    cols_v = tl.arange(0, SIZES.BLOCK_DV)
+    """The tiles of a segment. A branch in the loop would cost Ampere the layout of its products."""
+    acc, row_max, row_sum = state
+    FULL_PRECISION: tl.constexpr = q.dtype == tl.float32
+    cols_qk, cols_v = tl.arange(0, SIZES.BLOCK_D), tl.arange(0, SIZES.BLOCK_DV)
     for step in range(0, tiles[1]):
         first_key = nth_tile(tiles, step, MASKED) * SIZES.BLOCK_N
         keys = first_key + tl.arange(0, SIZES.BLOCK_N)
@@ -79,20 +88,75 @@ def _fwd_segment(
         k = load_rows(k_pointers, keys, Tk, cols_qk, SIZES.D, SIZES.BLOCK_D, MASKED)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if MASKED:
-            seen = visible(positions[:, None], keys[None, :], window_size)
-            scores = tl.where(seen, scores, float("-inf"))
-        probs, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2)
-        acc = acc * decay[:, None]
+            scores = mask_before_window(scores, first_position - first_key, window_size)
+            scores = mask_after_query(scores, first_position - first_key)
+        probs, decay, row_max, row_sum = softmax_step(
+            scores, row_max, row_sum, scale_log2, FULL_PRECISION
+        )
         v = load_rows(v_pointers, keys, Tk, cols_v, SIZES.DV, SIZES.BLOCK_DV, MASKED)
-        acc = tl.dot(probs.to(v.dtype), v, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_DV]
+        acc = tl.dot(probs.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def _scores_by_descriptor(q, k_head, tile, SIZES: tl.constexpr):
+    k = load_described_rows(k_head, tile * SIZES.BLOCK_N, SIZES.BLOCK_N, SIZES.BLOCK_D)
+    return tl.dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+
+
+@triton.jit
+def _masked_at_edge(scores, tile, edges, window_size, SIZES: tl.constexpr):
+    first_position, inside = edges
+    own = first_position - tile * SIZES.BLOCK_N
+    if tile < inside:
+        scores = mask_before_window(scores, own, window_size)
+    if own < SIZES.BLOCK_N - 1:
+        scores = mask_after_query(scores, own)
+    return scores
+
+
+@triton.jit
+def _all_tiles(
+    state,  # as in `_segment`, like q and the last lines
+    q,
+    k_head,  # descriptors, as `load_described_rows` takes them
+    v_head,
+    tiles,  # of keys: the first and the last that are seen
+    edges,  # position of the first query, and the first tile without keys that have left the window
+    Tk,
+    window_size,
+    scale_log2,
+    SIZES: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """All tiles in order. The scores of each are computed one tile ahead, before the product with the
+    values, which then runs beside the next softmax. Descriptors leave the registers for it.
+    """
+    acc, row_max, row_sum = state
+    first, last = tiles
+    scores = _scores_by_descriptor(q, k_head, first, SIZES)
+    for tile in range(first, last):
+        scores = _masked_at_edge(scores, tile, edges, window_size, SIZES)
+        probs, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2, False)
+        scores = _scores_by_descriptor(q, k_head, tile + 1, SIZES)
+        v = load_described_rows(v_head, tile * SIZES.BLOCK_N, SIZES.BLOCK_N, SIZES.BLOCK_DV)
+        acc = tl.dot(probs.to(v.dtype), v, acc * decay[:, None])  # [BLOCK_M, BLOCK_DV]
+    scores = _masked_at_edge(scores, last, edges, window_size, SIZES)
+    probs, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2, False)
+    v = load_described_rows(v_head, last * SIZES.BLOCK_N, SIZES.BLOCK_N, SIZES.BLOCK_DV)
+    if PACKED:
+        # Values of the next sequence: their probabilities are 0, but they may be NaN.
+        keys = last * SIZES.BLOCK_N + tl.arange(0, SIZES.BLOCK_N)
+        v = tl.where((keys < Tk)[:, None], v, 0.0)
+    acc = tl.dot(probs.to(v.dtype), v, acc * decay[:, None])
     return acc, row_max, row_sum
 
 
 @triton.jit(do_not_specialize=["num_sequences", "window_size", "Tq", "Tk", "Hq", "Hkv"])
 def _window_attn_fwd_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    q_tensor,  # a pointer, or a descriptor of [B, H, T, D] and no strides, like the next two
+    k_tensor,
+    v_tensor,
     o_ptr,
     lse_ptr,  # [B, Hq, Tq], contiguous
     cu_seqlens,  # borders in q and in k, [N + 1] each, or None
@@ -110,64 +174,62 @@ def _window_attn_fwd_kernel(
     SIZES: tl.constexpr,
 ):
     b, h, h_kv, tile = query_tile_program(Tq, num_sequences, Hq, Hkv, SIZES.BLOCK_M)
-    b, h, h_kv = tl.cast(b, tl.int64), tl.cast(h, tl.int64), tl.cast(h_kv, tl.int64)
-    q_ptr += head_offset(q_strides, b, h)
-    k_ptr += head_offset(k_strides, b, h_kv)
-    v_ptr += head_offset(v_strides, b, h_kv)
-    o_ptr += head_offset(o_strides, b, h)
-    lse_ptr += (b * Hq + h) * Tq
+    row_offset = tl.cast(b * Hq + h, tl.int64) * Tq
+    q_start, k_start = 0, 0
     if cu_seqlens is not None:
         tile, q_start, Tq, k_start, Tk = packed_tile(
             tile, cu_seqlens[0], cu_seqlens, num_sequences, SIZES.BLOCK_M
         )
         if tile * SIZES.BLOCK_M >= Tq:
             return
-        q_ptr += q_start * q_strides[1]
-        k_ptr += k_start * k_strides[1]
-        v_ptr += k_start * v_strides[1]
-        o_ptr += q_start * o_strides[1]
-        lse_ptr += q_start
-
     first_query = tile * SIZES.BLOCK_M
-    queries = first_query + tl.arange(0, SIZES.BLOCK_M)
-    positions = queries + (Tk - Tq)
-    cols_qk = tl.arange(0, SIZES.BLOCK_D)
-    cols_v = tl.arange(0, SIZES.BLOCK_DV)
-    rows_m = queries.to(tl.int64)[:, None]
-    rows_n = tl.arange(0, SIZES.BLOCK_N)[:, None]
-    k_offsets = rows_n * k_strides[1] + cols_qk[None, :]  # [BLOCK_N, BLOCK_D]
-    v_offsets = rows_n * v_strides[1] + cols_v[None, :]  # [BLOCK_N, BLOCK_DV]
-    q_pointers = q_ptr + rows_m * q_strides[1] + cols_qk[None, :]
-    q = load_rows(q_pointers, queries, Tq, cols_qk, SIZES.D, SIZES.BLOCK_D, True)
+    num_rows = Tq - first_query
+    first_position = first_query + Tk - Tq
+    lse_ptr += row_offset + (q_start + first_query)
+    o_ptr = head_rows(o_ptr, o_strides, b, h, q_start + first_query)
 
+    FULL_PRECISION: tl.constexpr = o_ptr.dtype.element_ty == tl.float32
     scale_log2 = softmax_scale * LOG2_E
     acc = tl.full([SIZES.BLOCK_M, SIZES.BLOCK_DV], 0.0, tl.float32)
     row_max = tl.full([SIZES.BLOCK_M], LOWEST, tl.float32)
     row_sum = tl.full([SIZES.BLOCK_M], 0.0, tl.float32)
-    first, interior, diagonal, end = key_tile_bounds(
+    state = (acc, row_max, row_sum)
+    first, inside, diagonal, end = seen_key_tiles(
         first_query, Tq, Tk, window_size, SIZES.BLOCK_M, SIZES.BLOCK_N
     )
-    inside = diagonal - interior
-    k_tiles, v_tiles = (k_ptr, k_offsets, k_strides), (v_ptr, v_offsets, v_strides)
-    acc, row_max, row_sum = _fwd_segment(
-        acc, row_max, row_sum, q, k_tiles, v_tiles, positions,
-        (first, end - first - inside, interior, inside), Tk, window_size, scale_log2,
-        SIZES, MASKED=True,
-    )  # fmt: skip
-    acc, row_max, row_sum = _fwd_segment(
-        acc, row_max, row_sum, q, k_tiles, v_tiles, positions,
-        (interior, inside, interior, 0), Tk, window_size, scale_log2,
-        SIZES, MASKED=False,
-    )  # fmt: skip
+    if q_strides is None:
+        q_head = described_rows(q_tensor, b, h, q_start)
+        k_head = described_rows(k_tensor, b, h_kv, k_start)
+        v_head = described_rows(v_tensor, b, h_kv, k_start)
+        q = load_described_rows(q_head, first_query, SIZES.BLOCK_M, SIZES.BLOCK_D)
+        acc, row_max, row_sum = _all_tiles(
+            state, q, k_head, v_head, (first, tl.maximum(end - 1, 0)),
+            (first_position, inside), Tk, window_size, scale_log2,
+            SIZES, cu_seqlens is not None,
+        )  # fmt: skip
+    else:
+        queries, cols = first_query + tl.arange(0, SIZES.BLOCK_M), tl.arange(0, SIZES.BLOCK_D)
+        q_rows = queries.to(tl.int64)[:, None] * q_strides[1] + cols[None, :]
+        q_pointers = head_rows(q_tensor, q_strides, b, h, q_start) + q_rows
+        q = load_rows(q_pointers, queries, Tq, cols, SIZES.D, SIZES.BLOCK_D, True)
+        k_tiles = head_tiles(k_tensor, k_strides, b, h_kv, k_start, SIZES.BLOCK_N, SIZES.BLOCK_D)
+        v_tiles = head_tiles(v_tensor, v_strides, b, h_kv, k_start, SIZES.BLOCK_N, SIZES.BLOCK_DV)
+        inside = tl.minimum(inside, end)
+        num_inside = tl.maximum(diagonal - inside, 0)
+        state = _segment(
+            state, q, k_tiles, v_tiles, (first, end - first - num_inside, inside, num_inside),
+            first_position, Tk, window_size, scale_log2, SIZES, MASKED=True,
+        )  # fmt: skip
+        acc, row_max, row_sum = _segment(
+            state, q, k_tiles, v_tiles, (inside, num_inside, inside, 0),
+            first_position, Tk, window_size, scale_log2, SIZES, MASKED=False,
+        )  # fmt: skip
 
-    o, lse = softmax_end(acc, row_max, row_sum, softmax_scale)
-    # Rows are counted from the tile's first query here: nothing computed above stays in registers.
-    first_row = tl.cast(first_query, tl.int64)
-    rows = tl.arange(0, SIZES.BLOCK_M)
-    num_rows = Tq - first_query
-    o_pointers = o_ptr + first_row * o_strides[1] + (rows[:, None] * o_strides[1] + cols_v[None, :])
-    store_rows(o_pointers, o, rows, num_rows, cols_v, SIZES.DV)
-    tl.store(lse_ptr + first_row + rows, lse, mask=rows < num_rows)
+    o, lse = softmax_end(acc, row_max, row_sum, softmax_scale, FULL_PRECISION)
+    rows, cols = tl.arange(0, SIZES.BLOCK_M), tl.arange(0, SIZES.BLOCK_DV)
+    o_pointers = o_ptr + (rows[:, None] * o_strides[1] + cols[None, :])
+    store_rows(o_pointers, o, rows, num_rows, cols, SIZES.DV)
+    tl.store(lse_ptr + rows, lse, mask=rows < num_rows)
 
 
 FWD_KERNELS = {TRITON: _window_attn_fwd_kernel}
@@ -200,14 +262,22 @@ def window_attn_fwd(
         return window_attn_with_kvcache(q, k, v, None, window_size, softmax_scale)
     q, sign, softmax_scale = positive_scale(q, softmax_scale)
     q, k, v = readable_in_place(q, k, v)
-    config = config or kernel_config("window_attn_fwd", D, Dv, q.dtype, capability_of(q.device))
+    config = config or kernel_config(
+        "window_attn_fwd", D, Dv, q.dtype, capability_of(q.device), all(map(describable, (q, k, v)))
+    )
     packing = packing_arguments(cu_seqlens_q, cu_seqlens_k, q.device)
     slots = num_tile_slots(Tq, packing[-1], config.block_m)
+    sizes = Sizes.of(D, Dv, config)
+    tiles = (q, k, v)
+    *strides, o_strides = outer_strides(q, k, v, o)
+    if config.descriptors:
+        rows = (config.block_m, config.block_n, config.block_n)
+        cols = (sizes.BLOCK_D, sizes.BLOCK_D, sizes.BLOCK_DV)
+        tiles, strides = map(descriptor, tiles, rows, cols), (None, None, None)
     with on_device(q):
         launch(
             FWD_KERNELS, config, (slots * B * Hq,),
-            q, k, v, o, lse, *packing, softmax_scale, window_size, Tq, Tk, Hq, Hkv,
-            *outer_strides(q, k, v, o),
-            SIZES=Sizes.of(D, Dv, config),
+            *tiles, o, lse, *packing, softmax_scale, window_size, Tq, Tk, Hq, Hkv,
+            *strides, o_strides, SIZES=sizes,
         )  # fmt: skip
     return o, lse

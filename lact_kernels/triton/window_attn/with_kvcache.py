@@ -109,6 +109,7 @@ def _window_attn_with_kvcache_kernel(
     num_keys = tl.minimum(part, num_seen - split * part)
     first_slot = first_key % tl.maximum(num_slots, 1)
 
+    FULL_PRECISION: tl.constexpr = q.dtype == tl.float32
     scale_log2 = softmax_scale * LOG2_E
     acc = tl.full([SIZES.BLOCK_M, SIZES.BLOCK_DV], 0.0, tl.float32)
     row_max = tl.full([SIZES.BLOCK_M], LOWEST, tl.float32)
@@ -125,11 +126,13 @@ def _window_attn_with_kvcache_kernel(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         seen = visible(positions[:, None], keys[None, :], window_size)
         scores = tl.where(seen & (steps < num_keys)[None, :], scores, float("-inf"))
-        probs, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2)
+        probs, decay, row_max, row_sum = softmax_step(
+            scores, row_max, row_sum, scale_log2, FULL_PRECISION
+        )
         acc = acc * decay[:, None]
         acc = tl.dot(probs.to(v.dtype), v, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_DV]
 
-    o, lse = softmax_end(acc, row_max, row_sum, softmax_scale)
+    o, lse = softmax_end(acc, row_max, row_sum, softmax_scale, FULL_PRECISION)
     # The window of a row that has outgrown the cache is not in it any more.
     if (length > num_slots) & (num_slots - Tq + 1 < window_size):
         o, lse = o + float("nan"), lse + float("nan")
