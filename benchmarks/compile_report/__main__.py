@@ -16,8 +16,8 @@ from benchmarks.compile_report.rows import CompileRow, compile_reports
 _COLUMNS = (
     f"{'kernel':<31} {'implementation':>14} {'arch':>4} {'dtype':>8} {'shape':>18} {'tile':>11} {'warps':>5}"
     f" {'stages':>6} {'regs':>4} {'spills':>6} {'shared KiB':>13} {'CTA/SM':>6} {'warps/SM':>8}"
-    f" {'s':>5}  matrix instructions, times computed; in each of their loops: compares/selects, copies in"
-    " flight, waits/products, overlapped/special functions"
+    f" {'s':>5}  matrix instructions, times computed; in each of their loops: compares/selects (on the"
+    " way around a mask), copies in flight, waits/products, overlapped/special functions"
 )
 
 
@@ -87,8 +87,11 @@ def _line(row: CompileRow) -> str:
 
 def _loop(loop: dict) -> str:
     copies = "-" if loop["copies_in_flight"] is None else loop["copies_in_flight"]
+    around = ""  # where a branch goes around the mask
+    if loop["least_selects"] < loop["selects"]:
+        around = f" ({loop['least_compares']}/{loop['least_selects']})"
     return (
-        f"{loop['compares']}/{loop['selects']} {copies} {loop['waits']}/{loop['products']}"
+        f"{loop['compares']}/{loop['selects']}{around} {copies} {loop['waits']}/{loop['products']}"
         f" {loop['overlapped']}/{loop['special_functions']}"
     )
 

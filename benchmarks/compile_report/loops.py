@@ -1,6 +1,7 @@
 """The loops with matrix products: what a mask takes in them, and what goes on beside the products."""
 
 import dataclasses
+import heapq
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ class MatrixLoop:
     """An innermost loop with matrix instructions. Counts are instructions of a thread in one iteration.
 
     A mask compares integers and selects floats, once at least per element that a thread owns. Loop
-    control, addresses and waits take some compares, and select integers only.
+    control, addresses and waits take some compares, and select integers only. Where a branch goes around the
+    mask, the least numbers are those of the way through the loop that has the fewest selects.
 
     Asynchronous copies are committed in groups, one for each tile that is loaded: how many may still be
     on their way when the first product of an iteration begins says how far ahead tiles are asked for.
@@ -34,6 +36,8 @@ class MatrixLoop:
     waits: int
     overlapped: int  # special functions while a product is on its way
     special_functions: int
+    least_compares: int
+    least_selects: int
 
 
 def matrix_loops(code: Sequence[Instruction]) -> list[MatrixLoop]:
@@ -81,6 +85,7 @@ def _loop_bodies(code: Sequence[Instruction]) -> list[set[int]]:
 def _describe(body: list[Instruction]) -> MatrixLoop:
     kinds = Counter(instruction.kind for instruction in body)
     products, waits, overlapped = _asynchronous(body)
+    least_selects, least_compares = _least(body)
     return MatrixLoop(
         compares=kinds["ISETP"],
         selects=kinds["FSEL"],
@@ -89,7 +94,31 @@ def _describe(body: list[Instruction]) -> MatrixLoop:
         waits=waits,
         overlapped=overlapped,
         special_functions=kinds["MUFU"],
+        least_compares=least_compares,
+        least_selects=least_selects,
     )
+
+
+def _least(body: list[Instruction]) -> tuple[int, int]:
+    """Selects, and compares, on the way from the loop's beginning back to it that has the fewest of them."""
+    place_of = {instruction.address: place for place, instruction in enumerate(body)}
+    first = min(place_of[x.target] for x in body if x.target in place_of)
+    ways, done = [(0, 0, first)], set()
+    while ways:
+        selects, compares, place = heapq.heappop(ways)
+        if place in done:
+            continue
+        done.add(place)
+        x = body[place]
+        selects, compares = selects + (x.kind == "FSEL"), compares + (x.kind == "ISETP")
+        next_places = [place_of[x.target]] if x.target in place_of else []
+        if first in next_places:
+            return selects, compares
+        if x.falls_through and place + 1 < len(body):
+            next_places.append(place + 1)
+        for following in next_places:
+            heapq.heappush(ways, (selects, compares, following))
+    raise ValueError("no way back to the beginning of the loop")
 
 
 def _asynchronous(body: list[Instruction]) -> tuple[int, int, int]:

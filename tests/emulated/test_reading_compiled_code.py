@@ -124,9 +124,32 @@ def test_special_functions_beside_products_are_counted():
     assert matrix_loops(instructions) == [
         MatrixLoop(
             compares=1, selects=1, copies_in_flight=3, products=2, waits=1, overlapped=2,
-            special_functions=3,
+            special_functions=3, least_compares=1, least_selects=1,
         )
     ]  # fmt: skip
+
+
+def test_a_branch_around_a_mask_is_found():
+    """With a wait out of line, which leads back into the loop and not to its beginning."""
+    (loop,) = matrix_loops(
+        code(
+            "MOV R0, R1",
+            "ISETP.GE.AND P0, PT, R0, R1, PT",
+            "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], R24, gsb0",
+            "@!P2! BRA 11",
+            "@P0! BRA 7",
+            "ISETP.GE.U32.AND P1, PT, R2, R3, PT",
+            "FSEL R5, R5, RZ, P1",
+            "@P3! BRA 9",
+            "FSEL R6, R6, RZ, P4",
+            "@P0! BRA 1",
+            "EXIT",
+            "ISETP.GE.AND P2, PT, R0, R1, PT",
+            "BRA 4",
+        )
+    )
+    assert (loop.compares, loop.selects) == (3, 2)
+    assert (loop.least_compares, loop.least_selects) == (1, 0)
 
 
 def test_spilled_bytes_are_those_of_every_access():
