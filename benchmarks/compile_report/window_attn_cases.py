@@ -54,8 +54,9 @@ def _bwd(arch: int) -> Iterator[CompileCase]:
         for dtype, head_dim, config, more in shipped_cases(name, arch):
             pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", *outputs), dtype)
             pointers |= dict.fromkeys(("lse_ptr", "stats_ptr"), torch.float32)
-            constexprs = bwd._constexprs(head_dim, head_dim, config, bwd._stats_width(config))
             is_dq = name == "window_attn_bwd_dq"
+            of = bwd._dq_constexprs if is_dq else bwd._dkv_constexprs
+            constexprs = of(head_dim, head_dim, dtype, config)
             for variant in [{"dlse_ptr": None}] if is_dq else bwd._owned(config):
                 case = CompileCase(
                     name=name,

@@ -15,7 +15,8 @@ that a tile of queries sees form one interval, cut into key tiles in three segme
 Seen from a tile of keys, the queries that see it form an interval too: diagonal, interior, right
 edge. Every tile from `first` up to `end` holds at least one visible pair, and no other tile does.
 In an interior tile every pair is visible and every row is in bounds. The order of tiles does not
-matter, so a kernel visits both masked segments in one loop and the interior in another.
+matter, so the forward visits both masked segments in one loop and the interior in another. The backward has
+one loop, whose pipeline fills once, and a branch around the mask.
 
 Packed sequences are cut into tiles one by one, so that no tile belongs to two. A sequence of `l`
 tokens from token `c` on needs ceil(l / BLOCK) tiles, and gets the slots from `c // BLOCK + n` up to
@@ -203,6 +204,11 @@ def visible(positions, keys, window_size):
 
 
 @triton.jit
+def is_below(distance, limit):
+    """0 <= distance < limit in one comparison: without a sign, what is negative is large."""
+    return distance.to(tl.uint32) < limit.to(tl.uint32)
+
+
 def mask_before_window(scores, own, window_size):
     """Scores of a tile, -inf for keys that have left the window: one comparison for each element.
 
@@ -265,14 +271,33 @@ def softmax_end(acc, row_max, row_sum, scale, FULL_PRECISION: tl.constexpr):
 
 
 @triton.jit
-def softmax_from_lse(scores, lse, scale):
-    """Probabilities again, from the log of their denominators.
+def minus_lse_log2(lse, scale):
+    """The lse as `softmax_from_lse` takes it: times what `scale * LOG2_E`, rounded, is of the scale.
 
-    The difference is taken before the change of base, which leaves one rounding where it counts.
-    Probabilities never exceed 1; the bound matters where scores are so large that the lse is
-    coarse.
+    So the rounding of that factor counts for the difference of scores and lse alone.
     """
-    return tl.exp2(tl.minimum(scores * scale - lse, 0.0) * LOG2_E)
+    scale_log2 = scale * LOG2_E
+    rounding = tl.fma(scale, -LOG2_E, scale_log2)  # exact
+    return tl.fma(lse, -LOG2_E, lse * (-1.0 * rounding / scale))
+
+
+@triton.jit
+def softmax_from_lse(scores, minus_lse, scale_log2):
+    """Probabilities again, by one fused operation and one exponential per score. For 16-bit inputs.
+
+    `minus_lse` is that of `minus_lse_log2` and broadcasts against the scores, `scale_log2` the scale times
+    log2(e). The roundings of the lse, here and by the forward, are a relative error of up to 2 |lse| / 2^24.
+    It reaches that of rounding to bfloat16 at an lse around 16000, and to float16 around 2000. Attention
+    that is computed in these dtypes rounds the scores themselves, and is off by up to |score| / 2^9 and
+    |score| / 2^12.
+
+    But for these errors no exponent is positive. Each gets a negative sign, which the instruction of the
+    exponential has room for: nothing exceeds 1 where scores are so large that the lse is coarse, and
+    nothing overflows. What a query does not see has some probability from 0 to 1 here: mask it afterwards.
+    """
+    scale_log2 = tl.full(scores.shape, scale_log2, tl.float32)
+    minus_lse = tl.broadcast_to(minus_lse, scores.shape)
+    return tl.exp2(tl.abs(tl.fma(scores, scale_log2, minus_lse)) * -1.0)
 
 
 @triton.jit
@@ -281,7 +306,7 @@ def softmax_from_shift(scores, shift, scale):
 
     `shift` is the lse in the units of `scores`. Its rounding, with scores of some hundreds a thousand times
     that of a float32 probability, is the same for a whole row: the row's sum takes it out. The bound
-    keeps the sum finite where the lse is coarser still.
+    keeps the sum finite where the lse is coarser still, and keys that are not seen, to be masked afterwards.
     """
     return tl.exp2(tl.minimum((scores - shift) * (scale * LOG2_E), 64.0))
 

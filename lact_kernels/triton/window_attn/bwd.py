@@ -7,11 +7,14 @@
 
 The dq pass walks the key tiles that a tile of queries sees, as the forward does, and leaves the
 row statistics (lse and `delta`) for the other. The dk/dv pass walks the query tiles that see a tile
-of keys, for each query head of its kv head, in three segments: diagonal and right edge (masked, one
-loop) and interior (no mask, no bounds checks). Where the two accumulators do not fit in registers
-(head dims beyond 128 on sm_90), dk and dv have a launch each, and the scores are computed twice.
-The transposed products are computed directly, `S^T = K Q^T`: a transposed matrix product that feeds
-another one is miscompiled on Hopper.
+of keys, for each query head of its kv head. Each pass has one loop over its tiles, from left to right, so
+that its pipeline fills once; only tiles at the diagonal and at the window's edge take the branch that masks
+P (masked scores would make the compiler pack the bits of a mask, to unpack them again). Where the two
+accumulators do not fit in registers (head dims beyond 128 on sm_90), dk and dv have a launch each, and the
+scores are computed twice. The transposed products are computed directly, `S^T = K Q^T`: a transposed matrix
+product that feeds another one is miscompiled on Hopper.
+
+Both products of inputs, S and dO V^T, are issued before the exponentials, which run beside the second.
 
 For float32 inputs P is divided by the sums of its rows, which the dq pass finds on its way and leaves
 for the other: the rounding of a large lse is a relative error of P, the same for a whole row.
@@ -23,6 +26,7 @@ nothing saved by the forward is written.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lact_kernels.triton.configs import (
@@ -79,8 +83,7 @@ def window_attn_bwd(
     capability = capability_of(q.device)
     dq_config = config or kernel_config("window_attn_bwd_dq", D, Dv, q.dtype, capability)
     dkv_config = config or kernel_config("window_attn_bwd_dkv", D, Dv, q.dtype, capability)
-    width = _stats_width(dkv_config)
-    stats = lse.new_empty(B, Hq, Tq, width)
+    stats = lse.new_empty(B, Hq, _num_stats(q.dtype), Tq)
     packing = packing_arguments(cu_seqlens_q, cu_seqlens_k, q.device)
     sizes = (*packing, softmax_scale, window_size, Tq, Tk, Hq, Hkv)
     query_slots = num_tile_slots(Tq, packing[-1], dq_config.block_m)
@@ -89,13 +92,13 @@ def window_attn_bwd(
         launch(
             DQ_KERNELS, dq_config, (query_slots * B * Hq,),
             q, k, v, o, do, lse, dlse, stats, dq, *sizes,
-            *outer_strides(q, k, v, o, do, dq), **_constexprs(D, Dv, dq_config, width),
+            *outer_strides(q, k, v, o, do, dq), **_dq_constexprs(D, Dv, q.dtype, dq_config),
         )  # fmt: skip
         for owned in _owned(dkv_config):
             launch(
                 DKV_KERNELS, dkv_config, (key_slots * B * Hkv,),
                 q, k, v, do, stats, dk, dv, *sizes, *outer_strides(q, k, v, do, dk, dv),
-                **_constexprs(D, Dv, dkv_config, width), **owned,
+                **_dkv_constexprs(D, Dv, q.dtype, dkv_config), **owned,
             )  # fmt: skip
     return (dq if sign == 1 else dq * sign), dk, dv
 
@@ -106,17 +109,23 @@ def _owned(config: KernelConfig) -> list[dict[str, bool]]:
     return [both | {"OWNS_DV": False}, both | {"OWNS_DK": False}] if config.split else [both]
 
 
-def _stats_width(dkv_config: KernelConfig) -> int:
-    """Floats per query in the buffer between the two passes: lse first, delta in the middle.
+def _num_stats(dtype: torch.dtype) -> int:
+    """Numbers per query that the dq pass leaves: lse and `delta`, in float32 the normaliser as well."""
+    return 3 if dtype == torch.float32 else 2
 
-    In float32 the shift is first, and the normaliser of the row stands before the middle.
 
-    Two would do, but then the compiler has every thread of the dk/dv pass copy for itself each
-    value it needs, tens of small copies. A tile with at least as many elements as the program has
-    threads is copied once, 16 bytes per thread.
+def _copies(dkv_config: KernelConfig) -> int:
+    """How often the dk/dv pass loads a number of each query of a tile, into a tile of their own.
+
+    So often that this tile has as many elements as the program has threads: it is copied asynchronously,
+    once per thread. Of a smaller one every thread would load all numbers that it needs for itself.
     """
-    return 4 if 4 * dkv_config.block_m >= 32 * dkv_config.num_warps else 8
+    return max(2, 32 * dkv_config.num_warps // dkv_config.block_m)
 
 
-def _constexprs(D: int, Dv: int, config: KernelConfig, stats_width: int) -> dict[str, Any]:
-    return {"SIZES": Sizes.of(D, Dv, config), "STATS_WIDTH": stats_width}
+def _dq_constexprs(D: int, Dv: int, dtype: torch.dtype, config: KernelConfig) -> dict[str, Any]:
+    return {"SIZES": Sizes.of(D, Dv, config), "NUM_STATS": _num_stats(dtype)}
+
+
+def _dkv_constexprs(D: int, Dv: int, dtype: torch.dtype, config: KernelConfig) -> dict[str, Any]:
+    return {**_dq_constexprs(D, Dv, dtype, config), "COPIES": _copies(config)}

@@ -4,59 +4,66 @@ import triton
 import triton.language as tl
 
 from lact_kernels.triton.primitives import (
+    LOG2_E,
     head_offset,
+    is_below,
     key_tile_bounds,
     load_rows,
-    nth_tile,
+    minus_lse_log2,
     packed_tile,
     query_tile_program,
     softmax_from_lse,
     softmax_from_shift,
     store_rows,
-    tile_pointers,
-    visible,
 )
 
 
 @triton.jit
-def _dq_segment(
+def _dq_tiles(
     dq,  # [BLOCK_M, BLOCK_D]
     row_sum,  # [BLOCK_M], of the probabilities: float32 only
     q,  # [BLOCK_M, BLOCK_D]
     do,  # [BLOCK_M, BLOCK_DV]
-    lse,  # [BLOCK_M], in float32 the shift
+    lse,  # [BLOCK_M], times -log2(e); in float32 the shift
     delta,  # [BLOCK_M]
-    k_tiles,  # of this kv head, as `tile_pointers` takes them
+    k_tiles,  # pointer to this kv head, offsets within a tile, strides
     v_tiles,
     positions,  # [BLOCK_M]
-    tiles,  # of keys, as `nth_tile` takes them
+    bounds,  # of the key tiles, from `key_tile_bounds`
     Tk,
     window_size,
     softmax_scale,
     SIZES: tl.constexpr,
-    MASKED: tl.constexpr,
 ):
     cols_qk = tl.arange(0, SIZES.BLOCK_D)
     cols_v = tl.arange(0, SIZES.BLOCK_DV)
-    for step in range(0, tiles[1]):
-        first_key = nth_tile(tiles, step, MASKED) * SIZES.BLOCK_N
-        keys = first_key + tl.arange(0, SIZES.BLOCK_N)
-        k_pointers = tile_pointers(k_tiles, first_key)
-        v_pointers = tile_pointers(v_tiles, first_key)
-        k = load_rows(k_pointers, keys, Tk, cols_qk, SIZES.D, SIZES.BLOCK_D, MASKED)
-        v = load_rows(v_pointers, keys, Tk, cols_v, SIZES.DV, SIZES.BLOCK_DV, MASKED)
+    rows = tl.arange(0, SIZES.BLOCK_N)
+    first, interior, diagonal, end = bounds
+    k_ptr, k_offsets, k_strides = k_tiles
+    v_ptr, v_offsets, v_strides = v_tiles
+    k_ptr += tl.cast(first * SIZES.BLOCK_N, tl.int64) * k_strides[1]
+    v_ptr += tl.cast(first * SIZES.BLOCK_N, tl.int64) * v_strides[1]
+    for tile in range(first, end):
+        first_key = tile * SIZES.BLOCK_N
+        keys = first_key + rows
+        k = load_rows(k_ptr + k_offsets, keys, Tk, cols_qk, SIZES.D, SIZES.BLOCK_D, True)
+        v = load_rows(v_ptr + v_offsets, keys, Tk, cols_v, SIZES.DV, SIZES.BLOCK_DV, True)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        if MASKED:
-            seen = visible(positions[:, None], keys[None, :], window_size)
-            scores = tl.where(seen, scores, float("-inf"))
+        # Before the exponentials, which then run beside this product.
+        dprobs = tl.dot(do, tl.trans(v), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         if q.dtype == tl.float32:
             probs = softmax_from_shift(scores, lse[:, None], softmax_scale)
-            row_sum += tl.sum(probs, axis=1)
         else:
-            probs = softmax_from_lse(scores, lse[:, None], softmax_scale)
-        dprobs = tl.dot(do, tl.trans(v), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+            probs = softmax_from_lse(scores, lse[:, None], softmax_scale * LOG2_E)
+        if (tile < interior) | (tile >= diagonal):
+            distance = (positions - first_key)[:, None] - rows[None, :]
+            probs = tl.where(is_below(distance, window_size), probs, 0.0)
+        if q.dtype == tl.float32:
+            row_sum += tl.sum(probs, axis=1)
         dscores = probs * (dprobs - delta[:, None])
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")  # [BLOCK_M, BLOCK_D]
+        k_ptr += SIZES.BLOCK_N * k_strides[1]
+        v_ptr += SIZES.BLOCK_N * v_strides[1]
     return dq, row_sum
 
 
@@ -69,7 +76,7 @@ def _window_attn_bwd_dq_kernel(
     do_ptr,
     lse_ptr,  # [B, Hq, Tq], contiguous, like dlse
     dlse_ptr,  # or None
-    stats_ptr,  # [B, Hq, Tq, STATS_WIDTH], contiguous
+    stats_ptr,  # [B, Hq, NUM_STATS, Tq], contiguous
     dq_ptr,
     cu_seqlens,  # borders in q and in k, [N + 1] each, or None
     num_sequences,  # N, or 0
@@ -86,7 +93,7 @@ def _window_attn_bwd_dq_kernel(
     do_strides,
     dq_strides,
     SIZES: tl.constexpr,
-    STATS_WIDTH: tl.constexpr,
+    NUM_STATS: tl.constexpr,
 ):
     b, h, h_kv, tile = query_tile_program(Tq, num_sequences, Hq, Hkv, SIZES.BLOCK_M)
     b, h, h_kv = tl.cast(b, tl.int64), tl.cast(h, tl.int64), tl.cast(h_kv, tl.int64)
@@ -97,6 +104,8 @@ def _window_attn_bwd_dq_kernel(
     do_ptr += head_offset(do_strides, b, h)
     dq_ptr += head_offset(dq_strides, b, h)
     row_offset = (b * Hq + h) * Tq
+    stats_ptr += row_offset * NUM_STATS
+    stride_stats = tl.cast(Tq, tl.int64)  # of a statistic
     if cu_seqlens is not None:
         tile, q_start, Tq, k_start, Tk = packed_tile(
             tile, cu_seqlens[0], cu_seqlens, num_sequences, SIZES.BLOCK_M
@@ -110,6 +119,7 @@ def _window_attn_bwd_dq_kernel(
         do_ptr += q_start * do_strides[1]
         dq_ptr += q_start * dq_strides[1]
         row_offset += q_start
+        stats_ptr += q_start
 
     first_query = tile * SIZES.BLOCK_M
     queries = first_query + tl.arange(0, SIZES.BLOCK_M)
@@ -118,8 +128,9 @@ def _window_attn_bwd_dq_kernel(
     cols_v = tl.arange(0, SIZES.BLOCK_DV)
     rows_m = queries.to(tl.int64)[:, None]
     rows_n = tl.arange(0, SIZES.BLOCK_N)[:, None]
-    k_offsets = rows_n * k_strides[1] + cols_qk[None, :]  # [BLOCK_N, BLOCK_D]
-    v_offsets = rows_n * v_strides[1] + cols_v[None, :]  # [BLOCK_N, BLOCK_DV]
+    # Without a sign, so that they are extended to 64 bits at no cost.
+    k_offsets = (rows_n * k_strides[1] + cols_qk[None, :]).to(tl.uint32)  # [BLOCK_N, BLOCK_D]
+    v_offsets = (rows_n * v_strides[1] + cols_v[None, :]).to(tl.uint32)  # [BLOCK_N, BLOCK_DV]
     q_pointers = q_ptr + rows_m * q_strides[1] + cols_qk[None, :]
     o_pointers = o_ptr + rows_m * o_strides[1] + cols_v[None, :]
     do_pointers = do_ptr + rows_m * do_strides[1] + cols_v[None, :]
@@ -133,34 +144,26 @@ def _window_attn_bwd_dq_kernel(
     lse = tl.where(lse == float("-inf"), 0.0, lse)
     if q_ptr.dtype.element_ty == tl.float32:
         lse = tl.div_rn(lse, softmax_scale)
-    stats_pointers = stats_ptr + (row_offset + queries) * STATS_WIDTH
+    else:
+        lse = minus_lse_log2(lse, softmax_scale)
+    stats_pointers = stats_ptr + queries
     tl.store(stats_pointers, lse, mask=queries < Tq)
-    tl.store(stats_pointers + STATS_WIDTH // 2, delta, mask=queries < Tq)
+    tl.store(stats_pointers + stride_stats, delta, mask=queries < Tq)
     q = load_rows(q_pointers, queries, Tq, cols_qk, SIZES.D, SIZES.BLOCK_D, True)
 
     dq = tl.full([SIZES.BLOCK_M, SIZES.BLOCK_D], 0.0, tl.float32)
     row_sum = tl.full([SIZES.BLOCK_M], 0.0, tl.float32)
-    first, interior, diagonal, end = key_tile_bounds(
-        first_query, Tq, Tk, window_size, SIZES.BLOCK_M, SIZES.BLOCK_N
-    )
-    inside = diagonal - interior
-    k_tiles, v_tiles = (k_ptr, k_offsets, k_strides), (v_ptr, v_offsets, v_strides)
-    dq, row_sum = _dq_segment(
-        dq, row_sum, q, do, lse, delta, k_tiles, v_tiles, positions,
-        (first, end - first - inside, interior, inside), Tk, window_size, softmax_scale,
-        SIZES, MASKED=True,
-    )  # fmt: skip
-    dq, row_sum = _dq_segment(
-        dq, row_sum, q, do, lse, delta, k_tiles, v_tiles, positions,
-        (interior, inside, interior, 0), Tk, window_size, softmax_scale,
-        SIZES, MASKED=False,
+    bounds = key_tile_bounds(first_query, Tq, Tk, window_size, SIZES.BLOCK_M, SIZES.BLOCK_N)
+    dq, row_sum = _dq_tiles(
+        dq, row_sum, q, do, lse, delta, (k_ptr, k_offsets, k_strides), (v_ptr, v_offsets, v_strides),
+        positions, bounds, Tk, window_size, softmax_scale, SIZES,
     )  # fmt: skip
     # Rows are counted from the tile's first query here: nothing computed above stays in registers.
     rows = tl.arange(0, SIZES.BLOCK_M)
     if q_ptr.dtype.element_ty == tl.float32:
         normaliser = tl.where(row_sum == 0.0, 0.0, tl.div_rn(1.0, row_sum))
         dq *= normaliser[:, None]
-        tl.store(stats_pointers + STATS_WIDTH // 4, normaliser, mask=queries < Tq)
+        tl.store(stats_pointers + 2 * stride_stats, normaliser, mask=queries < Tq)
     dq_offsets = rows[:, None] * dq_strides[1] + cols_qk[None, :]
     dq_pointers = dq_ptr + tl.cast(first_query, tl.int64) * dq_strides[1] + dq_offsets
     store_rows(dq_pointers, dq * softmax_scale, rows, Tq - first_query, cols_qk, SIZES.D)
