@@ -77,10 +77,13 @@ def test_examples_of_the_docs_run():
     assert done.returncode == 0, done.stderr
 
 
-def test_import_takes_no_triton_and_no_transformers():
+def test_import_and_first_call_take_no_triton_and_no_transformers():
+    """Nor TorchDynamo, whose import takes seconds."""
     done = run_python(
-        "import lact_kernels, lact_kernels.compat, sys\n"
-        "assert not {'triton', 'transformers'} & set(sys.modules)"
+        "import lact_kernels, lact_kernels.compat, sys, torch\n"
+        "q = torch.randn(1, 4, 2, 8).requires_grad_()\n"
+        "lact_kernels.window_attn(q, q, q, 2).sum().backward()\n"
+        "assert not {'triton', 'transformers', 'torch._dynamo'} & set(sys.modules)"
     )
     assert done.returncode == 0, done.stderr
 

@@ -7,6 +7,8 @@ import types
 
 import pytest
 import torch
+from torch._C._dynamo import eval_frame
+from torch._dynamo.types import ConvertFrameReturn
 
 from lact_kernels import TTTState, block_causal_ttt, window_attn
 from lact_kernels.autograd import ttt as ttt_ops
@@ -50,6 +52,25 @@ def test_opcheck_window_attn(case):
             (torch.ones_like(o), dlse, q, k, v, o, lse, *args[3:]),
             test_utils=BACKWARD_OPCHECKS,
         )
+
+
+def test_torchdynamo_does_not_look_into_an_op():
+    """Also where one is called between two graphs, and with what the op itself calls."""
+    names = []
+
+    def hook(frame, *_):
+        names.append(frame.f_code.co_filename)
+        return ConvertFrameReturn(apply_to_code=False)
+
+    q, k, v = WINDOW[0].inputs(torch.float32)
+    before = eval_frame.set_eval_frame(hook)
+    try:
+        attn_ops.window_attn_fwd(q, k, v, 16, 0.25, None, None, "eager")
+        with torch.autocast("cpu"):
+            attn_ops.window_attn_fwd(q, k, v, 16, 0.25, None, None, "eager")
+    finally:
+        eval_frame.set_eval_frame(before)
+    assert names and not any("lact_kernels" in name for name in names)
 
 
 @pytest.mark.parametrize("case", TTT, ids=str)

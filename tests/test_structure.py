@@ -190,7 +190,7 @@ def long_files(sources: Sources) -> Iterator[str]:
 
 
 def long_argument_lists(sources: Sources) -> Iterator[str]:
-    """But for kernels, what launches them, registered ops, their fakes, and what is public.
+    """But for kernels, what launches them, registered ops, and what is public.
 
     A function is public if an `__all__` names it, and so are the methods of a class that one names, but for
     those with one underscore. `self`, `cls` and `ctx` are no arguments of the caller.
@@ -218,9 +218,9 @@ def long_argument_lists(sources: Sources) -> Iterator[str]:
 
 
 def _is_exempt(path: str, function: ast.FunctionDef) -> bool:
-    """A registered op or its fake; in Triton a kernel, or what launches one."""
+    """A registered op; in Triton a kernel, or what launches one."""
     decorators = {ast.unparse(x).split("(")[0].split(".")[-1] for x in function.decorator_list}
-    if decorators & {"custom_op", "register_fake"}:
+    if "register_op" in decorators:
         return True
     calls = [x.func for x in ast.walk(function) if isinstance(x, ast.Call)]
     launches = any(isinstance(x, ast.Subscript) or getattr(x, "id", "") == "launch" for x in calls)
@@ -276,7 +276,7 @@ IN_ORDER = {
     "distributed/__init__.py": "from lact_kernels.core import a\nimport torch.distributed",
     "asr/a.py": "def f():\n  import tqdm\n  import transformers",
     "ops/a.py": "from lact_kernels.autograd.a import f as op\ndef f(a, b, c, d, e, f, g, h, i): ...",
-    "autograd/a.py": "@x.custom_op('f')\n"
+    "autograd/a.py": "@register_op('f')\n"
     "def f(a, b, c, d, e, f, g, h, i):\n  from lact_kernels.triton import a",
     "triton/a.py": "import triton\ndef f(a, b, c, d, e, f, g, h, i): k[(1,)](a)",
     "core/a.py": "import torch, math",

@@ -4,23 +4,21 @@ What it makes of the arguments is said in `ops/autocast.py`. `torch.library.regi
 casts the inputs of every op, to a dtype that is fixed when the op is registered.
 """
 
+from collections.abc import Callable
+
 import torch
-from torch.library import CustomOpDef
 
 DEVICE_TYPES = ("cpu", "cuda")
 
-_library = torch.library.Library("lact_kernels", "FRAGMENT")
 _keys = [getattr(torch._C.DispatchKey, f"Autocast{device.upper()}") for device in DEVICE_TYPES]
 _key_set = torch._C.DispatchKeySet(_keys[0]) | torch._C.DispatchKeySet(_keys[1])
 
 
-def register_autocast(op: CustomOpDef) -> None:
-    """Switch autocast off inside of `op`."""
-    overload = op._opoverload
+def without_autocast(overload: torch._ops.OpOverload) -> Callable:
+    """The kernel of an op for the keys of autocast, which is off inside of it."""
 
-    def rule(*args):
+    def kernel(*args):
         with torch._C._ExcludeDispatchKeyGuard(_key_set):
             return overload(*args)
 
-    for device in DEVICE_TYPES:
-        _library.impl(overload, rule, f"Autocast{device.upper()}")
+    return kernel

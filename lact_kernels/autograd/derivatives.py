@@ -1,12 +1,11 @@
 """Which derivatives the operations have: first ones, in reverse. All others are refused, by name.
 
 What `torch.library.register_autograd` registers cannot be differentiated by `torch.func`, and its derivatives
-in forward mode are 0. `register_derivatives` takes its place: transforms of `torch.func` reach its kernel
+in forward mode are 0. `first_derivatives` takes its place: transforms of `torch.func` reach its kernel
 once for each of their levels, as they reach those of PyTorch's own ops. `FirstOrderFunction` is for what is
 no registered op, as it talks to other processes.
 """
 
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -15,7 +14,6 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch._library.autograd import supports_tensorlist
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
-from torch.library import CustomOpDef
 from torch.utils._pytree import tree_iter
 
 NO_FORWARD_MODE = (
@@ -32,20 +30,18 @@ NO_TRANSFORMS = (
 )
 
 
-def register_derivatives(
-    op: CustomOpDef,
-    backward: Callable | None = None,
-    setup_context: Callable | None = None,
-    *,
-    without_backward: str = NO_SECOND_DERIVATIVES,
-) -> None:
-    """Register the backward of `op`, as `op.register_autograd` would, or the message that it has none."""
-    overload = op._opoverload
-    name = overload._schema.name
+def first_derivatives(
+    overload: torch._ops.OpOverload,
+    backward: Callable | None,
+    setup_context: Callable | None,
+    without_backward: str,
+) -> Callable:
+    """The kernel of an op for the key Autograd. Without a `backward` it says so where one is called for."""
+    name, after_autograd = overload._schema.name, torch._C._after_autograd_keyset
 
     def below(keyset, *args):
         with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+            return overload.redispatch(keyset & after_autograd, *args)
 
     def forward(ctx, *args):
         *args, keyset = args
@@ -80,9 +76,7 @@ def register_derivatives(
                 return node.apply(*args, keyset)
         return node.apply(*args, keyset)
 
-    with warnings.catch_warnings():  # that `op` has a kernel already: the one of all custom ops
-        warnings.filterwarnings("ignore", message="Warning only once for all operators")
-        op._lib.impl(overload, autograd, "Autograd", with_keyset=True, allow_override=True)
+    return autograd
 
 
 def _refuse_tangents(name: str, args: tuple) -> None:

@@ -9,11 +9,7 @@ tensor. An op may not return a view of what it is given.
 
 from types import ModuleType
 
-import torch
-
-from lact_kernels.autograd.autocast import register_autocast
-from lact_kernels.autograd.derivatives import register_derivatives
-from lact_kernels.autograd.vmap import register_vmap
+from lact_kernels.autograd.registration import register_op
 from lact_kernels.core.silu_l2norm_rope import Inputs, Options, Outputs
 from lact_kernels.eager import silu_l2norm_rope as eager
 
@@ -23,40 +19,12 @@ INPUTS = (
 )
 
 
-@torch.library.custom_op(
-    "lact_kernels::silu_l2norm_rope_fwd",
-    mutates_args=(),
-    schema=f"({INPUTS}) -> (Tensor attn_q, Tensor attn_k, Tensor fast_q, Tensor fast_k, Tensor[] fast_v)",
-)
-def silu_l2norm_rope_fwd(*args):
-    inputs, options, backend = _read(args)
-    return tuple(backend.silu_l2norm_rope_fwd(inputs, options))
-
-
-@silu_l2norm_rope_fwd.register_fake
-def _(q, k, v, qk_scale, qk_offset, cos, sin, num_attn_heads, num_lact_heads, *_):
+def _empty_outputs(*args):
+    (q, _, v, *_), heads = args[:7], args[7:9]
     B, T, C = q.shape
-    attn, fast = ((B, T, heads, C // heads) for heads in (num_attn_heads, num_lact_heads))
+    attn, fast = ((B, T, number, C // number) for number in heads)
     fast_v = [] if v is None else [q.new_empty(fast)]
     return q.new_empty(attn), q.new_empty(attn), q.new_empty(fast), q.new_empty(fast), fast_v
-
-
-@torch.library.custom_op(
-    "lact_kernels::silu_l2norm_rope_bwd",
-    mutates_args=(),
-    schema="(Tensor dattn_q, Tensor dattn_k, Tensor dfast_q, Tensor dfast_k, Tensor[] dfast_v,"
-    f" {INPUTS}) -> (Tensor dq, Tensor dk, Tensor[] dv, Tensor dqk_scale, Tensor dqk_offset)",
-)
-def silu_l2norm_rope_bwd(*args):
-    inputs, options, backend = _read(args[5:])
-    return backend.silu_l2norm_rope_bwd(Outputs(*args[:5]), inputs, options)
-
-
-@silu_l2norm_rope_bwd.register_fake
-def _(dattn_q, dattn_k, dfast_q, dfast_k, dfast_v, q, k, v, qk_scale, qk_offset, *_):
-    dv = [] if v is None else [v.new_empty(v.shape)]
-    dqk_scale, dqk_offset = (x.new_empty(x.shape) for x in (qk_scale, qk_offset))
-    return q.new_empty(q.shape), k.new_empty(k.shape), dv, dqk_scale, dqk_offset
 
 
 def _setup(ctx, inputs, output):
@@ -73,6 +41,33 @@ def _backward(ctx, *grads):
     return dq, dk, dv[0] if dv else None, dqk_scale, dqk_offset, *rest
 
 
+@register_op(
+    f"silu_l2norm_rope_fwd({INPUTS})"
+    " -> (Tensor attn_q, Tensor attn_k, Tensor fast_q, Tensor fast_k, Tensor[] fast_v)",
+    _empty_outputs,
+    backward=_backward,
+    setup_context=_setup,
+)
+def silu_l2norm_rope_fwd(*args):
+    inputs, options, backend = _read(args)
+    return tuple(backend.silu_l2norm_rope_fwd(inputs, options))
+
+
+def _empty_gradients(*args):
+    q, k, v, qk_scale, qk_offset = (x if x is None else x.new_empty(x.shape) for x in args[5:10])
+    return q, k, [] if v is None else [v], qk_scale, qk_offset
+
+
+@register_op(
+    "silu_l2norm_rope_bwd(Tensor dattn_q, Tensor dattn_k, Tensor dfast_q, Tensor dfast_k, Tensor[] dfast_v,"
+    f" {INPUTS}) -> (Tensor dq, Tensor dk, Tensor[] dv, Tensor dqk_scale, Tensor dqk_offset)",
+    _empty_gradients,
+)
+def silu_l2norm_rope_bwd(*args):
+    inputs, options, backend = _read(args[5:])
+    return backend.silu_l2norm_rope_bwd(Outputs(*args[:5]), inputs, options)
+
+
 def _read(args: tuple) -> tuple[Inputs, Options, ModuleType]:
     """INPUTS, and of the backend the module with its functions, which is imported only now."""
     inputs, options = Inputs(*args[:7]), Options(*args[7:-1])
@@ -81,10 +76,3 @@ def _read(args: tuple) -> tuple[Inputs, Options, ModuleType]:
 
         return inputs, options, silu_l2norm_rope
     return inputs, options, eager
-
-
-register_derivatives(silu_l2norm_rope_fwd, _backward, _setup)
-register_derivatives(silu_l2norm_rope_bwd)
-for _op in (silu_l2norm_rope_fwd, silu_l2norm_rope_bwd):
-    register_vmap(_op)
-    register_autocast(_op)

@@ -22,9 +22,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lact_kernels.autograd.autocast import register_autocast
-from lact_kernels.autograd.derivatives import register_derivatives
-from lact_kernels.autograd.vmap import register_vmap
+from lact_kernels.autograd.registration import register_op
 from lact_kernels.core.call import Call, Options
 from lact_kernels.core.fast_weights import FastWeights
 from lact_kernels.core.newton_schulz import NewtonSchulz
@@ -46,7 +44,16 @@ INPUTS = (
 NUM_TENSORS = 7  # before the start
 
 
-@torch.library.custom_op("lact_kernels::packed_plan", mutates_args=())
+def _plan_rows(cu_seqlens: Tensor, T: int, chunk_size: int) -> int:
+    return cu_seqlens.shape[0] - 1 + T // chunk_size
+
+
+@register_op(
+    "packed_plan(Tensor cu_seqlens, SymInt T, SymInt chunk_size, bool return_end) -> Tensor",
+    lambda cu_seqlens, T, chunk_size, return_end: cu_seqlens.new_empty(
+        _plan_rows(cu_seqlens, T, chunk_size), 6, device="cpu"
+    ),
+)
 def packed_plan(cu_seqlens: Tensor, T: int, chunk_size: int, return_end: bool) -> Tensor:
     """The plan of sequences of T tokens in all, whose borders are read and checked here.
 
@@ -58,30 +65,7 @@ def packed_plan(cu_seqlens: Tensor, T: int, chunk_size: int, return_end: bool) -
     return plan.to_tensor(_plan_rows(cu_seqlens, T, chunk_size))
 
 
-@packed_plan.register_fake
-def _(cu_seqlens, T, chunk_size, return_end):
-    return cu_seqlens.new_empty(_plan_rows(cu_seqlens, T, chunk_size), 6, device="cpu")
-
-
-def _plan_rows(cu_seqlens: Tensor, T: int, chunk_size: int) -> int:
-    return cu_seqlens.shape[0] - 1 + T // chunk_size
-
-
-@torch.library.custom_op(
-    "lact_kernels::ttt_fwd",
-    mutates_args=(),
-    schema=f"({INPUTS}) -> (Tensor o, Tensor[] end, Tensor[] history)",
-)
-def ttt_fwd(*inputs):
-    call, backend = _call(inputs)
-    start = named(call.ranks).receive(call.start)
-    o, end, history = backend.ttt_fwd(call._replace(start=start))
-    received = [] if start is call.start else [x.clone() for x in start.updated]
-    return o, [] if end is None else end.to_list(), [*history, *received]
-
-
-@ttt_fwd.register_fake
-def _(*inputs):
+def _empty_outputs(*inputs):
     call, backend = _call(inputs)
     q, tokens, start, _, options, _ = call
     o = q.new_empty(*q.shape[:3], tokens.v.shape[-1])
@@ -91,32 +75,6 @@ def _(*inputs):
         # chunks in its shape, the program would hold for some lengths only.
         return o, end, []
     return o, end, backend.ttt_history(call)
-
-
-@torch.library.custom_op(
-    "lact_kernels::ttt_bwd",
-    mutates_args=(),
-    schema=f"(Tensor do, Tensor[] dend, Tensor[] history, {INPUTS})"
-    " -> (Tensor dq, Tensor[] dtokens, Tensor[] dstart)",
-)
-def ttt_bwd(do, dend, history, *inputs):
-    call, backend = _call(inputs)
-    ranks = named(call.ranks)
-    if ranks.receives:
-        received = len(call.start.updated)
-        history, start = history[:-received], call.start.with_updated(history[-received:])
-        call = call._replace(start=start)
-    if dend:
-        dend = ranks.sum_gradients(FastWeights.from_list(dend, call.options.prenorm))
-    dq, dtokens, dstart = backend.ttt_bwd(call, history, do, dend or None)
-    return dq, [x for x in dtokens if x is not None], dstart.to_list()
-
-
-@ttt_bwd.register_fake
-def _(do, dend, history, *inputs):
-    q, *tokens = (x for x in inputs[:NUM_TENSORS] if x is not None)
-    start = inputs[NUM_TENSORS]
-    return q.new_empty(q.shape), _empty_like(tokens), _empty_like(start)
 
 
 def _setup_context(ctx, inputs, output):
@@ -144,15 +102,44 @@ def _backward(ctx, do, dend, _dhistory):
     return dq, *dtokens, dstart, None, *(None for _ in ctx.options)
 
 
-register_derivatives(packed_plan)
-register_derivatives(ttt_fwd, _backward, _setup_context)
-register_derivatives(ttt_bwd)
-register_vmap(packed_plan)
-register_vmap(ttt_fwd, batched=True)
-register_vmap(ttt_bwd, batched=True)
-register_autocast(packed_plan)
-register_autocast(ttt_fwd)
-register_autocast(ttt_bwd)
+@register_op(
+    f"ttt_fwd({INPUTS}) -> (Tensor o, Tensor[] end, Tensor[] history)",
+    _empty_outputs,
+    backward=_backward,
+    setup_context=_setup_context,
+    batched=True,
+)
+def ttt_fwd(*inputs):
+    call, backend = _call(inputs)
+    start = named(call.ranks).receive(call.start)
+    o, end, history = backend.ttt_fwd(call._replace(start=start))
+    received = [] if start is call.start else [x.clone() for x in start.updated]
+    return o, [] if end is None else end.to_list(), [*history, *received]
+
+
+def _empty_gradients(do, dend, history, *inputs):
+    q, *tokens = (x for x in inputs[:NUM_TENSORS] if x is not None)
+    start = inputs[NUM_TENSORS]
+    return q.new_empty(q.shape), _empty_like(tokens), _empty_like(start)
+
+
+@register_op(
+    f"ttt_bwd(Tensor do, Tensor[] dend, Tensor[] history, {INPUTS})"
+    " -> (Tensor dq, Tensor[] dtokens, Tensor[] dstart)",
+    _empty_gradients,
+    batched=True,
+)
+def ttt_bwd(do, dend, history, *inputs):
+    call, backend = _call(inputs)
+    ranks = named(call.ranks)
+    if ranks.receives:
+        received = len(call.start.updated)
+        history, start = history[:-received], call.start.with_updated(history[-received:])
+        call = call._replace(start=start)
+    if dend:
+        dend = ranks.sum_gradients(FastWeights.from_list(dend, call.options.prenorm))
+    dq, dtokens, dstart = backend.ttt_bwd(call, history, do, dend or None)
+    return dq, [x for x in dtokens if x is not None], dstart.to_list()
 
 
 def _call(inputs: tuple) -> tuple[Call, ModuleType]:

@@ -1,21 +1,21 @@
 """`torch.func.vmap` of the registered ops: as more rows of the batch, or as one call for each entry."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
 from torch.utils._pytree import tree_leaves, tree_map
 
 OPAQUE = "history"  # what an op leaves to its backward under this name, in a layout of its own
 PACKED = ("cu_seqlens", "plan")  # how an op is told of packed sequences
 
 
-def register_vmap(op: CustomOpDef, batched: bool = False) -> None:
-    """Register how `op` is called for all N entries of an axis.
+def vmap_rule(overload: torch._ops.OpOverload, batched: bool) -> Callable:
+    """How an op is called for all N entries of an axis, as `torch.library.register_vmap` takes it.
 
     With `batched` the batch is the first axis of every tensor, and its rows know nothing of each other. Then
     the axis goes into the batch, unless sequences are packed.
     """
-    overload = op._opoverload
     arguments = [argument.name for argument in overload._schema.arguments]
     results = [result.name for result in overload._schema.returns]
     # A history is of all entries at once where the inputs of the forward had the axis.
@@ -48,7 +48,7 @@ def register_vmap(op: CustomOpDef, batched: bool = False) -> None:
         outputs = tree_map(lambda *x: torch.stack(x), *(overload(*entry(n)) for n in range(N)))
         return outputs, tree_map(lambda _: 0, outputs)
 
-    op.register_vmap(rule)
+    return rule
 
 
 def _fold(x, dim: int | None, N: int):

@@ -10,9 +10,7 @@ output is 0 and its lse is -inf. `cu_seqlens_q` and `cu_seqlens_k` come together
 import torch
 from torch import Tensor
 
-from lact_kernels.autograd.autocast import register_autocast
-from lact_kernels.autograd.derivatives import register_derivatives
-from lact_kernels.autograd.vmap import register_vmap
+from lact_kernels.autograd.registration import register_op
 from lact_kernels.core.offsets import Offsets, read_borders
 from lact_kernels.eager import window_attn as eager
 from lact_kernels.eager.masked_attention import Saved, lse_dtype
@@ -20,10 +18,36 @@ from lact_kernels.eager.masked_attention import Saved, lse_dtype
 OPTIONS = "SymInt? window_size, float softmax_scale, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, str backend"
 
 
-@torch.library.custom_op(
-    "lact_kernels::window_attn_fwd",
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor o, Tensor lse)",
+def empty_outputs(q, k, v, *_):
+    """Outputs and lse without values, of all attention."""
+    B, Tq, Hq, _ = q.shape
+    return q.new_empty(B, Tq, Hq, v.shape[-1]), q.new_empty(B, Hq, Tq, dtype=lse_dtype(q.dtype))
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, window_size, softmax_scale, cu_seqlens_q, cu_seqlens_k, backend = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k)
+    ctx.options = (window_size, softmax_scale)
+    ctx.backend = backend
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, do, dlse):
+    *tensors, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    if do is None:
+        do = torch.zeros_like(tensors[3])  # as o
+    grads = window_attn_bwd(
+        do, dlse, *tensors, *ctx.options, cu_seqlens_q, cu_seqlens_k, ctx.backend
+    )
+    return (*grads, None, None, None, None, None)
+
+
+@register_op(
+    f"window_attn_fwd(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor o, Tensor lse)",
+    empty_outputs,
+    backward=_backward,
+    setup_context=_setup_context,
+    batched=True,
 )
 def window_attn_fwd(q, k, v, window_size, softmax_scale, cu_seqlens_q, cu_seqlens_k, backend):
     window_size = _clamp_window(window_size, k)
@@ -39,18 +63,11 @@ def window_attn_fwd(q, k, v, window_size, softmax_scale, cu_seqlens_q, cu_seqlen
     return eager.window_attn_fwd(q, k, v, window_size, softmax_scale, offsets)
 
 
-@window_attn_fwd.register_fake
-def empty_outputs(q, k, v, *_):
-    """Outputs and lse without values, of all attention."""
-    B, Tq, Hq, _ = q.shape
-    return q.new_empty(B, Tq, Hq, v.shape[-1]), q.new_empty(B, Hq, Tq, dtype=lse_dtype(q.dtype))
-
-
-@torch.library.custom_op(
-    "lact_kernels::window_attn_bwd",
-    mutates_args=(),
-    schema="(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse,"
+@register_op(
+    "window_attn_bwd(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse,"
     f" {OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    lambda do, dlse, *inputs: tuple(x.new_empty(x.shape) for x in inputs[:3]),
+    batched=True,
 )
 def window_attn_bwd(
     do, dlse, q, k, v, o, lse, window_size, softmax_scale, cu_seqlens_q, cu_seqlens_k, backend
@@ -62,11 +79,6 @@ def window_attn_bwd(
         return launch(do, dlse, q, k, v, o, lse, *options, cu_seqlens_q, cu_seqlens_k)
     offsets = _read_offsets(q, k, cu_seqlens_q, cu_seqlens_k)
     return eager.window_attn_bwd(do, dlse, Saved(q, k, v, o, lse), *options, offsets)
-
-
-@window_attn_bwd.register_fake
-def _(do, dlse, q, k, v, *_):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _read_offsets(
@@ -97,29 +109,3 @@ def _clamp_window(window_size: int | None, k: Tensor) -> int:
 def _capturing(x: Tensor) -> bool:
     """Whether a CUDA graph is being recorded, in which no value can be read on the host."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _setup_context(ctx, inputs, output):
-    q, k, v, window_size, softmax_scale, cu_seqlens_q, cu_seqlens_k, backend = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k)
-    ctx.options = (window_size, softmax_scale)
-    ctx.backend = backend
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, do, dlse):
-    *tensors, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
-    if do is None:
-        do = torch.zeros_like(tensors[3])  # as o
-    grads = window_attn_bwd(
-        do, dlse, *tensors, *ctx.options, cu_seqlens_q, cu_seqlens_k, ctx.backend
-    )
-    return (*grads, None, None, None, None, None)
-
-
-register_derivatives(window_attn_fwd, _backward, _setup_context)
-register_derivatives(window_attn_bwd)
-register_vmap(window_attn_fwd, batched=True)
-register_vmap(window_attn_bwd, batched=True)
-register_autocast(window_attn_fwd)
-register_autocast(window_attn_bwd)

@@ -1,21 +1,18 @@
 """`window_attn_with_kvcache` as a registered op. It has no backward: it is for generation."""
 
-import torch
-
-from lact_kernels.autograd.autocast import register_autocast
-from lact_kernels.autograd.derivatives import register_derivatives
-from lact_kernels.autograd.vmap import register_vmap
+from lact_kernels.autograd.registration import register_op
 from lact_kernels.autograd.window_attn import empty_outputs
 from lact_kernels.eager import window_attn_with_kvcache as eager
 
 UNLIMITED = 2**30  # no window; positions and windows add up within 32 bits
 
 
-@torch.library.custom_op(
-    "lact_kernels::window_attn_with_kvcache",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? cache_seqlens, SymInt? window_size,"
-    " float softmax_scale, str backend) -> (Tensor o, Tensor lse)",
+@register_op(
+    "window_attn_with_kvcache(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? cache_seqlens,"
+    " SymInt? window_size, float softmax_scale, str backend) -> (Tensor o, Tensor lse)",
+    empty_outputs,
+    without_backward="{} has no backward: use lact_kernels.window_attn",
+    batched=True,
 )
 def window_attn_with_kvcache(
     q, k_cache, v_cache, cache_seqlens, window_size, softmax_scale, backend
@@ -27,12 +24,3 @@ def window_attn_with_kvcache(
 
         return launch(*inputs)
     return eager.window_attn_with_kvcache(*inputs)
-
-
-window_attn_with_kvcache.register_fake(empty_outputs)
-register_derivatives(
-    window_attn_with_kvcache,
-    without_backward="{} has no backward: use lact_kernels.window_attn",
-)
-register_vmap(window_attn_with_kvcache, batched=True)
-register_autocast(window_attn_with_kvcache)
