@@ -16,6 +16,10 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils._pytree import tree_iter
 
+# The dispatch keys below autograd of plain tensors, where no mode, trace or transform is on.
+_CPU, _CUDA = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, x)) for x in ("CPU", "CUDA"))
+PLAIN = {keys.raw_repr() for keys in (_CPU, _CUDA, _CPU | _CUDA)}
+
 NO_FORWARD_MODE = (
     "{} has no forward-mode derivatives (torch.func.jvp, torch.func.jacfwd, torch.autograd.forward_ad):"
     " use reverse mode (torch.autograd.grad, torch.func.vjp, torch.func.jacrev)"
@@ -32,16 +36,20 @@ NO_TRANSFORMS = (
 
 def first_derivatives(
     overload: torch._ops.OpOverload,
+    implementation: Callable,
     backward: Callable | None,
     setup_context: Callable | None,
     without_backward: str,
 ) -> Callable:
     """The kernel of an op for the key Autograd. Without a `backward` it says so where one is called for."""
-    name, after_autograd = overload._schema.name, torch._C._after_autograd_keyset
+    name = overload._schema.name
 
     def below(keyset, *args):
+        keyset = keyset & torch._C._after_ADInplaceOrView_keyset
         with torch._C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & after_autograd, *args)
+            if keyset.raw_repr() in PLAIN:  # as redispatch would, which takes as long as all else
+                return implementation(*args)
+            return overload.redispatch(keyset, *args)
 
     def forward(ctx, *args):
         *args, keyset = args

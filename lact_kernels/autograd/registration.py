@@ -46,9 +46,12 @@ def register_op(
         overload = getattr(torch.ops.lact_kernels, name.split("::")[-1]).default
         torch.library.register_fake(overload, fake, lib=_library)
         torch.library.register_vmap(overload, vmap_rule(overload, batched), lib=_library)
+        autograd = first_derivatives(
+            overload, implementation, backward, setup_context, without_backward
+        )
         kernels = {
             "CompositeExplicitAutograd": implementation,
-            "Autograd": first_derivatives(overload, backward, setup_context, without_backward),
+            "Autograd": autograd,
             **{f"Autocast{device.upper()}": without_autocast(overload) for device in DEVICE_TYPES},
         }
         for key, kernel in kernels.items():
