@@ -1,9 +1,15 @@
 """Every wrong argument is an error that names it, what came and what was expected."""
 
+import functools
+import itertools
+
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from lact_kernels import TTTState, block_causal_ttt, window_attn
+from lact_kernels import TTTState, block_causal_ttt, window_attn, window_attn_with_kvcache
+from lact_kernels.ops import window_attn as window_attn_ops
 from tests.cases import TTTCase
 
 
@@ -86,6 +92,81 @@ WINDOW = [
 def test_window_attn(changed, error, message):
     with pytest.raises(error, match=message):
         window_attn(**window_inputs(**changed))
+
+
+def accepts(check, *args):
+    try:
+        return check(*args, ("k", "v")) == args[3]
+    except (TypeError, ValueError):
+        return False
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_glance_tells_what_the_checks_tell():
+    """Of tensors that are just that, and of numbers of Python's own: all that passes, and nothing else."""
+    dense = torch.ones(1, 6, 2, 8)
+    tensors = [
+        dense,
+        dense.expand(2, 6, 2, 8),
+        dense[:, :0],
+        dense[:, :5],
+        dense[:, :, :1],
+        dense[:, :, :0],
+        dense[..., ::2],
+        dense[..., :0],
+        dense[0],
+        dense.half(),
+        dense.double(),
+        dense.int(),
+        dense.to_sparse(),
+        meta(1, 6, 2, 8),
+        torch.nested.nested_tensor([dense[0]]),
+    ]
+    windows, scales = (
+        (None, -1, 0, 1, 9, 2**62),
+        (None, -0.5, 0.0, 1e38, float("inf"), float("nan")),
+    )
+    seen = set()
+    for args in (
+        *((*qkv, 3, None) for qkv in itertools.product(tensors, repeat=3)),
+        *((dense, dense, dense, *pair) for pair in itertools.product(windows, scales)),
+    ):
+        passes = accepts(window_attn_ops._check_each, *args)
+        assert window_attn_ops._is_ordinary(*args) == passes
+        seen.add(passes)
+    assert seen == {False, True}
+
+
+def test_a_glance_leaves_other_types_to_the_checks():
+    x = torch.ones(1, 6, 2, 8)
+    for args in (
+        (nn.Parameter(x), x, x, 3, None),
+        (nested(6, 2, 8), x, x, 3, None),
+        ([1.0], x, x, 3, None),
+        (x, x, x.bfloat16(), 3, None),  # which autocast may cast
+        (x, x, x, True, None),
+        (x, x, x, (2, 0), None),
+        (x, x, x, np.int64(3), None),
+        (x, x, x, 2**62 + 1, None),
+        (x, x, x, 3, np.float32(0.5)),
+        (x, x, x, 3, 1),
+    ):
+        assert not window_attn_ops._is_ordinary(*args)
+
+
+def test_ordinary_calls_are_checked_at_a_glance(monkeypatch):
+    x = torch.randn(1, 6, 4, 8, dtype=torch.float64)
+    packed = functools.partial(window_attn, cu_seqlens=cu_seqlens(0, 2, 6))
+    cached = functools.partial(window_attn_with_kvcache, cache_seqlens=6)
+    monkeypatch.setattr(window_attn_ops, "_check_each", None)
+    for fn in (window_attn, packed, cached):
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            q = x.to(dtype)
+            fn(q, q, q, 3)
+            fn(q, q[:, :, ::2], q[:, :, ::2], softmax_scale=0.5)
+        with torch.autocast("cpu", torch.bfloat16):
+            fn(x.float(), x.float(), x.float(), 3)
+    window_attn(x.requires_grad_(), x, x, 3).sum().backward()
 
 
 @pytest.mark.parametrize(

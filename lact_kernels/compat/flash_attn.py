@@ -457,7 +457,7 @@ def _check_slots(cache_seqlens: int | Tensor | None, k: Tensor | None, k_cache: 
     S, n = k_cache.shape[1], 0 if k is None else k.shape[1]
     if cache_seqlens is None and k is not None:
         raise ValueError("cache_seqlens must say where k and v go, got None")
-    lengths = [] if cache_seqlens is None else checks.known_values(cache_seqlens)
+    lengths = [] if cache_seqlens is None else checks.known_seqlens(cache_seqlens)
     for length in [0, *lengths]:  # lengths that are not known are at least 0
         if length + n > S:
             raise ValueError(

@@ -29,4 +29,4 @@ def cast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, cast as PyTorch's own attention casts them: where autocast is on for the first, all."""
     if not autocasts(tensors[0]):
         return tensors
-    return tuple(x.to(autocast_dtype(x)) for x in tensors)
+    return tuple([x.to(autocast_dtype(x)) for x in tensors])

@@ -171,7 +171,10 @@ def has_known_values(x: Tensor) -> bool:
 
 
 def check_cache_seqlens(seqlens: Tensor | int, B: int, device: torch.device) -> Tensor | int:
-    """`cache_seqlens` as an int32 `[B]`, or as one int for all rows, which may also be a tensor `[]`."""
+    """`cache_seqlens` as an int32 `[B]`, or as one int for all rows, which may also be a tensor `[]`.
+
+    Its values are left to `known_seqlens`.
+    """
     name = "cache_seqlens"
     if isinstance(seqlens, Tensor):
         if seqlens.ndim == 0 and seqlens.dtype in (torch.int32, torch.int64):
@@ -183,10 +186,16 @@ def check_cache_seqlens(seqlens: Tensor | int, B: int, device: torch.device) -> 
         seqlens = plain(seqlens)
         if not is_int(seqlens):
             raise TypeError(f"{name} must be an int32 tensor [B] or an int, got {seqlens!r}")
-    for seqlen in known_values(seqlens):
-        if seqlen < 0:
-            raise ValueError(f"{name} must not be negative, got {seqlen}")
     return seqlens
+
+
+def known_seqlens(cache_seqlens: Tensor | int) -> list[int]:
+    """The `known_values` of checked `cache_seqlens`, none of them negative."""
+    values = known_values(cache_seqlens)
+    for seqlen in values:
+        if seqlen < 0:
+            raise ValueError(f"cache_seqlens must not be negative, got {seqlen}")
+    return values
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:

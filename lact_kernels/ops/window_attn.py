@@ -9,7 +9,7 @@ from lact_kernels.autograd.window_attn import window_attn_fwd
 from lact_kernels.core.offsets import kept
 from lact_kernels.ops import checks
 from lact_kernels.ops.autocast import cast_inputs, matching_dtype
-from lact_kernels.ops.checks import Backend
+from lact_kernels.ops.checks import FLOAT_DTYPES, MOST_TOKENS, Backend
 
 MAX_TRITON_HEAD_DIM = 256
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -116,9 +116,10 @@ def run_window_attn(
     """
     backend = choose_backend(backend, q, v)
     scale = score_scale(q, softmax_scale)
-    same = cu_seqlens_q is cu_seqlens_k
-    cu_seqlens_q = kept(cu_seqlens_q)
-    cu_seqlens_k = cu_seqlens_q if same else kept(cu_seqlens_k)
+    if cu_seqlens_q is not None:
+        same = cu_seqlens_q is cu_seqlens_k
+        cu_seqlens_q = kept(cu_seqlens_q)
+        cu_seqlens_k = cu_seqlens_q if same else kept(cu_seqlens_k)
     q, k, v = cast_inputs(q, k, v)
     return window_attn_fwd(q, k, v, window_size, scale, cu_seqlens_q, cu_seqlens_k, backend)
 
@@ -126,9 +127,43 @@ def run_window_attn(
 def check_attention(q, k, v, window_size, softmax_scale, names=("k", "v")) -> int | None:
     """What every call of attention must fulfil. k and v, called `names`, have any number of tokens.
 
+    An ordinary call is told at a glance. Where that fails, each argument is checked for a message of its own.
+
     Returns:
         The window, as how many tokens a query sees.
     """
+    if _is_ordinary(q, k, v, window_size, softmax_scale):
+        return window_size
+    return _check_each(q, k, v, window_size, softmax_scale, names)
+
+
+def _is_ordinary(q, k, v, window_size, softmax_scale) -> bool:
+    """Whether `_check_each` would find nothing, of arguments of the usual types; False says nothing.
+
+    It costs a fraction of it. Compiled code, which is checked once, is left to the checks themselves: what is
+    compared here would bind it to the lengths that it was compiled for.
+    """
+    if torch.compiler.is_compiling() or not (type(q) is type(k) is type(v) is Tensor):
+        return False
+    if q.is_nested or k.is_nested or v.is_nested or not (q.ndim == k.ndim == v.ndim == 4):
+        return False
+    (B, _, Hq, D), (Bk, Tk, Hkv, Dk), (Bv, Tv, Hv, Dv) = q.shape, k.shape, v.shape
+    return (
+        (B, Tk, Hkv, D) == (Bk, Tv, Hv, Dk)
+        and B == Bv
+        and min(Hq, Hkv, D, Dv) > 0
+        and Hq % Hkv == 0
+        and q.dtype is k.dtype is v.dtype
+        and q.dtype in FLOAT_DTYPES
+        and q.device == k.device == v.device
+        and q.layout is k.layout is v.layout is torch.strided
+        and (window_size is None or type(window_size) is int and 0 < window_size <= MOST_TOKENS)
+        and (softmax_scale is None or type(softmax_scale) is float)
+        and (softmax_scale is None or abs(softmax_scale) <= FLOAT32_MAX)
+    )
+
+
+def _check_each(q, k, v, window_size, softmax_scale, names: tuple[str, str]) -> int | None:
     layouts = "[B, Tk, Hkv, D]", "[B, Tk, Hkv, Dv]"
     checks.check_floating("q", q, "[B, Tq, Hq, D]")
     for name, x, layout in zip(names, (k, v), layouts):

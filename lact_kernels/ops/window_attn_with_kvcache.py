@@ -85,7 +85,7 @@ def window_attn_with_kvcache(
     checks.check_flag("return_lse", return_lse)
     check_no_gradient(q, k_cache, v_cache)
     if cache_seqlens is not None:
-        cache_seqlens = checks.check_cache_seqlens(cache_seqlens, len(q), q.device)
+        cache_seqlens = checks.check_cache_seqlens(cache_seqlens, q.shape[0], q.device)
         _check_slots(cache_seqlens, q.shape[1], k_cache.shape[1], window_size)
     o, lse = run_window_attn_with_kvcache(
         q, k_cache, v_cache, window_size, cache_seqlens, softmax_scale, backend
@@ -113,7 +113,7 @@ def check_no_gradient(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
 def _check_slots(cache_seqlens: Tensor | int, Tq: int, S: int, window_size: int | None) -> None:
     """A row of more tokens than slots still has its window, as far as that is known without waiting."""
     ring_slots = None if window_size is None else window_size + Tq - 1
-    for seqlen in checks.known_values(cache_seqlens):
+    for seqlen in checks.known_seqlens(cache_seqlens):
         if seqlen > S and (ring_slots is None or S < ring_slots):
             ring = "" if ring_slots is None else f", and than window_size + Tq - 1 = {ring_slots}"
             raise ValueError(f"cache_seqlens is {seqlen}, but the cache has fewer slots{ring}: {S}")
