@@ -17,7 +17,7 @@ def readable_in_place(*tensors: Tensor) -> tuple[Tensor, ...]:
     The last axis must be dense, and offsets inside a tile of up to 256 rows must fit 32 bits.
     """
     return tuple(
-        x if x.stride(-1) == 1 and x.stride(1) < 2**23 else x.contiguous() for x in tensors
+        [x if x.stride(-1) == 1 and x.stride(1) < 2**23 else x.contiguous() for x in tensors]
     )
 
 
@@ -32,6 +32,8 @@ def strides(x: Tensor) -> tuple[int, ...]:
     An axis of one element gets 0: its stride is arbitrary, and an odd one would make Triton compile
     a kernel without wide loads.
     """
+    if 1 not in x.shape:
+        return x.stride()
     return tuple([0 if n == 1 else stride for n, stride in zip(x.shape, x.stride())])
 
 
@@ -73,7 +75,7 @@ def _num_multiprocessors(index: int | None) -> int:
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     """Launch on the device of `x`, which need not be the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    return torch.cuda.device(x.device.index) if x.is_cuda else contextlib.nullcontext()
 
 
 def launch(
