@@ -295,6 +295,7 @@ def _cuda_capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
+@functools.cache
 def _architectures(capability: tuple[int, int] | None, dtype: torch.dtype) -> tuple[int, ...]:
     """Whose rows serve a device, in the order in which they are asked for."""
     if dtype == torch.float32:
@@ -308,6 +309,7 @@ def _architectures(capability: tuple[int, int] | None, dtype: torch.dtype) -> tu
     return (SMALL, 80) if small else (80,)
 
 
+@functools.cache
 def _head_dim_class(head_dim_qk: int, head_dim_v: int) -> int:
     if max(head_dim_qk, head_dim_v) > HEAD_DIM_CLASSES[-1]:
         raise ValueError(

@@ -25,6 +25,7 @@ follows from T and N alone, and a program finds its sequence in `cu_seqlens` its
 the host, and a recorded CUDA graph serves all lengths that add up to T.
 """
 
+import functools
 from typing import NamedTuple
 
 import triton
@@ -40,6 +41,7 @@ LOWEST = tl.constexpr(-1.0e38)
 FANOUT = tl.constexpr(128)
 
 
+@functools.cache
 def block_dim(head_dim: int) -> int:
     """The padded head dim: a power of two, and at least what a matrix instruction takes."""
     return max(16, triton.next_power_of_2(head_dim))
@@ -67,7 +69,7 @@ class Sizes(NamedTuple):
 
 def num_tile_slots(T: int, num_sequences: int, block: int) -> int:
     """How many tiles, or slots of tiles, T tokens of `num_sequences` packed sequences take (0: dense)."""
-    return T // block + num_sequences if num_sequences else triton.cdiv(T, block)
+    return T // block + num_sequences if num_sequences else -(-T // block)
 
 
 @triton.jit

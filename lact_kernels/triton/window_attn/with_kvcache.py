@@ -215,7 +215,7 @@ def window_attn_with_kvcache(
     rows = Tq * Hq // Hkv
     name = "window_attn_with_kvcache" + ("" if rows <= NARROW_ROWS else "_wide")
     config = config or kernel_config(name, D, Dv, q.dtype, capability_of(q.device))
-    programs = B * Hkv * triton.cdiv(rows, config.block_m)
+    programs = B * Hkv * -(-rows // config.block_m)
     if num_splits is None:
         num_splits = choose_splits(min(window_size + Tq - 1, S), programs, config, q.device)
     # Without parts to combine the kernel writes the result itself.
@@ -242,7 +242,7 @@ def window_attn_with_kvcache(
 def choose_splits(num_keys: int, programs: int, config: KernelConfig, device: torch.device) -> int:
     """Parts of at most `num_keys` keys that a device with few programs is filled with."""
     wanted = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(device) // programs
-    return max(1, min(wanted, triton.cdiv(num_keys, config.block_n), MAX_SPLITS))
+    return max(1, min(wanted, -(-num_keys // config.block_n), MAX_SPLITS))
 
 
 def _combine_constexprs(Dv: int) -> dict[str, int]:
