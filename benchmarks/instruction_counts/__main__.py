@@ -3,6 +3,7 @@
 ```
 python -m benchmarks.instruction_counts                                  # everything, minutes
 python -m benchmarks.instruction_counts --arch 90 --op window_attn --json counts.jsonl
+python -m benchmarks.instruction_counts --attention 128 8192 4096        # of D, T and W; may be repeated
 ```
 
 Whole launches run in the PTX emulator, on one head of real size (`points.py`). Each pass prints a table with
@@ -18,8 +19,9 @@ which is named, decides; "serial" that only one works at a time. Both assume tha
 equally busy, which one head does not make them, that memory moves each sector once a launch, and no latency.
 And machine code has not the instructions of PTX, one for one: compare bounds with each other.
 
-flash-linear-attention runs beside `window_attn` where it can be imported, the LaCT authors' kernels beside
-`block_causal_ttt` with a checkout of theirs: the forward, as the emulator has no atomics. Exit status: 0, 1
+Beside `window_attn` run FlexAttention, and flash-linear-attention where it can be imported; beside
+`block_causal_ttt` the LaCT authors' kernels with a checkout of theirs: the forward, as the emulator has no
+atomics. What they compute has to be what ours do. Exit status: 0, 1
 when a kernel of ours fails, 2 for bad arguments or where Triton interprets kernels, 130 after Ctrl-C.
 """
 
@@ -52,7 +54,7 @@ COLUMNS = {
     "rest": ("barrier", "control"),
 }
 HEADER = (
-    f"{'kernel':<36} {'launches':>8} {'programs':>8} {'warps':>6}"
+    f"{'kernel':<42} {'launches':>8} {'programs':>8} {'warps':>6}"
     + "".join(f" {name:>8}" for name in COLUMNS)
     + f" {'all':>8} {'banks':>5} {'MB':>7} {'sectors':>7} {'once':>7} {'MFLOP':>7}"
     + f" {'overlap':>8} {'':<10} {'serial':>8}"
@@ -102,6 +104,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHS), choices=ARCHS)
     parser.add_argument("--op", nargs="+", default=list(ops), choices=ops)
+    parser.add_argument(
+        "--attention",
+        type=int,
+        nargs=3,
+        action="append",
+        metavar=("D", "T", "W"),
+        help="window_attn alone, of this head dim, length and window",
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes, to try the command")
     parser.add_argument(
         "--lact-checkout", type=Path, metavar="PATH", help="of github.com/a1600012888/LaCT"
@@ -113,6 +123,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def _works(options: argparse.Namespace) -> list[Work]:
     from benchmarks.instruction_counts import points
 
+    if options.attention:
+        return [points.attention(*sizes) for sizes in options.attention]
     works = points.QUICK_WORKS if options.quick else points.WORKS
     return [work for work in works if work.op in options.op]
 
@@ -184,7 +196,7 @@ def _line(row: CountRow) -> str:
         for units in COLUMNS.values()
     )
     return (
-        f"{row.kernel:<36} {row.launches:>8} {row.programs:>8} {row.warps:>6}{units}"
+        f"{row.kernel:<42} {row.launches:>8} {row.programs:>8} {row.warps:>6}{units}"
         f" {row.instructions / 1e3:>8.1f} {executed / least if least else 1:>5.2f}"
         f" {row.requested_bytes / 1e6:>7.3f} {row.sector_bytes() / 1e6:>7.3f}"
         f" {row.sector_bytes('distinct_') / 1e6:>7.3f} {row.matrix_flops / 1e6:>7.1f}"

@@ -70,6 +70,10 @@ class TorchProducts(TorchDispatchMode):
         super().__init__()
         self.flops, self._launching = 0, False
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # or torch.compile does nothing within
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if not self._launching and func._overloadpacket in flop_registry:

@@ -1,8 +1,8 @@
 """What others make of the same inputs, as far as it is Triton's and can be compiled without a GPU.
 
 Autotuning needs a GPU, so none is done. flash-linear-attention chooses the blocks of its attention by the
-size of shared memory; of the configurations that the LaCT authors' kernels are tuned among, each takes the
-largest tile that fits.
+size of shared memory, and Inductor those of FlexAttention by head dim, dtype and compute capability; of the
+configurations that the LaCT authors' kernels are tuned among, each takes the largest tile that fits.
 """
 
 import contextlib
@@ -48,6 +48,12 @@ def implementations(work: Work, lact_checkout: Path | None = None) -> list[Imple
         _fla_setting,
         "blocks and warps as it chooses them itself, by the architecture's shared memory",
     )
+    flex = Implementation(
+        "FlexAttention",
+        _flex,
+        _flex_setting,
+        f"templates of torch {torch.__version__}, configured as Inductor does without autotuning",
+    )
     lact = Implementation(
         "LaCT authors' fused kernels",
         functools.partial(_lact, lact_checkout),
@@ -56,7 +62,7 @@ def implementations(work: Work, lact_checkout: Path | None = None) -> list[Imple
     )
     if work.op == BlockCausalTTT.op and lact_checkout:
         return [ours, lact]
-    return [ours, fla] if work.op == WindowAttn.op else [ours]
+    return [ours, fla, flex] if work.op == WindowAttn.op else [ours]
 
 
 def _fla_module():
@@ -84,6 +90,32 @@ def _fla_setting(arch: int) -> Iterator[None]:
     with mock.patch.object(
         _fla_module(), "check_shared_mem", lambda name="none", index=0: arch >= least.get(name, 0)
     ):
+        yield
+
+
+def _flex_module():
+    with _inductor_may_differ():
+        return importlib.import_module("benchmarks.instruction_counts.flex_attention")
+
+
+@contextlib.contextmanager
+def _inductor_may_differ() -> Iterator[None]:
+    try:
+        yield
+    except (ImportError, AttributeError, TypeError) as error:
+        version = torch.__version__
+        raise Unavailable(f"written for torch 2.11 to 2.14, not {version}: {error}") from None
+
+
+def _flex(work: Work, arch: int) -> Callable[..., Tensor]:
+    return _flex_module().windowed_flex_attention(work.point.T, work.point.window_size)
+
+
+@contextlib.contextmanager
+def _flex_setting(arch: int) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        with _inductor_may_differ():
+            stack.enter_context(_flex_module().device(arch))
         yield
 
 

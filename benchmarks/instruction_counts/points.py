@@ -119,7 +119,7 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(x.numel() * x.itemsize for x in tensors)
 
 
-def _attention(D: int, T: int, W: int) -> Work:
+def attention(D: int, T: int, W: int) -> Work:
     return PointWork(WindowAttn(T=T, window_size=W, Hq=1, Hkv=1, D=D, Dv=D))
 
 
@@ -134,8 +134,8 @@ def _cache(S: int, B: int) -> Work:
 
 # One head and one row are enough: what more of them execute is that many times as much.
 WORKS: tuple[Work, ...] = (
-    _attention(64, 2048, 512),
-    _attention(128, 2048, 512),
+    attention(64, 2048, 512),
+    attention(128, 2048, 512),
     _cache(1024, 8),
     _fast_weights(256, 1536, 512, momentum=True),
     _fast_weights(256, 1536, 512, momentum=True, muon=True),
@@ -143,7 +143,7 @@ WORKS: tuple[Work, ...] = (
 )
 # For tests: whole launches of every kernel, in seconds.
 QUICK_WORKS: tuple[Work, ...] = (
-    _attention(64, 160, 48),
+    attention(64, 160, 48),
     _cache(96, 2),
     _fast_weights(32, 96, 32, momentum=True, muon=True),
     *(BranchWork(op, {"B": 1, "T": 16, "C": 64, "Hq": 2, "Hf": 1}) for op in branches.OPS),

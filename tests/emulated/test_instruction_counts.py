@@ -1,5 +1,6 @@
 """Counts of kernels small enough to work out by hand, and the command that sums them up."""
 
+import functools
 import json
 import os
 import subprocess
@@ -12,9 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from benchmarks.instruction_counts import rates
+from benchmarks.instruction_counts import peers, points, rates
 from benchmarks.instruction_counts.__main__ import main
-from benchmarks.instruction_counts.counting import TorchProducts
+from benchmarks.instruction_counts.counting import TorchProducts, count
+from benchmarks.measure import DIFFERENCE_LIMITS, difference_of
+from benchmarks.peers import Unavailable
 from ptx_emulator import Options, counts, emulate
 from ptx_emulator.counts import count_banks
 
@@ -209,13 +212,18 @@ def test_rates_are_those_published(arch, peak, fp32):
 
 
 @pytest.mark.xdist_group("sm_90-bfloat16")
-def test_command(tmp_path, capsys):
+def test_command(tmp_path, capsys, monkeypatch):
+    def not_here(work, arch):
+        raise Unavailable("it would take long")
+
+    monkeypatch.setattr(peers, "_flex", not_here)
     file = tmp_path / "counts.jsonl"
     ops = ["window_attn", "window_attn_with_kvcache", "rms_norm_scale_add"]
     assert main(["--arch", "90", "--quick", "--op", *ops, "--json", str(file)]) == 0
     text = capsys.readouterr().out
     assert "Bounds computed from counts" in text and "measured" not in text
     assert "FLA" in text  # its counts, or how to get it
+    assert "FlexAttention" in text and "unavailable: it would take long" in text
 
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     rows = [row for row in rows if row["variant"] == "lact_kernels"]
@@ -261,6 +269,23 @@ def test_command(tmp_path, capsys):
     # Whatever is needed is touched once: q, k and v of the forward exactly so, by its only launch.
     assert 32 * forward["counts"]["distinct_sectors_read"] == 3 * tokens
     assert forward["counts"]["bytes_written"] == tokens + statistics
+
+
+@pytest.mark.xdist_group("sm_80-bfloat16")
+def test_flex_attention():
+    """What Inductor makes for a GPU that is not there computes what the eager path does."""
+    work, arch = points.attention(16, 130, 20), 80  # shorter ones it decodes, with other kernels
+    flex = peers.implementations(work)[-1]
+    try:
+        function = flex.build(work, arch)
+        counted = list(count(work, flex.name, function, arch, lambda: flex.setting(arch)))
+    except Unavailable as error:
+        pytest.skip(str(error))
+    expected = work.passes(functools.partial(work.point.run, "eager"))
+    for (rows, results), part in zip(counted, expected, strict=True):
+        assert difference_of(results, part.run()) <= DIFFERENCE_LIMITS[points.DTYPE]
+        assert rows[-1].matrix_flops >= part.needed_flops and not rows[-1].torch_matrix_flops
+    assert [len(rows) for rows, _ in counted] == [2, 3]  # the sum of o * do is a kernel of its own
 
 
 def test_command_refuses_to_count_what_is_interpreted():
