@@ -36,6 +36,10 @@ CASES = [
     WindowCase("no tokens", 0, 4),
     WindowCase("no batch", 3, 4, B=0),
     WindowCase("no queries", 0, 4, Tk=5),
+    WindowCase("no window with grouped heads", 97, None, B=2, Hq=6, Hkv=2),
+    WindowCase("no window and wider values", 67, None, B=2, D=24, Dv=40),
+    WindowCase("few queries without window", 70, None, Tk=330),
+    WindowCase("one query behind the blocks", 32 * 3 + 17, 16, B=2),
     WindowCase("packed", 200, 17, cu_seqlens=(0, 0, 1, 70, 70, 135, 200), Hq=4),
     WindowCase("packed without window", 90, None, cu_seqlens=(0, 25, 90)),
     WindowCase("packed with nothing", 0, 4, cu_seqlens=(0, 0, 0)),
@@ -49,6 +53,8 @@ def test_against_float64(case, dtype):
 
 
 LARGE_SCORES = [
+    (torch.float32, WindowCase("no window, some scores large", 300, None, size=3, D=16, Dv=16)),
+    (torch.float32, WindowCase("no window, scores of hundreds", 90, None, size=10, D=17, Dv=4)),
     (torch.float32, WindowCase("scores of ten", 30, 2, size=1.5, D=17, Dv=4)),
     (torch.float32, WindowCase("scores of hundreds", 30, 3, size=10, D=17, Dv=4)),
     (torch.float32, WindowCase("grouped heads", 90, 8, size=30, Hq=4)),
@@ -67,10 +73,18 @@ def test_large_scores(dtype, case, part_scores, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_large_scores_of_equal_keys(dtype):
-    """Every key has the same probability, which the rounding of the lse must not change."""
-    W = 4
-    q, k = (torch.full((1, 50, 2, 17), x, dtype=dtype) for x in (1e3, 1.1e3))
+@pytest.mark.parametrize("apart", [0.0, 50.0])
+@pytest.mark.parametrize(
+    "W, size, D",
+    [(4, 1e3, 17), (None, 1e3, 17), (None, 0.55, 128), (30, 0.55, 128), (None, 1.6, 64)],
+)
+def test_scores_of_equal_keys(W, size, D, apart, dtype):
+    """Every key has the same probability, which neither the rounding of the lse nor scaling must change.
+
+    Also where q and k are larger than their products tell.
+    """
+    q, k = (torch.full((1, 50, 2, D), x, dtype=dtype) for x in (size, 1.1 * size))
+    q[..., 0], k[..., 0], q[..., 1], k[..., 1] = apart, 0.0, 0.0, apart
     v, do = torch.randn(2, 1, 50, 2, 8, dtype=dtype)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     (dv,) = torch.autograd.grad(window_attn(q, k, v, W), v, do)
@@ -83,8 +97,7 @@ def test_large_scores_of_equal_keys(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES[8:16], ids=str)
 def test_path_of_other_devices(case, dtype, monkeypatch):
-    monkeypatch.setattr(masked_attention, "forward", masked_attention.forward_written_out)
-    monkeypatch.setattr(masked_attention, "backward", masked_attention.backward_written_out)
+    monkeypatch.setattr(masked_attention, "has_flash", lambda q: False)
     check_window_attn(eager_window_attn, case, dtype)
 
 
@@ -137,6 +150,81 @@ def test_scale_of_scores():
     assert not torch.allclose(scaled, window_attn(q, k, v, 20))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [0.0, -0.7, 1e-50, 3.0])
+@pytest.mark.parametrize("W", [None, 20])
+def test_any_scale(W, scale, dtype):
+    inputs = WindowCase("", 80, W).inputs(dtype)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    do = torch.randn(1, 80, 2, 16, dtype=torch.float64)
+    results = []
+    for fn, xs in (
+        (window_attn, inputs),
+        (reference.window_attn, inputs),
+        (reference.window_attn, exact),
+    ):
+        o = fn(*xs, W, softmax_scale=scale)
+        results.append([o, *torch.autograd.grad(o, xs, do.to(o.dtype))])
+    for name, *values in zip(("o", "dq", "dk", "dv"), *results):
+        assert_close_to_float64(*values, name)
+
+
+class Operations(TorchDispatchMode):
+    """The names of all that runs, and how often a kernel of it was causal."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.causal = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        if "flash_attention" in self.names[-1]:
+            self.causal += any(args[7:8] if "backward" in self.names[-1] else args[4:5])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("W", [None, 60])
+@pytest.mark.parametrize("D", [64, 40])
+def test_a_window_that_hides_nothing_is_one_causal_kernel(W, D):
+    """Forward and backward, of inputs as they are: strided, and scaled where the scale is no power of two."""
+    qkv = torch.randn(2, 60, 3, 2, D)
+    q, k, v = qkv.unbind(2)
+    with Operations() as ran:
+        o, lse = eager.window_attn_fwd(q, k, v, W or 60, D**-0.5)
+        eager.window_attn_bwd(o, None, masked_attention.Saved(q, k, v, o, lse), 60, D**-0.5)
+    kernels = [name for name in ran.names if "flash_attention" in name]
+    assert len(kernels) == 2 and ran.causal == 2
+    copies = {"aten::cat", "aten::copy_", "aten::zeros", "aten::masked_fill_", "aten::new_zeros"}
+    assert not copies & set(ran.names)
+    assert ran.names.count("aten::clone") == 1  # of lse
+    assert o.is_contiguous() and lse.is_contiguous()
+
+
+def test_some_queries_behind_many_keys_are_one_call():
+    q, k, v = (torch.randn(1, n, 2, 16) for n in (200, 600, 600))
+    with Operations() as ran:
+        eager.window_attn_fwd(q, k, v, 600, 0.25)
+    assert sum("flash_attention" in name for name in ran.names) == 1
+
+
+def test_the_backward_of_many_keys_is_as_precise_with_a_larger_lse(monkeypatch):
+    """Than that of a few, and needs no other way."""
+    monkeypatch.setattr(masked_attention, "backward_written_out", None)
+    q, k, v = (x.detach() for x in WindowCase("", 500, None, D=128).inputs(torch.float32))
+    q, k = torch.full_like(q, 0.55), torch.full_like(k, 0.55)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    o, lse = window_attn(*inputs, return_lse=True)
+    assert lse.max() > masked_attention.PRECISE_LSE[torch.float32]
+    do = torch.randn_like(o)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    results = [torch.autograd.grad(o, inputs, do)]
+    for xs in (inputs, exact):
+        o = reference.window_attn(*xs)
+        results.append(torch.autograd.grad(o, xs, do.to(o.dtype)))
+    for name, *grads in list(zip(("dq", "dk", "dv"), *results))[1:]:
+        assert_close_to_float64(*grads, name)
+
+
 def test_huge_scores_stay_finite():
     q, k, v = WindowCase("", 100, 20).inputs(torch.float32)
     o, lse = window_attn(q * 1e3, k * 1e3, v, 20, return_lse=True)
@@ -149,8 +237,7 @@ def test_huge_scores_stay_finite():
 def test_scores_of_minus_infinity(dtype, written_out, monkeypatch):
     """A row whose every score is -inf has the output 0, and nothing becomes NaN."""
     if written_out:
-        monkeypatch.setattr(masked_attention, "forward", masked_attention.forward_written_out)
-        monkeypatch.setattr(masked_attention, "backward", masked_attention.backward_written_out)
+        monkeypatch.setattr(masked_attention, "has_flash", lambda q: False)
     q, k, v = (x.detach() for x in WindowCase("", 100, 20).inputs(dtype))
     q = torch.full_like(q, 1e30).requires_grad_()
     k[:, 20:70] = -1e30
@@ -165,12 +252,24 @@ def test_scores_of_minus_infinity(dtype, written_out, monkeypatch):
     assert not grads[0][:, 29:70].any()
 
 
+@pytest.mark.parametrize("W", [None, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_minus_infinity_before_others(dtype, W):
+    """The first 30 of a sequence see nothing else, as long as nobody looks ahead."""
+    q, k, v = (x.detach() for x in WindowCase("", 100, 20).inputs(dtype))
+    q, k[:, :30] = torch.full_like(q, 1e30), -1e30
+    q.requires_grad_()
+    o, lse = window_attn(q, k, v, W, return_lse=True)
+    (dq,) = torch.autograd.grad(o, q, torch.randn_like(o))
+    assert not o[:, :30].any() and (lse[..., :30] == -math.inf).all() and not dq[:, :30].any()
+    assert o[:, 30:].all() and lse[..., 30:].isfinite().all() and dq.isfinite().all()
+
+
 @pytest.mark.parametrize("written_out", [False, True])
 @pytest.mark.parametrize("score", [math.inf, math.nan])
 def test_scores_without_a_value_give_none(score, written_out, monkeypatch):
     if written_out:
-        monkeypatch.setattr(masked_attention, "forward", masked_attention.forward_written_out)
-        monkeypatch.setattr(masked_attention, "backward", masked_attention.backward_written_out)
+        monkeypatch.setattr(masked_attention, "has_flash", lambda q: False)
     q, k, v = (x.detach() for x in WindowCase("", 100, 20).inputs(torch.float32))
     q[:, 50], k[:, 50] = score, 1.0
     q, k, v = (x.requires_grad_() for x in (q, k, v))

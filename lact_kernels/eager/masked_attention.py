@@ -4,12 +4,12 @@ Tensors are `[N, H, rows, D]` and `[N, H, keys, D]`, Dv channels for v and o; th
 `[rows, keys]`. A row whose scores are all -inf has the output 0, the lse -inf and no gradient.
 
 On the CPU this is PyTorch's own flash kernel, called one level below `scaled_dot_product_attention`,
-which does not hand out the lse. On other devices, whose flash kernels take no such mask, it is
-written out.
+which does not hand out the lse. It has a causal form of its own, which needs no mask: row r sees the keys
+up to r. On other devices, whose flash kernels take no such mask, it is written out.
 
-The flash backward finds P again as `exp(score - lse)`. The rounding of the lse, and of scores that are
-not scaled as in the forward, is a relative error of P. Where that counts, the backward is written out on
-the CPU as well, and divides P by its own sums.
+The flash backward finds P again as `exp(score - lse)`. The rounding of the lse is a relative error of P.
+Where that counts, the backward is written out on the CPU as well, and divides P by its own sums, which
+takes about half as long again.
 """
 
 import math
@@ -23,8 +23,11 @@ from torch import Tensor
 aten = torch.ops.aten
 
 PART_SCORES = 2**17  # that are written out at a time on a CPU, so that they stay in its cache
-# The lse up to which its rounding counts less than that of the dtype.
+# The lse up to which its rounding counts less than that of the dtype, and in float32 how far it may be above
+# the logarithm of the number of keys: the errors of many keys' sums outweigh those of a larger lse.
 PRECISE_LSE = {torch.float64: 8, torch.float32: 8, torch.float16: 512, torch.bfloat16: 512}
+PRECISE_MEAN = 4
+SMALL_SCORE = 32  # up to which q may be rounded
 
 
 class Saved(NamedTuple):
@@ -42,27 +45,70 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def has_flash(q: Tensor) -> bool:
+    """Whether the flash kernel runs here."""
+    return q.is_cpu
+
+
+def has_causal_flash(q: Tensor, scale: float) -> bool:
+    """Whether its causal form is right: it scales the -inf of what a row does not see."""
+    return has_flash(q) and scale >= torch.finfo(lse_dtype(q.dtype)).tiny
+
+
+def split_scale(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, float, float]:
+    """q times a factor, the scale that is left, and the factor: 1, or what makes that a power of two.
+
+    The flash forward scales the products, its backward scales q. With a power of two the scores of both are
+    the same, and so is what the lse is made of. 16-bit q stay as they are: they would be rounded. So do
+    those of large scores, for which a rounding of q in float32 is too much as well.
+    """
+    if not has_flash(q) or _same_scores(q, scale) or not (q.numel() and k.numel()):
+        return q, scale, 1.0
+    norms = [torch.linalg.vector_norm(x, dim=-1).max() for x in (q, k)]
+    if not abs(scale) * norms[0] * norms[1] <= SMALL_SCORE:
+        return q, scale, 1.0
+    mantissa, exponent = math.frexp(scale)
+    return q * (2 * mantissa), math.ldexp(1.0, exponent - 1), 2 * mantissa
+
+
+def _same_scores(q: Tensor, scale: float) -> bool:
+    """Whether the flash backward has the scores of the forward, as far as the dtype tells."""
+    return q.dtype != lse_dtype(q.dtype) or abs(math.frexp(scale)[0]) == 0.5
+
+
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Outputs in the dtype of q, and lse `[N, H, rows]`."""
-    if not q.is_cpu:
+    """Outputs in the dtype of q, and lse `[N, H, rows]`. Causal is for the flash kernel alone."""
+    if not has_flash(q):
         return forward_written_out(q, k, v, mask, scale)
+    rows, Dv = q.size(2), v.size(3)
+    if rows == 1 and q.dtype == torch.bfloat16:
+        q = torch.cat([q, q], dim=2)  # products of one row take several times as long as of two
+    q, k, v = _equally_wide(q, k, v)
     flash = aten._scaled_dot_product_flash_attention_for_cpu.default
-    o, lse = flash(*_equally_wide(q, k, v), attn_mask=mask, scale=scale)
-    if lse.count_nonzero() < lse.numel():  # 0 is also what the kernel gives for a row of -inf
-        for part in _parts(q, k):
-            blind = (_scores(q[part], k[part], mask, scale) == -math.inf).all(dim=-1)
-            lse[part].masked_fill_(blind, -math.inf)
-    return (o if o.shape[-1] == v.shape[-1] else o[..., : v.shape[-1]]), lse
+    options = {"is_causal": causal, "attn_mask": mask, "scale": scale}
+    o, lse = flash(q, k, v, **options)
+    if not lse.all():  # 0 is also what the kernel gives for a row of -inf, whose output is always 0
+        ones = v.new_ones(v.shape[2:]).expand_as(v)
+        sums, _ = flash(q, k, ones, **options)
+        lse.masked_fill_(sums[..., 0] == 0, -math.inf)
+    if rows < q.size(2) or Dv < q.size(3):
+        o, lse = o[:, :, :rows, :Dv], lse[:, :, :rows]
+    return o, lse
 
 
 def backward(
-    do: Tensor, dlse: Tensor | None, saved: Saved, mask: Tensor, scale: float
+    do: Tensor,
+    dlse: Tensor | None,
+    saved: Saved,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
+    """Gradients of q, k and v. Causal is for where `flash_is_precise` alone."""
     q, k, v, o, lse = saved
-    if not (q.is_cpu and _flash_is_precise(lse, q.dtype, scale)):
+    if not flash_is_precise(q, lse, k.shape[2], scale):
         return backward_written_out(do, dlse, saved, mask, scale)
     D, Dv = q.shape[-1], v.shape[-1]
     if dlse is not None:
@@ -72,17 +118,15 @@ def backward(
         o = F.pad(o, (0, 1))
         do = torch.cat([do, dlse[..., None].to(do.dtype)], dim=-1)
     do, q, k, v, o = _equally_wide(do, q, k, v, o)
-    flash = aten._scaled_dot_product_flash_attention_for_cpu_backward
-    dq, dk, dv = flash(do, q, k, v, o, lse, 0.0, False, attn_mask=mask, scale=scale)
+    flash = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    dq, dk, dv = flash(do, q, k, v, o, lse, 0.0, causal, attn_mask=mask, scale=scale)
     return dq[..., :D], dk[..., :D], dv[..., :Dv]
 
 
-def _flash_is_precise(lse: Tensor, dtype: torch.dtype, scale: float) -> bool:
+def flash_is_precise(q: Tensor, lse: Tensor, keys: int, scale: float) -> bool:
     """Whether `exp(score - lse)` gives probabilities as exact as the dtype: False for -inf and NaN."""
-    # The flash backward scales q, where the forward scales products. With powers of two these are equal.
-    power_of_two = abs(math.frexp(scale)[0]) == 0.5
-    same_scores = power_of_two or dtype != lse.dtype
-    return same_scores and bool((lse.abs() <= PRECISE_LSE[dtype]).all())
+    limit = max(PRECISE_LSE[q.dtype], PRECISE_MEAN + math.log(keys))
+    return has_flash(q) and _same_scores(q, scale) and bool((lse.abs() <= limit).all())
 
 
 def forward_written_out(
@@ -142,16 +186,16 @@ def _parts(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def band(rows: int, window_size: int, like: Tensor) -> Tensor:
-    """The additive mask `[R, R + W - 1]`: 0 where r <= s < r + W, -inf elsewhere."""
-    ones = like.new_ones(rows, rows + window_size - 1, dtype=torch.bool)
-    visible = ones.triu().tril(window_size - 1)
-    return like.new_zeros(visible.shape).masked_fill_(~visible, -math.inf)
+    """The additive mask `[R, R + W]`: 0 where r < s <= r + W, -inf elsewhere."""
+    row = like.new_full((rows + window_size + 1,), -math.inf)
+    row[1 : 1 + window_size] = 0.0
+    # Each row has it one further to the right, which is one element more than a row is long.
+    return row.repeat(rows)[:-rows].view(rows, rows + window_size)
 
 
 def _equally_wide(*tensors: Tensor) -> list[Tensor]:
     """As many channels in each, zeros behind its own, and a last stride of 1; in place where that is so."""
-    channels = max(x.shape[-1] for x in tensors)
-    wide = (
-        x if x.shape[-1] == channels else F.pad(x, (0, channels - x.shape[-1])) for x in tensors
-    )
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in wide]
+    channels = max([x.size(-1) for x in tensors])
+    if any([x.size(-1) < channels for x in tensors]):
+        tensors = tuple(F.pad(x, (0, channels - x.size(-1))) for x in tensors)
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]

@@ -1,67 +1,88 @@
 """Blocked sliding-window attention in plain PyTorch: time O(T * W), memory O(T + W), any device.
 
-Queries are cut into blocks of R rows. A block reads one contiguous range of keys, its own R and the
-W - 1 before them, of which row r sees the band r <= s < r + W:
+The first W queries of a sequence see everything up to themselves. On the CPU they are one call of PyTorch's
+causal flash kernel, which is all there is where the window covers the sequence.
 
-                s = 0         W          R + W - 1
-    r = 0         x x x x x x x . . . . .
-                  . x x x x x x x . . . .
-                  . . x x x x x x x . . .
-                  . . . x x x x x x x . .
-                  . . . . x x x x x x x .
-    r = R - 1     . . . . . x x x x x x x
+The queries behind them are cut into blocks of R rows. A block reads one contiguous range of keys, its own R
+and the W before them, of which row r sees the band r < s <= r + W:
+
+                s = 0           W         R + W
+    r = 0         . x x x x x x x . . . . .
+                  . . x x x x x x x . . . .
+                  . . . x x x x x x x . . .
+                  . . . . x x x x x x x . .
+                  . . . . . x x x x x x x .
+    r = R - 1     . . . . . . x x x x x x x
 
 This band is the only mask there is. Blocks whose range begins inside the sequence run together: their
-ranges overlap, and are strided views of k and v, not copies. The blocks at the start, whose range
-would begin before the sequence, and the last, shorter one run one by one, with the band cut to fit.
+ranges overlap, and are strided views of k and v, not copies. Blocks whose range would begin before
+the sequence (of queries that are fewer than the keys, and where no causal kernel runs or would not be
+precise) and the last, shorter one run one by one, with the band cut to fit.
 """
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from lact_kernels.core.offsets import Offsets
 from lact_kernels.eager import masked_attention
 from lact_kernels.eager.masked_attention import Saved
 
-MIN_ROWS, MAX_ROWS = 64, 256
+FLASH_ROWS = 32  # of a block in the flash forward, which takes fewer rows than 192 in parts of 32
+MIN_ROWS, MAX_ROWS = 64, 256  # of other blocks
 MAX_BLOCKS = 64  # in one batch, which bounds the memory of the backward's per-block dk and dv
 
 
 class _Blocks(NamedTuple):
-    """`count` blocks of `rows` queries each, the first of which starts at the given query and key."""
+    """`count` blocks of `rows` queries each, the first of which starts at the given query and key.
+
+    One block is that of every row of the batch, several are those of `row`. Of grouped heads it is one
+    query head for each key head, which are read in place like this.
+    """
 
     first_query: int
     first_key: int
     rows: int
     keys: int
-    count: int
-    mask: Tensor  # [rows, keys]
+    mask: Tensor | None  # [rows, keys]; None: causal
+    count: int = 1
+    row: int = 0
+    heads: slice = slice(None)  # of the queries
+
+    @property
+    def causal(self) -> bool:
+        return self.mask is None
 
     def queries(self, x: Tensor) -> Tensor:
-        """The blocks' rows of `[Tq, H, D]`, as a view `[count, H, rows, D]`."""
-        return self._view(x, self.first_query, self.rows)
+        """The blocks' rows of `[B, Tq, Hq, D]`, as a view `[N, Hkv, rows, D]`."""
+        return self._view(x, self.first_query, self.rows, self.heads)
 
     def statistics(self, x: Tensor) -> Tensor:
-        """The same of `[Tq, H]`, as a view `[count, H, rows]`."""
-        return self.queries(x[..., None])[..., 0]
+        """The same of `[B, Hq, Tq]`, as a view `[N, Hkv, rows]`."""
+        return self.queries(x.mT[..., None])[..., 0]
 
     def window(self, x: Tensor) -> Tensor:
-        """The blocks' keys of `[Tk, H, D]`, as an overlapping view `[count, H, keys, D]`."""
-        return self._view(x, self.first_key, self.keys)
+        """The blocks' keys of `[B, Tk, Hkv, D]`, as an overlapping view `[N, Hkv, keys, D]`."""
+        return self._view(x, self.first_key, self.keys, slice(None))
 
     def add_to_window(self, x: Tensor, parts: Tensor) -> None:
-        """Add `parts` `[count, H, keys, D]` to the blocks' keys of `[Tk, H, D]`, which overlap."""
-        for first, part in zip(range(self.first_key, x.shape[0], self.rows), parts):
-            x[first : first + self.keys] += part.transpose(0, 1)
+        """Add `parts` `[N, Hkv, keys, D]` to the blocks' keys of `[B, Tk, Hkv, D]`, which overlap."""
+        if self.count == 1:
+            self.window(x).add_(parts)
+            return
+        for i, part in enumerate(parts):
+            first = self.first_key + i * self.rows
+            x[self.row, first : first + self.keys] += part.transpose(0, 1)
 
-    def _view(self, x: Tensor, first: int, length: int) -> Tensor:
+    def _view(self, x: Tensor, first: int, length: int, heads: slice) -> Tensor:
+        if self.count == 1:
+            return x[:, first : first + length, heads].transpose(1, 2)
         stop = first + (self.count - 1) * self.rows + length
-        return x[first:stop].unfold(0, length, self.rows).transpose(2, -1)
+        return x[self.row, first:stop, heads].unfold(0, length, self.rows).transpose(2, -1)
 
 
 def window_attn_fwd(
@@ -73,15 +94,27 @@ def window_attn_fwd(
     offsets: Offsets | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs `[B, Tq, Hq, Dv]` and lse `[B, Hq, Tq]`, 0 and -inf for a query before the first key."""
+    q, scale, _ = masked_attention.split_scale(q, k, softmax_scale)
+    causal = masked_attention.has_causal_flash(q, scale)
+    rows = FLASH_ROWS if masked_attention.has_flash(q) else MAX_ROWS
+
+    def outputs(blocks: _Blocks) -> tuple[Tensor, Tensor]:
+        inputs = blocks.queries(q), blocks.window(k), blocks.window(v)
+        return masked_attention.forward(*inputs, blocks.mask, scale, blocks.causal)
+
+    spans = _spans(q, k, offsets)
+    pieces = list(_cut(q, k, window_size, spans, rows, lambda *_: causal))
+    if _is_all(pieces, q, k):
+        o, lse = outputs(pieces[0])
+        return o.transpose(1, 2).contiguous(), lse.contiguous()
     B, Tq, Hq, _ = q.shape
-    o = q.new_zeros(B, Tq, Hq, v.shape[-1])
+    blind = any(span.lead < 0 for span in spans)  # are some queries, before the first key
+    o = (q.new_zeros if blind else q.new_empty)(B, Tq, Hq, v.shape[-1])
     lse = q.new_full((B, Hq, Tq), -math.inf, dtype=masked_attention.lse_dtype(q.dtype))
-    for blocks, (qs, os, lses), (ks, vs) in _views((q, o, lse.mT), (k, v), window_size, offsets):
-        out, out_lse = masked_attention.forward(
-            blocks.queries(qs), blocks.window(ks), blocks.window(vs), blocks.mask, softmax_scale
-        )
-        blocks.queries(os).copy_(out)
-        blocks.statistics(lses).copy_(out_lse)
+    for blocks in pieces:
+        out, out_lse = outputs(blocks)
+        blocks.queries(o).copy_(out)
+        blocks.statistics(lse).copy_(out_lse)
     return o, lse
 
 
@@ -95,72 +128,113 @@ def window_attn_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; each block computes its probabilities again."""
     q, k, v, o, lse = saved
-    dq, dk, dv = (
-        torch.zeros_like(x, dtype=lse.dtype, memory_format=torch.contiguous_format)
-        for x in (q, k, v)
-    )
-    queries, keys = (q, o, do, dq, lse.mT), (k, v, dk, dv)
-    if dlse is not None:
-        queries = (*queries, dlse.mT)
-    for blocks, (qs, os, dos, dqs, *statistics), (ks, vs, dks, dvs) in _views(
-        queries, keys, window_size, offsets
-    ):
-        lses, *dlses = map(blocks.statistics, statistics)
-        block = Saved(
-            blocks.queries(qs), blocks.window(ks), blocks.window(vs), blocks.queries(os), lses
+    q, scale, factor = masked_attention.split_scale(q, k, softmax_scale)
+    has_causal = masked_attention.has_causal_flash(q, scale)
+
+    def causal(first: int, stop: int) -> bool:
+        lses = lse[..., first:stop]
+        return has_causal and masked_attention.flash_is_precise(q, lses, stop - first, scale)
+
+    def gradients(blocks: _Blocks) -> tuple[Tensor, Tensor, Tensor]:
+        rows, keys, lses = blocks.queries, blocks.window, blocks.statistics
+        block = Saved(rows(q), keys(k), keys(v), rows(o), lses(lse))
+        block_dlse = None if dlse is None else lses(dlse)
+        return masked_attention.backward(
+            rows(do), block_dlse, block, blocks.mask, scale, blocks.causal
         )
-        dq_part, dk_part, dv_part = masked_attention.backward(
-            blocks.queries(dos), dlses[0] if dlses else None, block, blocks.mask, softmax_scale
-        )
-        blocks.queries(dqs).copy_(dq_part)
-        blocks.add_to_window(dks, dk_part)
-        blocks.add_to_window(dvs, dv_part)
+
+    pieces = list(_cut(q, k, window_size, _spans(q, k, offsets), MAX_ROWS, causal))
+    if _is_all(pieces, q, k):
+        dq, dk, dv = (x.transpose(1, 2).contiguous() for x in gradients(pieces[0]))
+    else:
+        dq, dk, dv = (x.new_zeros(x.shape, dtype=lse.dtype) for x in (q, k, v))
+        for blocks in pieces:
+            dq_part, dk_part, dv_part = gradients(blocks)
+            blocks.queries(dq).copy_(dq_part)
+            blocks.add_to_window(dk, dk_part)
+            blocks.add_to_window(dv, dv_part)
+    if factor != 1.0:
+        dq *= factor
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _views(
-    queries: tuple[Tensor, ...],
-    keys: tuple[Tensor, ...],
-    window_size: int,
-    offsets: Offsets | None,
-) -> Iterator[tuple[_Blocks, tuple[Tensor, ...], tuple[Tensor, ...]]]:
-    """All blocks of all sequences, with the `[T, Hkv, ...]` views of the tensors that they cut up.
+def _is_all(pieces: list[_Blocks], q: Tensor, k: Tensor) -> bool:
+    """Whether one call does everything, whose results need no place in others."""
+    sizes = [(blocks.rows, blocks.keys) for blocks in pieces]
+    return sizes == [(q.shape[1], k.shape[1])]
 
-    One view for each batch row and each query head of a group, so that grouped heads and rows of
-    any stride are read in place.
-    """
-    q, k = queries[0], keys[0]
-    (B, Tq, Hq), (Tk, Hkv) = q.shape[:3], k.shape[1:3]
-    spans = [(0, Tq, 0, Tk)]
-    if offsets is not None:
-        borders = itertools.pairwise(offsets.queries), itertools.pairwise(offsets.keys)
-        spans = [(*queries, *keys) for queries, keys in zip(*borders)]
-    most_queries = max(stop - start for start, stop, _, _ in spans)
-    most_keys = max(stop - start for _, _, start, stop in spans)
+
+class _Span(NamedTuple):
+    """The queries and keys of one sequence."""
+
+    first_query: int
+    last_query: int
+    first_key: int
+    last_key: int
+
+    @property
+    def lead(self) -> int:
+        """Keys before that of the first query; below 0 the queries before the first key."""
+        return self.last_key - self.first_key - (self.last_query - self.first_query)
+
+
+def _spans(q: Tensor, k: Tensor, offsets: Offsets | None) -> list[_Span]:
+    if offsets is None:
+        return [_Span(0, q.shape[1], 0, k.shape[1])]
+    borders = itertools.pairwise(offsets.queries), itertools.pairwise(offsets.keys)
+    return [_Span(*queries, *keys) for queries, keys in zip(*borders)]
+
+
+def _cut(
+    q: Tensor,
+    k: Tensor,
+    window_size: int,
+    spans: list[_Span],
+    max_rows: int,
+    causal: Callable[[int, int], bool],
+) -> Iterator[_Blocks]:
+    """All blocks of all sequences; `causal(first, stop)` says whether these queries may be a causal one."""
+    B, groups = q.shape[0], q.shape[2] // k.shape[2]
+    most_queries = max(span.last_query - span.first_query for span in spans)
+    most_keys = max(span.last_key - span.first_key for span in spans)
     window_size = max(1, min(window_size, most_keys))
     half = 1 << max(0, (window_size // 2).bit_length() - 1)  # of the window, down to a power of two
-    rows = min(MAX_ROWS, max(MIN_ROWS, half), max(1, most_queries))
-    band = masked_attention.band(rows, window_size, q)
-    queries = tuple(x.unflatten(2, (Hkv, Hq // Hkv)) for x in queries)
-    for first_query, last_query, first_key, last_key in spans:
-        for blocks in _cut(last_query - first_query, last_key - first_key, window_size, band):
-            for b in range(B):
-                ks = tuple(x[b, first_key:last_key] for x in keys)
-                for g in range(Hq // Hkv):
-                    yield blocks, tuple(x[b, first_query:last_query, :, g] for x in queries), ks
+    single = min(MAX_ROWS, max(MIN_ROWS, half), max(1, most_queries))
+    band_of = functools.cache(lambda rows: masked_attention.band(rows, window_size, q))
+    for span in spans:
+        sizes = (min(max_rows, single), single)
+        for blocks in _cut_span(span, window_size, sizes, band_of, causal):
+            for row in range(B if blocks.count > 1 else 1):
+                for group in range(groups):
+                    heads = slice(None) if groups == 1 else slice(group, None, groups)
+                    yield blocks._replace(row=row, heads=heads)
 
 
-def _cut(Tq: int, Tk: int, window_size: int, band: Tensor) -> Iterator[_Blocks]:
-    """The blocks of one sequence, in order, from the first query that sees a key."""
-    rows = band.shape[0]
-    query = max(0, Tq - Tk)
-    while query < Tq:
-        position = query + Tk - Tq
-        cut_off = max(0, window_size - 1 - position)  # columns of the band before the first key
-        length = min(rows, Tq - query)
-        count = 1 if cut_off else min(MAX_BLOCKS, max(1, (Tq - query) // rows))
-        mask = band[:length, cut_off : window_size - 1 + length]
-        yield _Blocks(
-            query, position - (window_size - 1) + cut_off, length, mask.shape[1], count, mask
-        )
+def _cut_span(
+    span: _Span,
+    window_size: int,
+    sizes: tuple[int, int],
+    band_of: Callable[[int], Tensor],
+    causal: Callable[[int, int], bool],
+) -> Iterator[_Blocks]:
+    """The blocks of one sequence, in order, from the first query that sees a key.
+
+    `sizes` are the rows of a block among many, and of one whose range is cut off.
+    """
+    query = span.first_query + max(0, -span.lead)
+    if span.lead == 0:
+        prefix = min(window_size, span.last_query - query)
+        if prefix and causal(query, query + prefix):
+            yield _Blocks(query, span.first_key, prefix, prefix, None)
+            query += prefix
+    while query < span.last_query:
+        left = span.last_query - query
+        position = query - span.first_query + span.lead
+        cut_off = max(0, window_size - position)  # columns of the band before the first key
+        rows = sizes[cut_off > 0]
+        length = min(rows, left)
+        count = 1 if cut_off else min(MAX_BLOCKS, max(1, left // rows))
+        mask = band_of(rows)[:length, cut_off : window_size + length]
+        first_key = span.first_key + position - window_size + cut_off
+        yield _Blocks(query, first_key, length, mask.shape[1], mask, count)
         query += count * length
