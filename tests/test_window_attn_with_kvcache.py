@@ -74,7 +74,7 @@ CASES = [
     CacheCase("ring far away", 20, 20, (10**6 + 7, 2**31 - 1)),
     CacheCase("several queries", 50, 9, (50, 30, 12), Tq=5),
     CacheCase("several queries on a ring", 24, 20, (24, 25, 48, 77), Tq=5),
-    CacheCase("queries before the first token", 24, 20, (2, 0, 5), Tq=5),
+    CacheCase("queries before the first token", 24, 20, (2, 0, 5, 1), Tq=5),
     CacheCase("many queries", 60, 11, (60, 45), Tq=40, Hq=6),
     CacheCase("one head each", 40, 12, (40, 3), Hq=2),
     CacheCase("padded head dims", 40, 12, (40, 3), D=24, Dv=40),

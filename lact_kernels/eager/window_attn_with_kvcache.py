@@ -48,17 +48,18 @@ def _rows(
     groups = Hq // Hkv
     span = min(window_size + n - 1, seqlen)
     slots = _slots(seqlen, span, S)
-    parts = [tuple(x[:, s].transpose(1, 2) for x in (k_cache, v_cache)) for s in slots]
+    parts = [(k_cache[:, s].transpose(1, 2), v_cache[:, s].transpose(1, 2)) for s in slots]
     # The queries of a group are rows of one product.
-    queries = q if n == Tq else q[:, Tq - n :]
-    queries = queries.reshape(B, n, Hkv, groups, D).permute(0, 2, 3, 1, 4)
-    mask = None  # a single query sees all of them
-    if n > 1:
+    if n == 1:  # query, which sees all of them
+        last = q if Tq == 1 else q[:, -1:]
+        o, lse = _forward(last.reshape(B, Hkv, groups, D), parts, None, scale)
+        o, lse = o.reshape(B, 1, Hq, Dv), lse.reshape(B, Hq, 1)
+    else:
+        queries = q[:, Tq - n :].reshape(B, n, Hkv, groups, D).permute(0, 2, 3, 1, 4)
         mask = masked_attention.band(n, min(window_size, seqlen), q)[:, -span:]
-        mask = mask.repeat(groups, 1)  # [G * n, span]
-    o, lse = _forward(queries.flatten(2, 3), parts, mask, scale)
-    o = o.view(B, Hkv, groups, n, Dv).permute(0, 3, 1, 2, 4).reshape(B, n, Hq, Dv)
-    lse = lse.reshape(B, Hq, n)
+        o, lse = _forward(queries.flatten(2, 3), parts, mask.repeat(groups, 1), scale)
+        o = o.view(B, Hkv, groups, n, Dv).permute(0, 3, 1, 2, 4).reshape(B, n, Hq, Dv)
+        lse = lse.reshape(B, Hq, n)
     if n < Tq:
         o, lse = F.pad(o, (0, 0, 0, 0, Tq - n, 0)), F.pad(lse, (Tq - n, 0), value=-math.inf)
     return o, lse
