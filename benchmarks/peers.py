@@ -109,6 +109,21 @@ def _dense_sdpa(point: WindowAttn, mode: str) -> Callable[..., Tensor]:
     return run
 
 
+def _causal_sdpa(point: WindowAttn, mode: str) -> Callable[..., Tensor]:
+    """`scaled_dot_product_attention` without a window, which has no mask to read: its fastest kernels."""
+    if point.swept_value < point.T or point.sequences > 1:
+        raise Unavailable("SDPA's causal kernels have no window and no packed sequences")
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        o = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=point.Hq != point.Hkv
+        )
+        return o.transpose(1, 2)
+
+    return run
+
+
 def _flex_attention(point: WindowAttn, mode: str) -> Callable[..., Tensor]:
     """Compiled FlexAttention; its BlockMask, sliding in each sequence, is made on the first call."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -305,6 +320,7 @@ def _find(module: str, name: str) -> Callable:
 
 
 DENSE_SDPA = Variant("dense-mask SDPA", _dense_sdpa)
+CAUSAL_SDPA = Variant("SDPA, full causal", _causal_sdpa)
 VARLEN_ATTN = Variant("FlashAttention-2 varlen_attn", _varlen_attn)
 CACHE_SDPA = [
     Variant("SDPA over the window", _cache_sdpa(lambda point: point.span)),
@@ -332,11 +348,13 @@ _PEERS = {
     ("window_attn", "cpu"): [
         DENSE_SDPA,
         Variant("FlexAttention", _flex_attention),
+        CAUSAL_SDPA,
     ],
     ("window_attn", "cuda"): [
         Variant("FlexAttention", _flex_attention),
         VARLEN_ATTN,
         Variant("FLA parallel_attn", _parallel_attn),
+        CAUSAL_SDPA,
     ],
     ("window_attn_with_kvcache", "cpu"): CACHE_SDPA,
     ("window_attn_with_kvcache", "cuda"): CACHE_SDPA,
