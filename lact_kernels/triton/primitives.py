@@ -211,6 +211,7 @@ def is_below(distance, limit):
     return distance.to(tl.uint32) < limit.to(tl.uint32)
 
 
+@triton.jit
 def mask_before_window(scores, own, window_size):
     """Scores of a tile, -inf for keys that have left the window: one comparison for each element.
 
