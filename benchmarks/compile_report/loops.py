@@ -21,8 +21,9 @@ class MatrixLoop:
     mask, the least numbers are those of the way through the loop that has the fewest selects.
 
     Asynchronous copies are committed in groups, one for each tile that is loaded: how many may still be
-    on their way when the first product of an iteration begins says how far ahead tiles are asked for.
-    None: the loop copies nothing.
+    on their way when the first product of an iteration begins says how far ahead tiles are asked for. Of
+    copies by descriptors it is the number that an iteration, at least, leaves to the next one's later
+    products. None: the loop copies nothing.
 
     A product of tiles is several instructions on the same accumulators. Hopper's and Blackwell's are
     asynchronous: each product is waited for once, or together with others, and a special function (`MUFU`: an
@@ -121,11 +122,15 @@ def _least(body: list[Instruction]) -> tuple[int, int]:
     raise ValueError("no way back to the beginning of the loop")
 
 
+def _once(body: list[Instruction]) -> list[Instruction]:
+    """Without the code out of line that repeats a wait until it succeeds, which is the same wait."""
+    repeated = {x.target for x in body if x.target is not None}
+    return [x for x in body if not (x.name.startswith("SYNCS") and x.address in repeated)]
+
+
 def _asynchronous(body: list[Instruction]) -> tuple[int, int, int]:
     """Products, waits for them, and special functions while a product is on its way."""
-    # Code out of line repeats a wait until it succeeds, which is the same wait.
-    repeated = {x.target for x in body if x.target is not None}
-    body = [x for x in body if not (x.name.startswith("SYNCS") and x.address in repeated)]
+    body = _once(body)
     # On barriers in memory Hopper waits for copies, Blackwell for products.
     ends = "WARPGROUP.DEPBAR" if any(x.kind == "HGMMA" for x in body) else "SYNCS.PHASECHK"
     on_the_way = False
@@ -148,7 +153,15 @@ def _asynchronous(body: list[Instruction]) -> tuple[int, int, int]:
 
 
 def _copies_in_flight(body: list[Instruction]) -> int | None:
-    if not any(x.kind == "LDGSTS" for x in body):
-        return None
-    waits = (x.operands for x in body if x.name == "DEPBAR.LE" and "SB0" in x.operands)
-    return int(next(waits).split(",")[1], 16)
+    kinds = Counter(x.kind for x in body)
+    if kinds["LDGSTS"]:
+        waits = (x.operands for x in body if x.name == "DEPBAR.LE" and "SB0" in x.operands)
+        return int(next(waits).split(",")[1], 16)
+    if kinds["UTMALDG"] and kinds["HGMMA"]:
+        # Each is waited for on a barrier of its own: those of the last iteration that are not yet, at least.
+        body = _once(body)
+        first_product = next(place for place, x in enumerate(body) if x.kind == "HGMMA")
+        return kinds["UTMALDG"] - sum(
+            x.name.startswith(("UTMALDG", "SYNCS.PHASECHK")) for x in body[:first_product]
+        )
+    return None
