@@ -69,7 +69,7 @@ def bulk_load(S, target, mbarrier, descriptor, coordinates, mask, line):
         addresses, inside = _elements(tensor, [of(x) for x in coordinates])
         index = global_index(S, addresses, size, inside, line)
         inside = S.all_programs(inside)
-        counts.count(S, "bytes_read", int(np.count_nonzero(inside)) * size)
+        counts.count_bulk(S, "read", S.all_programs(index), size, inside)
         program = np.broadcast_to(S.batch.names, inside.shape)
         units = S.memory.units(S.all_programs(index)[inside], size)
         note_program_read(S, units, program[inside][:, None], line)
@@ -105,7 +105,7 @@ def bulk_store(S, source, descriptor, coordinates, mask, line):
         S.shared.note_read(S, units, of.warp[:, None, None], line)
         data = S.shared.gather(offsets, size)
         program = np.broadcast_to(S.batch.names, data.shape)
-        counts.count(S, "bytes_written", int(np.count_nonzero(inside)) * size)
+        counts.count_bulk(S, "written", index, size, inside)
         stamps = np.broadcast_to(S.batch.clocks.stamps(of.warp)[0], data.shape)
         values = index[inside], size, data[inside], program[inside], stamps[inside]
         write_global(S, *values, line)

@@ -41,8 +41,8 @@ def unit_of(instruction: Instruction) -> str | None:
         return "shuffle"
     if opcode in ("bra", "brx", "ret", "exit"):
         return "control"
-    if opcode == "mov" or opcode == "cvta":
-        return None
+    if opcode in ("mov", "cvta") or (opcode in ("neg", "abs") and type == "f32"):
+        return None  # to machine code a sign or an absolute value is part of an operand
     if opcode != "cvt" and "f16" in type:
         return "fp32"
     return "fp32" if type in ("f32", "f32x2") else "integer"
@@ -66,6 +66,19 @@ def count_global(S, verb: str, index: np.ndarray, size: int, mask) -> None:
     sectors = S.all_threads(index).reshape(-1, 32) * size // SECTOR
     if mask is not None:
         sectors = np.where(S.all_threads(mask).reshape(-1, 32), sectors, -1)
+    _count_sectors(S, verb, sectors)
+
+
+def count_bulk(S, verb: str, index: np.ndarray, size: int, inside: np.ndarray) -> None:
+    """The same of the elements of a tile that is copied as a whole, `[programs, elements]`."""
+    count(S, f"bytes_{verb}", size * int(np.count_nonzero(inside)))
+    count(S, "bulk_shared_bytes", size * inside.size)
+    if S.options.memory_counts:
+        _count_sectors(S, verb, np.where(inside, index * size // SECTOR, -1))
+
+
+def _count_sectors(S, verb: str, sectors: np.ndarray) -> None:
+    """Of each row, an access, those it touches (negative: none); and those that the launch has not yet."""
     count(S, f"sectors_{verb}", _num_distinct(sectors))
     touched = S.memory.touched[verb]
     new = np.unique(sectors[sectors >= 0])

@@ -109,7 +109,8 @@ def unit_seconds(counts: Mapping[str, int], gpu: GPU) -> dict[str, float]:
     def lanes(width: int, *units: str) -> float:
         return WARP * sum(counts.get(unit, 0) for unit in units) / width
 
-    shared_bytes = WAVEFRONT * wavefronts(counts)[0] + counts.get("wgmma_shared_bytes", 0)
+    shared_bytes = WAVEFRONT * wavefronts(counts)[0]
+    shared_bytes += counts.get("wgmma_shared_bytes", 0) + counts.get("bulk_shared_bytes", 0)
     clocks = {
         "fp32": lanes(gpu.fp32, "fp32"),
         "integer": lanes(gpu.integer, "integer"),

@@ -12,6 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.instruction_counts import peers, points, rates
 from benchmarks.instruction_counts.__main__ import main
@@ -31,6 +32,13 @@ ARCHS = [
 def _copy_kernel(x_ptr, y_ptr, stride, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(y_ptr + i, tl.load(x_ptr + i * stride))
+
+
+@triton.jit
+def _copy_tile_kernel(x_desc, y_ptr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    tile = x_desc.load([tl.program_id(0) * ROWS, 0])
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    tl.store(y_ptr + rows * COLS + tl.arange(0, COLS)[None, :], tile)
 
 
 @triton.jit
@@ -70,6 +78,16 @@ def test_copy(arch, stride, sectors):
     assert found["bytes_read"] == found["bytes_written"] == 4 * 512
     assert found["sectors_read"] == found["distinct_sectors_read"] == sectors
     assert found["sectors_written"] == found["distinct_sectors_written"] == 512 // 8
+
+
+@pytest.mark.xdist_group("sm_90-bfloat16")
+def test_copy_of_tiles_by_descriptor():
+    """Two tiles of 16 rows of 128 bytes; 20 rows exist, each every 256 bytes."""
+    x, y = torch.zeros(20, 64), torch.zeros(32, 32)
+    descriptor = TensorDescriptor(x, [20, 32], [64, 1], [16, 32])
+    found = counts_of(90, _copy_tile_kernel, (2,), descriptor, y, 16, 32)
+    assert found["bytes_read"] == 20 * 128 and found["bulk_shared_bytes"] == 32 * 128
+    assert found["sectors_read"] == found["distinct_sectors_read"] == 20 * 4
 
 
 @pytest.mark.parametrize("threads_per_batch", [128, 512], ids=["one by one", "together"])
