@@ -77,8 +77,12 @@ def test_small_shared_memory_has_rows_of_its_own_where_they_do_not_fit(capabilit
 
 def test_every_other_generation_has_its_rows():
     rows = {
-        capability: kernel_config("window_attn_fwd", 128, 128, torch.bfloat16, capability)
+        capability: kernel_config("window_attn_fwd", 256, 256, torch.bfloat16, capability)
         for capability in ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3), None)
     }
     assert rows[8, 0] == rows[8, 7] != rows[9, 0] == rows[None]
     assert rows[10, 0] == rows[10, 3] != rows[9, 0]
+    for capability, row in rows.items():
+        described = kernel_config("window_attn_fwd", 256, 256, torch.bfloat16, capability, True)
+        assert described.descriptors == (capability in ((9, 0), None))
+        assert described.descriptors or described == row

@@ -42,6 +42,8 @@ WIDE = case_of("wide", 390, 260, Hq=1, D=128, Dv=128)
 HEAD_DIMS = {
     90: [
         case_of("padded", 270, None, Hq=1, D=80, Dv=80),
+        # Rows of 136 bytes, which no descriptor can have.
+        case_of("padded and by pointers", 270, 140, Hq=1, D=68, Dv=68),
         WIDE,
         # On sm_80 it has the tiles of the widest, and here dk and dv have launches of their own.
         case_of("widest and padded beside narrower values", 200, 150, Hq=1, D=192, Dv=128),
