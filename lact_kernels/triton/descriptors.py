@@ -9,23 +9,37 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 ALIGNMENT = 16  # bytes, of addresses and strides
 
 
-def describable(x: Tensor) -> bool:
-    """Whether `[B, T, H, D]` can have one: it is neither empty nor expanded, its last axis is dense,
-    and its address and the other strides are multiples of 16 bytes.
+def aligned_strides(x: Tensor) -> tuple[int, int, int] | None:
+    """Strides of `[B, T, H, D]` but for the last, as a descriptor takes them; None: it can have none.
+
+    It can have one that is neither empty nor expanded, whose last axis is dense, and whose address and other
+    strides are multiples of 16 bytes. The stride of an axis of one element is arbitrary: it gets one.
     """
-    *strides, last = _strides(x)
-    dense = x.numel() > 0 and last == 1 and x.data_ptr() % ALIGNMENT == 0
-    return dense and all(n > 0 and n * x.itemsize % ALIGNMENT == 0 for n in strides)
+    (B, T, H, D), (stride_b, stride_t, stride_h, stride_d) = x.shape, x.stride()
+    unit = ALIGNMENT // x.itemsize
+    if B == 1:
+        stride_b = unit
+    if T == 1:
+        stride_t = unit
+    if H == 1:
+        stride_h = unit
+    if stride_d != 1 or stride_b % unit or stride_t % unit or stride_h % unit:
+        return None
+    # A product of four numbers, none of them negative, is 0 where one of them is.
+    if B * T * H * D == 0 or stride_b * stride_t * stride_h == 0 or x.data_ptr() % ALIGNMENT:
+        return None
+    return stride_b, stride_t, stride_h
 
 
-def descriptor(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
-    """Of `[B, T, H, D]`, seen as `[B, H, T, D]`: tiles of so many rows and columns of one head."""
+def descriptor(x: Tensor, strides: tuple[int, int, int], rows: int, cols: int) -> TensorDescriptor:
+    """Of `[B, T, H, D]`, seen as `[B, H, T, D]`: tiles of so many rows and columns of one head.
+
+    `strides` are its `aligned_strides`. What the class's own constructor would assert, they have found.
+    """
     B, T, H, D = x.shape
-    stride_b, stride_t, stride_h, _ = _strides(x)
-    return TensorDescriptor(x, [B, H, T, D], [stride_b, stride_h, stride_t, 1], [1, 1, rows, cols])
-
-
-def _strides(x: Tensor) -> list[int]:
-    """Its strides, with one that will do for an outer axis of one element, whose own is arbitrary."""
-    outer = [ALIGNMENT if n == 1 else stride for n, stride in zip(x.shape[:-1], x.stride())]
-    return [*outer, x.stride(-1)]
+    stride_b, stride_t, stride_h = strides
+    made = TensorDescriptor.__new__(TensorDescriptor)
+    made.base, made.padding = x, "zero"
+    made.shape, made.strides = [B, H, T, D], [stride_b, stride_h, stride_t, 1]
+    made.block_shape = [1, 1, rows, cols]
+    return made

@@ -27,7 +27,7 @@ from lact_kernels.triton.configs import (
     capability_of,
     kernel_config,
 )
-from lact_kernels.triton.descriptors import describable, descriptor
+from lact_kernels.triton.descriptors import aligned_strides, descriptor
 from lact_kernels.triton.launch import (
     launch,
     on_device,
@@ -262,22 +262,26 @@ def window_attn_fwd(
         return window_attn_with_kvcache(q, k, v, None, window_size, softmax_scale)
     q, sign, softmax_scale = positive_scale(q, softmax_scale)
     q, k, v = readable_in_place(q, k, v)
+    strides = [aligned_strides(x) for x in (q, k, v)]
     config = config or kernel_config(
-        "window_attn_fwd", D, Dv, q.dtype, capability_of(q.device), all(map(describable, (q, k, v)))
+        "window_attn_fwd", D, Dv, q.dtype, capability_of(q.device), described=None not in strides
     )
     packing = packing_arguments(cu_seqlens_q, cu_seqlens_k, q.device)
     slots = num_tile_slots(Tq, packing[-1], config.block_m)
     sizes = Sizes.of(D, Dv, config)
-    tiles = (q, k, v)
-    *strides, o_strides = outer_strides(q, k, v, o)
     if config.descriptors:
-        rows = (config.block_m, config.block_n, config.block_n)
-        cols = (sizes.BLOCK_D, sizes.BLOCK_D, sizes.BLOCK_DV)
-        tiles, strides = map(descriptor, tiles, rows, cols), (None, None, None)
+        tensors = (
+            descriptor(q, strides[0], sizes.BLOCK_M, sizes.BLOCK_D),
+            descriptor(k, strides[1], sizes.BLOCK_N, sizes.BLOCK_D),
+            descriptor(v, strides[2], sizes.BLOCK_N, sizes.BLOCK_DV),
+        )
+        strides = (None, None, None, *outer_strides(o))
+    else:
+        tensors, strides = (q, k, v), outer_strides(q, k, v, o)
     with on_device(q):
         launch(
             FWD_KERNELS, config, (slots * B * Hq,),
-            *tiles, o, lse, *packing, softmax_scale, window_size, Tq, Tk, Hq, Hkv,
-            *strides, o_strides, SIZES=sizes,
+            *tensors, o, lse, *packing, softmax_scale, window_size, Tq, Tk, Hq, Hkv, *strides,
+            SIZES=sizes,
         )  # fmt: skip
     return o, lse
