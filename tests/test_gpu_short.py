@@ -46,6 +46,7 @@ ATTENTION = [
     attention("D64 packed", 410, 200, D=64, Dv=64, cu_seqlens=(0, 0, 1, 120, 410)),
     attention("D40 beside wider values", 150, 70, D=40, Dv=64),
     attention("D80 padded", 400, 129, D=80, Dv=96),
+    attention("D68 by pointers", 400, 129, D=68, Dv=68),  # rows of 136 bytes have no descriptor
     attention("D128 on a cache", 390, 260, Tk=515, D=128, Dv=128),
     attention("D128 packed", 700, 257, D=128, Dv=128, cu_seqlens=(0, 1, 300, 300, 700)),
     attention("D192 beside narrower values", 390, 200, D=192, Dv=128),
@@ -241,9 +242,10 @@ def test_weights_are_read_packed_and_where_they_lie(launches):
 
 @needs_interpreter
 def test_attention_is_launched_in_every_row_of_the_table_and_packed(launches):
-    rows, packed = set(), set()
+    rows, packed, described = set(), set(), set()
     for name, arguments in launches:
         if sizes := arguments.get("SIZES"):
+            described.add((name, arguments["q_strides"] is None))
             size = configs._head_dim_class(sizes.D, sizes.DV)
             rows.add((name, sizes.BLOCK_M > 16, size))
             packed |= {name} if arguments.get("cu_seqlens") is not None else set()
@@ -252,3 +254,5 @@ def test_attention_is_launched_in_every_row_of_the_table_and_packed(launches):
     kinds |= {("_window_attn_with_kvcache_kernel", wide) for wide in (False, True)}
     assert rows == {(*kind, size) for kind in kinds for size in configs.HEAD_DIM_CLASSES}
     assert packed == passes
+    fwd = "_window_attn_fwd_kernel"
+    assert {(fwd, True), (fwd, False)} <= described
