@@ -1,12 +1,19 @@
 """The kernels of attention, as they ship."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from benchmarks.compile_report.case import CompileCase, others, packing_cases, shipped_cases
 from benchmarks.compile_report.compiling import descriptor_type
-from lact_kernels.triton.configs import ARCHITECTURES, HEAD_DIM_CLASSES, RowConfig, kernel_of
+from lact_kernels.triton.configs import (
+    ARCHITECTURES,
+    HEAD_DIM_CLASSES,
+    KernelConfig,
+    RowConfig,
+    kernel_of,
+)
 from lact_kernels.triton.primitives import Sizes
 from lact_kernels.triton.window_attn import bwd, with_kvcache
 from lact_kernels.triton.window_attn.fwd import FWD_KERNELS
@@ -22,14 +29,7 @@ def _fwd(arch: int) -> Iterator[CompileCase]:
     """Of every row of the table."""
     for dtype, head_dim, config, more in shipped_cases("window_attn_fwd", arch):
         sizes = Sizes.of(head_dim, head_dim, config)
-        tensors, absent = ("q", "k", "v"), {}
-        pointers = {f"{x}_tensor": dtype for x in tensors}
-        if config.descriptors:
-            rows = {"q": config.block_m, "k": config.block_n, "v": config.block_n}
-            pointers = {
-                f"{x}_tensor": descriptor_type(dtype, rows[x], sizes.BLOCK_D) for x in tensors
-            }
-            absent = {f"{x}_strides": None for x in tensors}
+        pointers, absent = _inputs(dtype, config, sizes)
         case = CompileCase(
             name="window_attn_fwd",
             kernel=kernel_of(FWD_KERNELS, config),
@@ -44,6 +44,17 @@ def _fwd(arch: int) -> Iterator[CompileCase]:
         yield from packing_cases(case)
 
 
+def _inputs(
+    dtype: torch.dtype, config: KernelConfig, sizes: Sizes
+) -> tuple[dict[str, torch.dtype | str], dict[str, None]]:
+    """Types of q, k and v where a row may take them by descriptors, and what then is absent."""
+    if not config.descriptors:
+        return dict.fromkeys(("q_tensor", "k_tensor", "v_tensor"), dtype), {}
+    rows = {"q": config.block_m, "k": config.block_n, "v": config.block_n}
+    types = {f"{x}_tensor": descriptor_type(dtype, rows[x], sizes.BLOCK_D) for x in rows}
+    return types, {f"{x}_strides": None for x in rows}
+
+
 def _bwd(arch: int) -> Iterator[CompileCase]:
     """Of every row of the table."""
     passes = {
@@ -52,11 +63,15 @@ def _bwd(arch: int) -> Iterator[CompileCase]:
     }
     for name, (kernels, outputs) in passes.items():
         for dtype, head_dim, config, more in shipped_cases(name, arch):
-            pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", *outputs), dtype)
-            pointers |= dict.fromkeys(("lse_ptr", "stats_ptr"), torch.float32)
             is_dq = name == "window_attn_bwd_dq"
             of = bwd._dq_constexprs if is_dq else bwd._dkv_constexprs
             constexprs = of(head_dim, head_dim, dtype, config)
+            if is_dq:
+                pointers, absent = _inputs(dtype, config, constexprs["SIZES"])
+            else:
+                pointers, absent = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), dtype), {}
+            pointers |= dict.fromkeys(outputs, dtype)
+            pointers |= dict.fromkeys(("lse_ptr", "stats_ptr"), torch.float32)
             for variant in [{"dlse_ptr": None}] if is_dq else bwd._owned(config):
                 case = CompileCase(
                     name=name,
@@ -66,10 +81,13 @@ def _bwd(arch: int) -> Iterator[CompileCase]:
                     shape=f"D{head_dim}",
                     config=config,
                     pointers=pointers,
-                    constexprs=constexprs | variant,
+                    constexprs=constexprs | absent | variant,
                     **more,
                 )
-                yield from packing_cases(case)
+                if config.descriptors:  # dense input alone
+                    yield replace(case, constexprs={**case.constexprs, "cu_seqlens": None})
+                else:
+                    yield from packing_cases(case)
 
 
 def _with_kvcache(arch: int) -> Iterator[CompileCase]:

@@ -124,6 +124,9 @@ _TABLE: dict[tuple[str, int, int], dict[int, KernelConfig]] = {
     ("window_attn_fwd", DESCRIBED, 16): _described(
         (128, 128, 8, 3), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)
     ),
+    ("window_attn_bwd_dq", DESCRIBED, 16): _described(  # of dense input
+        (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3), (128, 32, 8, 3)
+    ),
     **{
         ("window_attn_with_kvcache", arch, 16): _row(
             (16, 128, 4, 3), (16, 64, 4, 3), (16, 64, 4, 3), (16, 32, 4, 3), (16, 32, 4, 3)

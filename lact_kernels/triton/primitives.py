@@ -212,21 +212,21 @@ def is_below(distance, limit):
 
 
 @triton.jit
-def mask_before_window(scores, own, window_size):
-    """Scores of a tile, -inf for keys that have left the window: one comparison for each element.
+def mask_before_window(scores, own, window_size, hidden=float("-inf")):
+    """Scores of a tile, `hidden` for keys that have left the window: one comparison for each element.
 
     `own` is the place in the tile of the key of the first query, of which each row has the next.
     """
     columns, rows = _mask_places(scores)
     seen = tl.reshape(columns >= rows + (own - window_size + 1), scores.shape)
-    return tl.where(seen, scores, float("-inf"))
+    return tl.where(seen, scores, hidden)
 
 
 @triton.jit
-def mask_after_query(scores, own):
-    """Scores of a tile, -inf for keys that come after the query; otherwise as `mask_before_window`."""
+def mask_after_query(scores, own, hidden=float("-inf")):
+    """Scores of a tile, `hidden` for keys that come after the query; else as `mask_before_window`."""
     columns, rows = _mask_places(scores)
-    return tl.where(tl.reshape(columns <= rows + own, scores.shape), scores, float("-inf"))
+    return tl.where(tl.reshape(columns <= rows + own, scores.shape), scores, hidden)
 
 
 @triton.jit

@@ -35,6 +35,7 @@ from lact_kernels.triton.configs import (
     capability_of,
     kernel_config,
 )
+from lact_kernels.triton.descriptors import describable, descriptor
 from lact_kernels.triton.launch import (
     launch,
     on_device,
@@ -43,7 +44,7 @@ from lact_kernels.triton.launch import (
     positive_scale,
     readable_in_place,
 )
-from lact_kernels.triton.primitives import Sizes, num_tile_slots
+from lact_kernels.triton.primitives import Sizes, block_dim, num_tile_slots
 from lact_kernels.triton.window_attn.bwd_dkv import _window_attn_bwd_dkv_kernel
 from lact_kernels.triton.window_attn.bwd_dq import _window_attn_bwd_dq_kernel
 
@@ -81,18 +82,24 @@ def window_attn_bwd(
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     capability = capability_of(q.device)
-    dq_config = config or kernel_config("window_attn_bwd_dq", D, Dv, q.dtype, capability)
+    described = cu_seqlens_q is None and all(map(describable, (q, k, v)))
+    dq_config = config or kernel_config("window_attn_bwd_dq", D, Dv, q.dtype, capability, described)
     dkv_config = config or kernel_config("window_attn_bwd_dkv", D, Dv, q.dtype, capability)
     stats = lse.new_empty(B, Hq, _num_stats(q.dtype), Tq)
     packing = packing_arguments(cu_seqlens_q, cu_seqlens_k, q.device)
     sizes = (*packing, softmax_scale, window_size, Tq, Tk, Hq, Hkv)
     query_slots = num_tile_slots(Tq, packing[-1], dq_config.block_m)
     key_slots = num_tile_slots(Tk, packing[-1], dkv_config.block_n)
+    tiles, strides = (q, k, v), outer_strides(q, k, v)
+    if dq_config.descriptors:
+        rows = (dq_config.block_m, dq_config.block_n, dq_config.block_n)
+        cols = (block_dim(D), block_dim(D), block_dim(Dv))
+        tiles, strides = map(descriptor, tiles, rows, cols), (None, None, None)
     with on_device(q):
         launch(
             DQ_KERNELS, dq_config, (query_slots * B * Hq,),
-            q, k, v, o, do, lse, dlse, stats, dq, *sizes,
-            *outer_strides(q, k, v, o, do, dq), **_dq_constexprs(D, Dv, q.dtype, dq_config),
+            *tiles, o, do, lse, dlse, stats, dq, *sizes,
+            *strides, *outer_strides(o, do, dq), **_dq_constexprs(D, Dv, q.dtype, dq_config),
         )  # fmt: skip
         for owned in _owned(dkv_config):
             launch(

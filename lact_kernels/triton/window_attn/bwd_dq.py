@@ -1,17 +1,27 @@
-"""`window_attn`, backward: dq, and the row statistics that the dk/dv pass reads. See `bwd`."""
+"""`window_attn`, backward: dq, and the row statistics that the dk/dv pass reads. See `bwd`.
+
+On Hopper tiles of dense input are copied by descriptors (rows of the table with `descriptors`), which know
+where the tensor ends. Packed sequences are read by pointers, with zeros beyond each: by descriptors the last
+tile of one would have keys of the next, which may be NaN, and so would 0 times them.
+"""
 
 import triton
 import triton.language as tl
 
 from lact_kernels.triton.primitives import (
     LOG2_E,
-    head_offset,
+    described_rows,
+    head_rows,
     is_below,
     key_tile_bounds,
+    load_described_rows,
     load_rows,
+    mask_after_query,
+    mask_before_window,
     minus_lse_log2,
     packed_tile,
     query_tile_program,
+    seen_key_tiles,
     softmax_from_lse,
     softmax_from_shift,
     store_rows,
@@ -67,11 +77,46 @@ def _dq_tiles(
     return dq, row_sum
 
 
+@triton.jit
+def _dq_described_tiles(
+    dq,  # as in `_dq_tiles`, like the next four and `window_size`
+    q,
+    do,
+    lse,
+    delta,
+    k_head,  # descriptors, as `load_described_rows` takes them
+    v_head,
+    tiles,  # of keys: the first, and the one after the last
+    edges,  # position of the first query, and the first tile without keys that have left the window
+    window_size,
+    scale_log2,
+    SIZES: tl.constexpr,
+):
+    first, end = tiles
+    first_position, inside = edges
+    for tile in range(first, end):
+        first_key = tile * SIZES.BLOCK_N
+        k = load_described_rows(k_head, first_key, SIZES.BLOCK_N, SIZES.BLOCK_D)
+        v = load_described_rows(v_head, first_key, SIZES.BLOCK_N, SIZES.BLOCK_DV)
+        scores = tl.dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
+        # Before the exponentials, which then run beside this product.
+        dprobs = tl.dot(do, tl.trans(v))  # [BLOCK_M, BLOCK_N]
+        probs = softmax_from_lse(scores, lse[:, None], scale_log2)
+        dscores = probs * (dprobs - delta[:, None])
+        own = first_position - first_key
+        if tile < inside:
+            dscores = mask_before_window(dscores, own, window_size, 0.0)
+        if own < SIZES.BLOCK_N - 1:
+            dscores = mask_after_query(dscores, own, 0.0)
+        dq = tl.dot(dscores.to(k.dtype), k, dq)  # [BLOCK_M, BLOCK_D]
+    return dq
+
+
 @triton.jit(do_not_specialize=["num_sequences", "window_size", "Tq", "Tk", "Hq", "Hkv"])
 def _window_attn_bwd_dq_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
+    q_tensor,  # a pointer, or a descriptor of [B, H, T, D] and no strides, like the next two
+    k_tensor,
+    v_tensor,
     o_ptr,
     do_ptr,
     lse_ptr,  # [B, Hq, Tq], contiguous, like dlse
@@ -96,42 +141,28 @@ def _window_attn_bwd_dq_kernel(
     NUM_STATS: tl.constexpr,
 ):
     b, h, h_kv, tile = query_tile_program(Tq, num_sequences, Hq, Hkv, SIZES.BLOCK_M)
-    b, h, h_kv = tl.cast(b, tl.int64), tl.cast(h, tl.int64), tl.cast(h_kv, tl.int64)
-    q_ptr += head_offset(q_strides, b, h)
-    k_ptr += head_offset(k_strides, b, h_kv)
-    v_ptr += head_offset(v_strides, b, h_kv)
-    o_ptr += head_offset(o_strides, b, h)
-    do_ptr += head_offset(do_strides, b, h)
-    dq_ptr += head_offset(dq_strides, b, h)
-    row_offset = (b * Hq + h) * Tq
+    row_offset = tl.cast(b * Hq + h, tl.int64) * Tq
     stats_ptr += row_offset * NUM_STATS
     stride_stats = tl.cast(Tq, tl.int64)  # of a statistic
+    q_start, k_start = 0, 0
     if cu_seqlens is not None:
         tile, q_start, Tq, k_start, Tk = packed_tile(
             tile, cu_seqlens[0], cu_seqlens, num_sequences, SIZES.BLOCK_M
         )
         if tile * SIZES.BLOCK_M >= Tq:
             return
-        q_ptr += q_start * q_strides[1]
-        k_ptr += k_start * k_strides[1]
-        v_ptr += k_start * v_strides[1]
-        o_ptr += q_start * o_strides[1]
-        do_ptr += q_start * do_strides[1]
-        dq_ptr += q_start * dq_strides[1]
         row_offset += q_start
         stats_ptr += q_start
+    o_ptr = head_rows(o_ptr, o_strides, b, h, q_start)
+    do_ptr = head_rows(do_ptr, do_strides, b, h, q_start)
+    dq_ptr = head_rows(dq_ptr, dq_strides, b, h, q_start)
 
+    FULL_PRECISION: tl.constexpr = o_ptr.dtype.element_ty == tl.float32
     first_query = tile * SIZES.BLOCK_M
     queries = first_query + tl.arange(0, SIZES.BLOCK_M)
-    positions = queries + (Tk - Tq)
     cols_qk = tl.arange(0, SIZES.BLOCK_D)
     cols_v = tl.arange(0, SIZES.BLOCK_DV)
     rows_m = queries.to(tl.int64)[:, None]
-    rows_n = tl.arange(0, SIZES.BLOCK_N)[:, None]
-    # Without a sign, so that they are extended to 64 bits at no cost.
-    k_offsets = (rows_n * k_strides[1] + cols_qk[None, :]).to(tl.uint32)  # [BLOCK_N, BLOCK_D]
-    v_offsets = (rows_n * v_strides[1] + cols_v[None, :]).to(tl.uint32)  # [BLOCK_N, BLOCK_DV]
-    q_pointers = q_ptr + rows_m * q_strides[1] + cols_qk[None, :]
     o_pointers = o_ptr + rows_m * o_strides[1] + cols_v[None, :]
     do_pointers = do_ptr + rows_m * do_strides[1] + cols_v[None, :]
     do = load_rows(do_pointers, queries, Tq, cols_v, SIZES.DV, SIZES.BLOCK_DV, True)
@@ -142,25 +173,47 @@ def _window_attn_bwd_dq_kernel(
     lse = tl.load(lse_ptr + row_offset + queries, mask=queries < Tq, other=0.0)
     # A row that saw nothing: any finite value makes its probabilities 0.
     lse = tl.where(lse == float("-inf"), 0.0, lse)
-    if q_ptr.dtype.element_ty == tl.float32:
+    if FULL_PRECISION:
         lse = tl.div_rn(lse, softmax_scale)
     else:
         lse = minus_lse_log2(lse, softmax_scale)
     stats_pointers = stats_ptr + queries
     tl.store(stats_pointers, lse, mask=queries < Tq)
     tl.store(stats_pointers + stride_stats, delta, mask=queries < Tq)
-    q = load_rows(q_pointers, queries, Tq, cols_qk, SIZES.D, SIZES.BLOCK_D, True)
 
     dq = tl.full([SIZES.BLOCK_M, SIZES.BLOCK_D], 0.0, tl.float32)
     row_sum = tl.full([SIZES.BLOCK_M], 0.0, tl.float32)
-    bounds = key_tile_bounds(first_query, Tq, Tk, window_size, SIZES.BLOCK_M, SIZES.BLOCK_N)
-    dq, row_sum = _dq_tiles(
-        dq, row_sum, q, do, lse, delta, (k_ptr, k_offsets, k_strides), (v_ptr, v_offsets, v_strides),
-        positions, bounds, Tk, window_size, softmax_scale, SIZES,
-    )  # fmt: skip
+    if q_strides is None:  # dense: of a sequence that ends, tiles would go on with the next
+        q_head = described_rows(q_tensor, b, h, 0)
+        k_head = described_rows(k_tensor, b, h_kv, 0)
+        v_head = described_rows(v_tensor, b, h_kv, 0)
+        q = load_described_rows(q_head, first_query, SIZES.BLOCK_M, SIZES.BLOCK_D)
+        first, inside, _, end = seen_key_tiles(
+            first_query, Tq, Tk, window_size, SIZES.BLOCK_M, SIZES.BLOCK_N
+        )
+        dq = _dq_described_tiles(
+            dq, q, do, lse, delta, k_head, v_head, (first, end), (first_query + Tk - Tq, inside),
+            window_size, softmax_scale * LOG2_E, SIZES,
+        )  # fmt: skip
+    else:
+        q_ptr = head_rows(q_tensor, q_strides, b, h, q_start)
+        k_ptr = head_rows(k_tensor, k_strides, b, h_kv, k_start)
+        v_ptr = head_rows(v_tensor, v_strides, b, h_kv, k_start)
+        q_pointers = q_ptr + rows_m * q_strides[1] + cols_qk[None, :]
+        q = load_rows(q_pointers, queries, Tq, cols_qk, SIZES.D, SIZES.BLOCK_D, True)
+        rows_n = tl.arange(0, SIZES.BLOCK_N)[:, None]
+        # Without a sign, so that they are extended to 64 bits at no cost.
+        k_offsets = (rows_n * k_strides[1] + cols_qk[None, :]).to(tl.uint32)  # [BLOCK_N, BLOCK_D]
+        v_offsets = (rows_n * v_strides[1] + cols_v[None, :]).to(tl.uint32)  # [BLOCK_N, BLOCK_DV]
+        bounds = key_tile_bounds(first_query, Tq, Tk, window_size, SIZES.BLOCK_M, SIZES.BLOCK_N)
+        dq, row_sum = _dq_tiles(
+            dq, row_sum, q, do, lse, delta, (k_ptr, k_offsets, k_strides),
+            (v_ptr, v_offsets, v_strides), queries + (Tk - Tq), bounds, Tk, window_size,
+            softmax_scale, SIZES,
+        )  # fmt: skip
     # Rows are counted from the tile's first query here: nothing computed above stays in registers.
     rows = tl.arange(0, SIZES.BLOCK_M)
-    if q_ptr.dtype.element_ty == tl.float32:
+    if FULL_PRECISION:
         normaliser = tl.where(row_sum == 0.0, 0.0, tl.div_rn(1.0, row_sum))
         dq *= normaliser[:, None]
         tl.store(stats_pointers + 2 * stride_stats, normaliser, mask=queries < Tq)
