@@ -143,3 +143,26 @@ def test_scores_of_minus_infinity(arch, dtype):
     assert [row.nonzero().flatten().tolist() for row in lse[0] == -math.inf] == 2 * [
         [*range(16, 31)]
     ]
+
+
+@pytest.mark.parametrize("arch, dtype", TWO_TARGETS)
+def test_nothing_of_a_packed_sequence_reaches_the_one_before_it(arch, dtype):
+    """Its last tiles go on with the next one's rows: the same bits, whether these are finite or NaN.
+
+    A warp has 16 rows, of one of the two: the logarithm branches at a NaN, which the emulator follows with
+    whole warps.
+    """
+    length, T = 144, 208
+    q, k, v = case_of("", T, 70, cu_seqlens=(0, length, T)).inputs(dtype)
+    cu_seqlens = torch.tensor((0, length, T), dtype=torch.int32)
+    cotangents = torch.randn_like(v.expand_as(q)), torch.randn(1, 2, T)
+    results = []
+    for _ in range(2):
+        with emulated_device(arch), filled_with_nan():
+            o, lse = run_window_attn(q, k, v, 70, None, cu_seqlens, cu_seqlens, "triton")
+            grads = torch.autograd.grad((o, lse), (q, k, v), cotangents)
+        results.append([x[:, :length] for x in (o, lse.mT, *grads)])
+        with torch.no_grad():
+            for x in (q, k, v, *cotangents):
+                (x if x.dim() == 4 else x.mT)[:, length:] = math.nan
+    assert all(a.isfinite().all() and torch.equal(a, b) for a, b in zip(*results))
