@@ -13,7 +13,7 @@ import numpy as np
 from ptx_emulator import reports
 from ptx_emulator.accesses import note_access, shared_offsets
 from ptx_emulator.errors import EmulatorError, UnsupportedInstruction
-from ptx_emulator.shared_memory import MBARRIER
+from ptx_emulator.shared_memory import DELIVERED, MBARRIER
 from ptx_emulator.translator import BLOCKED
 from ptx_emulator.warps import WARP
 
@@ -121,8 +121,11 @@ def mbarrier_init(S, address, count, mask, line):
 
 
 def mbarrier_inval(S, address, mask, line):
+    place = mbarrier_place(S, address, mask, line)
+    mbarrier = S.batch.mbarriers.pop(place, None)
+    if mbarrier:
+        S.shared.state[_units(S, place)] = DELIVERED
     _note(S, "write", address, mask, line)
-    mbarrier = S.batch.mbarriers.pop(mbarrier_place(S, address, mask, line), None)
     if mbarrier:
         report_unawaited(S, mbarrier, S.warps)
 
@@ -196,8 +199,6 @@ def mbarrier_at(S, address, mask, line) -> MBarrier:
     place = mbarrier_place(S, address, mask, line)
     if place not in S.batch.mbarriers:
         S.fail(UnsupportedInstruction, line, f"no mbarrier has been made at byte {place}")
-    if (S.shared.state[_units(S, place)] != MBARRIER).any():
-        S.report(reports.MBARRIER_OVERWRITTEN, line)
     return S.batch.mbarriers[place]
 
 

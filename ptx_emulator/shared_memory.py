@@ -79,20 +79,25 @@ class SharedMemory:
     def note_read(self, strand, units: np.ndarray, warps: np.ndarray, line: int) -> None:
         """A read by `warps`, which broadcast against `units`, must come after the last write."""
         clocks = strand.batch.clocks
-        state = self.state[units]
-        if state.any():
-            for kind, value in (
-                (reports.READ_TOO_EARLY, IN_FLIGHT),
-                (reports.READ_NEVER_WRITTEN, NEVER_WRITTEN),
-            ):
-                if (state == value).any():
-                    strand.report(kind, line, self._where(units, state == value))
+        self._report_state(
+            strand, units, line,
+            (IN_FLIGHT, reports.READ_TOO_EARLY), (NEVER_WRITTEN, reports.READ_NEVER_WRITTEN),
+        )  # fmt: skip
         stamps = self.written[units]
         if stamps.max() >= strand.settled:
             race = clocks.unordered(warps, stamps)
             if race.any():
                 strand.report(reports.READ_AFTER_WRITE, line, self._where(units, race))
         self.mark_read(units, warps, clocks)
+
+    def _report_state(self, strand, units: np.ndarray, line: int, *kinds: tuple[int, str]) -> None:
+        """What may not be touched in these states."""
+        state = self.state[units]
+        if not state.any():  # all are DELIVERED
+            return
+        for value, kind in kinds:
+            if (state == value).any():
+                strand.report(kind, line, self._where(units, state == value))
 
     def mark_read(self, units: np.ndarray, warps: np.ndarray, clocks: Clocks) -> None:
         ticks = clocks.now[warps]
@@ -122,10 +127,10 @@ class SharedMemory:
             race = (ticks > clocks.seen[agents_at, warps]) & (warps != agents_at)
             if race.any():
                 strand.report(reports.WRITE_AFTER_READ, line, self._where(units, race.any(-1)))
-        if (self.state[units] == IN_FLIGHT).any():
-            strand.report(
-                reports.WRITE_IN_FLIGHT, line, self._where(units, self.state[units] == IN_FLIGHT)
-            )
+        self._report_state(
+            strand, units, line,
+            (IN_FLIGHT, reports.WRITE_IN_FLIGHT), (MBARRIER, reports.MBARRIER_OVERWRITTEN),
+        )  # fmt: skip
         self.mark_written(strand.batch, units, agents, by_store=not copy)
 
     def mark_written(self, batch, units: np.ndarray, agents: np.ndarray, by_store: bool) -> None:

@@ -469,14 +469,36 @@ def test_a_fence_is_for_the_threads_that_execute_it(elected, kinds):
     assert kinds_of(error) == kinds
 
 
-def test_an_mbarrier_that_is_overwritten():
-    body = LOADS.format(
-        load=LOAD, second=256, before="st.shared.b32 [%r13], 0; bar.sync 0;", after=""
-    )
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize(
+    "reuse",
+    [
+        "@%p1 st.shared.b32 [%r12], 0;",
+        "@%p1 mbarrier.init.shared::cta.b64 [%r12], 1;",
+        f"""
+        @%p1 mbarrier.init.shared::cta.b64 [%r15], 1;
+        @%p1 mbarrier.arrive.expect_tx.shared.b64 _, [%r15], 256;
+        fence.proxy.async.shared::cta;
+        @%p1 {LOAD} [%r12], [%rd1, {{%r14, %r14}}], [%r15];
+        bar.sync 0;
+        {waits("%r15")}
+        """,
+    ],
+    ids=["store", "init", "load"],
+)
+def test_an_mbarrier_that_is_overwritten(reuse, ended):
+    """Its memory serves for nothing else before it has ended, not even for another mbarrier."""
+    body = LOADS.format(load=LOAD, second=256, before=waits("%r12", "%r13"), after="bar.sync 0;")
+    if ended:
+        body += "".join(f"@%p1 mbarrier.inval.shared::cta.b64 [{x}];" for x in ("%r12", "%r13"))
+    body += "add.s32 %r15, %r3, 3072;" + reuse
     tile = TensorMapArgument(torch.randn(8, 8), (8, 8), (8, 1), (8, 8), element_type=7, swizzle=0)
+    if ended:
+        run(body, tile)
+        return
     with pytest.raises(Reported) as error:
-        run(body + waits("%r12", "%r13"), tile)
-    assert reports.MBARRIER_OVERWRITTEN in kinds_of(error)
+        run(body, tile)
+    assert kinds_of(error) == {reports.MBARRIER_OVERWRITTEN}
 
 
 @pytest.mark.parametrize(
