@@ -40,7 +40,23 @@ def _renamed(**names: str) -> Callable[[re.Match], str]:
     return lambda match: f"{match[1]}{names[match[2]]}{match[3]}"
 
 
+def _with(group: int, number: int) -> Callable[[re.Match], str]:
+    """The statement with something added to the register of this group, which then gets its value back."""
+
+    def replacement(match: re.Match) -> str:
+        register = match[group]
+        there, back = (f"add.s32 {register}, {register}, {x};" for x in (number, -number))
+        return f"{there}\n{match[0]}\n{back}"
+
+    return replacement
+
+
 _PREDICATED = r"@!?%p\d+ "
+# Where to, coordinates from the innermost on, and at which mbarrier.
+_BULK_LOAD = (
+    r".*cp\.async\.bulk\.tensor\S*global\.mbarrier\S* \[(%r\d+)\], "
+    r"\[%rd\d+, \{%r\d+, (%r\d+).*\[(%r\d+)\];"
+)
 
 # Pattern of a whole statement, and its replacement as of re.sub.
 KINDS: dict[str, tuple[str, str | Callable[[re.Match], str]]] = {
@@ -155,10 +171,19 @@ KINDS: dict[str, tuple[str, str | Callable[[re.Match], str]]] = {
         DROPPED,
     ),
     "no cp.async.bulk.wait_group": (r"(?:@%p\d+ )?cp\.async\.bulk\.wait_group.*", DROPPED),
-    "coordinates exchanged": (
+    "coordinates exchanged": (  # of a tensor of two axes
         r"(.*cp\.async\.bulk\.tensor.*\{)(%r\d+)(, )(%r\d+)(\}.*)",
         r"\1\4\3\2\5",
     ),
+    "outer coordinates exchanged": (  # of one of four
+        r"(.*cp\.async\.bulk\.tensor\.4d.*\{%r\d+, %r\d+, )(%r\d+)(, )(%r\d+)(\}.*)",
+        r"\1\4\3\2\5",
+    ),
+    "bulk load from the next row": (_BULK_LOAD, _with(2, 1)),
+    "bulk load to the next row": (_BULK_LOAD, _with(1, 128)),
+    "bulk load announced at the next mbarrier": (_BULK_LOAD, _with(3, 8)),
+    "wait for the next mbarrier": (r"mbarrier\.try_wait.*\[(%r\d+)\].*", _with(1, 8)),
+    "no mbarrier.inval": (_PREDICATED + r"mbarrier\.inval.*", DROPPED),
     "box of half the size": (r"(.*tensormap\.replace\.tile\.box_dim.*, )(%r\d+)(;)", r"\g<1>32\3"),
     "swizzle of the tensor map": (r"(.*tensormap\.replace\.tile\.swizzle_mode.*, )0x3(;)", r"\g<1>0x2\2"),
     "elements of four bytes": (r"(.*tensormap\.replace\.tile\.elemtype.*, )0xa(;)", r"\g<1>0x7\2"),
