@@ -281,6 +281,19 @@ def test_scores_without_a_value_give_none(score, written_out, monkeypatch):
     assert o[:, seen].isfinite().all() and lse[..., seen].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("T", [1, 15, 20])
+def test_rows_of_nothing_but_nan(T, dtype):
+    """Of a query, and of the first key for the query that sees no other."""
+    for name in "qk":
+        tensors = {x: torch.randn(1, T, 1, 16, dtype=dtype) for x in "qkv"}
+        tensors[name][:, 0] = math.nan
+        q, k, v = (x.requires_grad_() for x in tensors.values())
+        o, lse = window_attn(q, k, v, 3, return_lse=True, backend="eager")
+        (dq,) = torch.autograd.grad(o.sum(), q)
+        assert all(x.isnan().all() for x in (o[:, 0], lse[..., 0], dq[:, 0]))
+
+
 def test_an_lse_of_zero_is_a_number():
     q, k, v = WindowCase("", 100, 1).inputs(torch.float32)
     lse = window_attn(q * 0, k, v, 1, return_lse=True)[1]

@@ -308,6 +308,15 @@ def test_nothing_outside_the_window_matters(backend):
     torch.testing.assert_close(o, expected)
 
 
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_a_query_of_nan_shows(backend):
+    """With as few keys as at the start of a generation."""
+    q, k, v = (torch.randn(1, n, 2, 16, device=DEVICE) for n in (1, 8, 8))
+    for length in (1, 7):
+        o = window_attn_with_kvcache(q * math.nan, k, v, 8, cache_seqlens=length, backend=backend)
+        assert o.isnan().all()
+
+
 def test_few_queries_of_window_attn_take_this_kernel():
     """And have their gradients from the usual ones."""
     q, k, v = (torch.randn(2, n, 2, 16, device=DEVICE, requires_grad=True) for n in (3, 30, 30))

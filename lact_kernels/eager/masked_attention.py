@@ -27,6 +27,7 @@ PART_SCORES = 2**17  # that are written out at a time on a CPU, so that they sta
 # the logarithm of the number of keys: the errors of many keys' sums outweigh those of a larger lse.
 PRECISE_LSE = {torch.float64: 8, torch.float32: 8, torch.float16: 512, torch.bfloat16: 512}
 PRECISE_MEAN = 4
+LANES = 16  # numbers of float32 in a vector, at most
 SMALL_SCORE = 32  # up to which q may be rounded
 
 
@@ -89,6 +90,12 @@ def forward(
     flash = aten._scaled_dot_product_flash_attention_for_cpu.default
     options = {"is_causal": causal, "attn_mask": mask, "scale": scale}
     o, lse = flash(q, k, v, **options)
+    if mask is None and k.size(2) < LANES and not lse.all():
+        # The kernel takes a row of NaN for one of -inf where it has no mask, and so few keys.
+        unseen = q.new_full((q.size(2), k.size(2)), -math.inf)
+        mask = unseen.triu(1 if causal else k.size(2))
+        options = {"is_causal": False, "attn_mask": mask, "scale": scale}
+        o, lse = flash(q, k, v, **options)
     if not lse.all():  # 0 is also what the kernel gives for a row of -inf, whose output is always 0
         ones = v.new_ones(v.shape[2:]).expand_as(v)
         sums, _ = flash(q, k, ones, **options)
