@@ -304,6 +304,17 @@ def test_second_backward_gives_the_same_and_nothing_is_mutated(call):
     assert all(torch.equal(a, b) for a, b in zip(kept, (*outputs, *cotangents)))
 
 
+def test_outputs_may_be_changed_in_place():
+    """Also where an op returns what it has transposed in place: for autograd it is no view."""
+    q, k, v = WindowCase("one call of PyTorch's kernel", 10, None).inputs(torch.float32)
+    for name in ("o", "lse"):
+        outputs = dict(zip(("o", "lse"), window_attn(q, k, v, return_lse=True, backend="eager")))
+        outputs[name].mul_(2)
+    with torch.no_grad():
+        o, lse = window_attn(q, k, v, return_lse=True, backend="eager")
+    assert not o._is_view() and not lse._is_view()
+
+
 @pytest.mark.parametrize("case", WINDOW[:2], ids=str)
 def test_triton_goes_through_the_same_op(case):
     """With the blocks of the table, in the interpreter or on a GPU."""

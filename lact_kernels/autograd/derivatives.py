@@ -46,7 +46,7 @@ def first_derivatives(
 
     def below(keyset, *args):
         keyset = keyset & torch._C._after_ADInplaceOrView_keyset
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowADInplaceOrView():
             if keyset.raw_repr() in PLAIN:  # as redispatch would, which takes as long as all else
                 return implementation(*args)
             return overload.redispatch(keyset, *args)
