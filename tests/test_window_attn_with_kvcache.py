@@ -308,6 +308,15 @@ def test_nothing_outside_the_window_matters(backend):
     torch.testing.assert_close(o, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("Hq, n", [(2, 1), (2, 3), (4, 3)])
+def test_outputs_are_contiguous(Hq, n, dtype):
+    """As compiled code takes for granted, which is told so."""
+    q, k, v = (torch.randn(2, *shape, 16, dtype=dtype) for shape in ((n, Hq), (9, 2), (9, 2)))
+    results = window_attn_with_kvcache(q, k, v, 4, return_lse=True, backend="eager")
+    assert all(x.is_contiguous() for x in results)
+
+
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_a_query_of_nan_shows(backend):
     """With as few keys as at the start of a generation."""

@@ -62,7 +62,7 @@ def _rows(
         lse = lse.reshape(B, Hq, n)
     if n < Tq:
         o, lse = F.pad(o, (0, 0, 0, 0, Tq - n, 0)), F.pad(lse, (Tq - n, 0), value=-math.inf)
-    return o, lse
+    return o.contiguous(), lse.contiguous()
 
 
 def _slots(seqlen: int, span: int, S: int) -> list[slice]:
