@@ -7,6 +7,7 @@ import torch
 
 from lact_kernels.ops import checks
 from lact_kernels.triton.configs import kernel_config, ttt_config
+from lact_kernels.triton.primitives import Sizes
 
 ON_GPU = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), dtype=torch.bfloat16)
 
@@ -73,6 +74,17 @@ def test_small_shared_memory_has_rows_of_its_own_where_they_do_not_fit(capabilit
         ttt_config("ttt_outer", torch.bfloat16, capability) for capability in (capability, (8, 0))
     )
     assert small == large
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0), (12, 0), None])
+def test_tensor_cores_sum_few_terms_of_float32_at_once(capability):
+    """The bar is held with sums over 32 channels and 32 keys, not with longer ones."""
+    for D in (16, 40, 64):
+        row = kernel_config("window_attn_fwd", D, D, torch.float32, capability)
+        assert row.precision == "tf32x3"
+        assert row.block_n <= 32 and Sizes.of(D, D, row).CHUNK == min(D, 32)
+    for name in ("window_attn_fwd", "window_attn_bwd_dq", "window_attn_bwd_dkv"):
+        assert kernel_config(name, 80, 80, torch.float32, capability).precision == "ieee"
 
 
 def test_every_other_generation_has_its_rows():

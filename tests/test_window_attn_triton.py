@@ -242,6 +242,13 @@ def test_huge_scores_stay_finite(dtype):
     assert_close_to_float64(actual[1], same[1], exact[1], "lse")
 
 
+@pytest.mark.parametrize("D", [16, 80, 128])
+def test_products_over_few_channels_at_a_time(D):
+    """Head dims of less than one chunk of channels, of two and a half, and of four."""
+    config = KernelConfig(16, 16, num_warps=4, num_stages=1, precision="tf32x3")
+    check(*make_inputs(1, 20, 30, 1, 1, D, 16, torch.float32), 9, config)
+
+
 def test_scores_of_minus_infinity():
     """A row whose every score is -inf sees nothing; elsewhere only finite scores count."""
     q, k, v, do, dlse = make_inputs(1, 40, 40, 1, 1, 16, 16, torch.float32)

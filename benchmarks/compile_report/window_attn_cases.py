@@ -38,7 +38,7 @@ def _fwd(arch: int) -> Iterator[CompileCase]:
             shape=f"D{head_dim}",
             config=config,
             pointers={**pointers, "o_ptr": dtype, "lse_ptr": torch.float32},
-            constexprs={"SIZES": sizes, **absent},
+            constexprs={"SIZES": sizes, "PRECISION": config.precision, **absent},
             **more,
         )
         yield from packing_cases(case)

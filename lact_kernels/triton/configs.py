@@ -1,10 +1,11 @@
 """Block sizes, warps and pipeline stages of every kernel: one table, in one place.
 
-A row is found by what decides it: the pass, the architecture, the width of the input dtype and the
-class of the head dims D and Dv. Full float32 products know no matrix instructions, so float32 has one row
-for all architectures. Up to 64 the class of head dims is 64. Beyond, tiles are 128 or 256 channels wide: the
-classes 128 and 256 are head dims that fill them, 96 and 192 all those whose tiles are padded and
-masked, which takes registers. A length, a batch size, a head count or a window never decides it.
+A row is found by what decides it: the pass, the architecture, the width of the input dtype and the class of
+the head dims D and Dv. Float32 has one row for all architectures: its products know no matrix instructions,
+or in the forward up to 64 channels those that all have, as tiles of 32 rows are too small for others. Up to
+64 the class of head dims is 64. Beyond, tiles are 128 or 256 channels wide: the classes 128 and 256 are head
+dims that fill them, 96 and 192 all those whose tiles are padded and masked, which takes registers. A length,
+a batch size, a head count or a window never decides it.
 
 A row also names the implementation that it is for. Every pass has one in plain Triton; another, such as one
 for a single architecture, is a second kernel with the same arguments beside it in the pass's `..._KERNELS`,
@@ -43,6 +44,9 @@ class KernelConfig:
     num_stages: int
     split: bool = False  # dk and dv in a launch each: the dk/dv pass only
     descriptors: bool = False  # tiles are copied by descriptors, not by pointers
+    precision: str = (
+        "ieee"  # of float32 products; in the forward also "tf32x3": `primitives.product`
+    )
     implementation: str = TRITON
 
 
@@ -183,6 +187,10 @@ _TABLE: dict[tuple[str, int, int], dict[int, KernelConfig]] = {
         }.items()
     },
 }
+# Up to 64 channels float32 products of the forward are three TF32 products. More take too many registers.
+_TABLE["window_attn_fwd", ALL, 32][64] = replace(
+    _TABLE["window_attn_fwd", ALL, 32][64], precision="tf32x3"
+)
 # Tiles of 256 channels that fit 99 KiB. They have fewer queries than keys, or fewer keys than queries: only
 # so do eight warps share the columns of a product of few rows, and compute none of it twice.
 _TABLE |= {

@@ -39,6 +39,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-1.0e38)
 # Borders that a program reads at once in its search for a sequence.
 FANOUT = tl.constexpr(128)
+# Channels that products of three TF32 products sum at once: see `product`.
+TF32_CHANNELS = 32
 
 
 @functools.cache
@@ -50,7 +52,8 @@ def block_dim(head_dim: int) -> int:
 class Sizes(NamedTuple):
     """The sizes that an attention kernel is compiled for.
 
-    The head dims of q and k and of v, the same padded, and how many queries and keys a tile has.
+    The head dims of q and k and of v, the same padded, how many queries and keys a tile has, and how many
+    channels of q and k a product takes at once.
 
     In Triton 3.4 they are plain numbers to a kernel: `tl.full` takes these as a shape, `tl.zeros` does not.
     """
@@ -61,10 +64,13 @@ class Sizes(NamedTuple):
     BLOCK_DV: int
     BLOCK_M: int
     BLOCK_N: int
+    CHUNK: int
 
     @classmethod
     def of(cls, D: int, Dv: int, config: KernelConfig) -> "Sizes":
-        return cls(D, Dv, block_dim(D), block_dim(Dv), config.block_m, config.block_n)
+        block = block_dim(D)
+        chunk = block if config.precision == "ieee" else min(block, TF32_CHANNELS)
+        return cls(D, Dv, block, block_dim(Dv), config.block_m, config.block_n, chunk)
 
 
 def num_tile_slots(T: int, num_sequences: int, block: int) -> int:
@@ -394,6 +400,82 @@ def load_tile(
         else:
             tile = tl.load(pointers)
     return tile
+
+
+@triton.jit
+def load_channels(
+    pointers,  # to the first CHUNK columns: [ROWS, CHUNK]
+    rows,
+    num_rows,
+    NTH: tl.constexpr,
+    SIZES: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+):
+    """Of a tile of q or k the NTH chunk of channels, zero where `load_rows` is."""
+    FIRST: tl.constexpr = NTH * SIZES.CHUNK
+    cols = FIRST + tl.arange(0, SIZES.CHUNK)
+    CHECK_COLS: tl.constexpr = FIRST + SIZES.CHUNK > SIZES.D
+    return load_tile(pointers + FIRST, rows, num_rows, cols, SIZES.D, CHECK_ROWS, CHECK_COLS)
+
+
+@triton.jit
+def scores_of(
+    q,  # a tuple of tiles [BLOCK_M, CHUNK]
+    k_pointers,  # [BLOCK_N, CHUNK]
+    keys,
+    Tk,
+    SIZES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+):
+    """Q K^T, [BLOCK_M, BLOCK_N], a sum of products over CHUNK channels each."""
+    k = load_channels(k_pointers, keys, Tk, 0, SIZES, CHECK_ROWS)
+    scores = product(q[0], tl.trans(k), None, PRECISION)
+    for nth in tl.static_range(1, len(q)):
+        k = load_channels(k_pointers, keys, Tk, nth, SIZES, CHECK_ROWS)
+        scores = product(q[nth], tl.trans(k), scores, PRECISION)
+    return scores
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """a b, [M, K] times [K, N], added to `acc` [M, N] unless it is None.
+
+    "tf32x3" makes a float32 product of three TF32 products. Tensor cores cut off, and do not round, what
+    their running sum has no bits for: an error towards zero every few terms (arXiv 2203.03341, 2512.07004).
+    So the sum over K begins anew, and ordinary instructions, which round, add it to `acc`: with K up to
+    TF32_CHANNELS it is accurate enough (`docs/window_attn.md`). Triton's own "tf32x3" differs where scores
+    overflow: it adds up infinities of both signs, and a score of -inf becomes NaN. Here products with a rest
+    count where they are finite: an infinite product is what it is without them.
+
+    Numbers within 2^-12 of the largest, which no TF32 number is close to, are infinite, and those below 1e-34
+    lose digits.
+    """
+    if PRECISION == "tf32x3":
+        a, a_rest = _tf32_parts(a)
+        b, b_rest = _tf32_parts(b)
+        rest = tl.dot(a_rest, b, input_precision="tf32")
+        rest = tl.dot(a, b_rest, rest, input_precision="tf32")
+        rest = tl.where(tl.abs(rest) < float("inf"), rest, 0.0)
+        result = tl.dot(a, b, rest, input_precision="tf32")
+        if acc is not None:
+            result += acc
+    else:
+        result = tl.dot(a, b, acc, input_precision=PRECISION)
+    return result
+
+
+@triton.jit
+def _tf32_parts(x):
+    """x as a sum of two TF32 numbers, which have 13 bits less: one close to x, and the rest.
+
+    x times 1 + 2^-12, cut off, is x rounded, to within 3/4 of a last bit. Unlike an addition to the bits it
+    leaves a NaN a NaN. Of the rest tensor cores ignore the 13 bits, so half a last bit is added here.
+    """
+    close = (x * (1.0 + 2.0**-12)).to(tl.int32, bitcast=True) & -0x2000
+    close = close.to(tl.float32, bitcast=True)
+    rest = (x - close).to(tl.int32, bitcast=True) + 0x1000
+    return close, rest.to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ def target(arch: int, name: str):
     return pytest.param(arch, DTYPES[name], id=label, marks=pytest.mark.xdist_group(label))
 
 
-# Products of 16-bit numbers are made by matrix instructions, those of float32 are not, and in other tiles.
+# Products of 16-bit numbers are made by matrix instructions, those of float32 by others or by none.
 HALF_TARGETS = [target(arch, name) for arch in (90, 80) for name in ("bfloat16", "float16")]
 FLOAT_TARGETS = [target(arch, "float32") for arch in (90, 80)]
 TARGETS = HALF_TARGETS + FLOAT_TARGETS

@@ -19,9 +19,9 @@ Both products of inputs, S and dO V^T, are issued before the exponentials, which
 For float32 inputs P is divided by the sums of its rows, which the dq pass finds on its way and leaves
 for the other: the rounding of a large lse is a relative error of P, the same for a whole row.
 
-Products take the input dtype and accumulate in float32 (full float32 products for float32 input);
-P and dS are rounded to the input dtype for their second product. Everything is read in place, and
-nothing saved by the forward is written.
+Products take the input dtype and accumulate in float32 (for float32 input they are full float32 products,
+without tensor cores); P and dS are rounded to the input dtype for their second product. Everything is read
+in place, and nothing saved by the forward is written.
 """
 
 from typing import Any

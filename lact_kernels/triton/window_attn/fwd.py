@@ -7,9 +7,10 @@
 
 One loop visits the tiles from the left edge of the window to the diagonal (see `primitives`). Only at the
 two ends is a tile masked, which a branch decides: those in between are seen as a whole. Products take the
-input dtype and accumulate in float32; for float32 input they are full float32 products. Row statistics are
-float32. The window and the lengths are runtime values: no length, window, batch size or head count makes
-the kernel compile again.
+input dtype and accumulate in float32; for float32 input and head dims of up to 64 each is a sum of three
+TF32 products, over few channels at a time (`primitives.product`), otherwise it is made without tensor
+cores. Row statistics are float32. The window and the lengths are runtime values: no length, window, batch
+size or head count makes the kernel compile again.
 
 On Hopper tiles are copied by descriptors (rows of the table with `descriptors`), and the two products of
 a tile are a loop apart: the scores of the next tile are computed before the product with the values of this
@@ -43,6 +44,7 @@ from lact_kernels.triton.primitives import (
     described_rows,
     head_rows,
     head_tiles,
+    load_channels,
     load_described_rows,
     load_rows,
     mask_after_query,
@@ -50,7 +52,9 @@ from lact_kernels.triton.primitives import (
     nth_tile,
     num_tile_slots,
     packed_tile,
+    product,
     query_tile_program,
+    scores_of,
     seen_key_tiles,
     softmax_end,
     softmax_step,
@@ -65,7 +69,7 @@ FEW_QUERIES = 16  # of a row: up to here the kernel that splits the keys takes t
 @triton.jit
 def _segment(
     state,  # acc [BLOCK_M, BLOCK_DV], row_max and row_sum [BLOCK_M]
-    q,  # [BLOCK_M, BLOCK_D]
+    q,  # as `scores_of` takes it
     k_tiles,  # as `tile_pointers` takes them
     v_tiles,
     tiles,  # of keys, as `nth_tile` takes them
@@ -74,19 +78,19 @@ def _segment(
     window_size,
     scale_log2,
     SIZES: tl.constexpr,
+    PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """The tiles of a segment. A branch in the loop would cost Ampere the layout of its products."""
     acc, row_max, row_sum = state
-    FULL_PRECISION: tl.constexpr = q.dtype == tl.float32
-    cols_qk, cols_v = tl.arange(0, SIZES.BLOCK_D), tl.arange(0, SIZES.BLOCK_DV)
+    FULL_PRECISION: tl.constexpr = q[0].dtype == tl.float32
+    cols_v = tl.arange(0, SIZES.BLOCK_DV)
     for step in range(0, tiles[1]):
         first_key = nth_tile(tiles, step, MASKED) * SIZES.BLOCK_N
         keys = first_key + tl.arange(0, SIZES.BLOCK_N)
         k_pointers = tile_pointers(k_tiles, first_key)
         v_pointers = tile_pointers(v_tiles, first_key)
-        k = load_rows(k_pointers, keys, Tk, cols_qk, SIZES.D, SIZES.BLOCK_D, MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        scores = scores_of(q, k_pointers, keys, Tk, SIZES, PRECISION, MASKED)
         if MASKED:
             scores = mask_before_window(scores, first_position - first_key, window_size)
             scores = mask_after_query(scores, first_position - first_key)
@@ -94,7 +98,7 @@ def _segment(
             scores, row_max, row_sum, scale_log2, FULL_PRECISION
         )
         v = load_rows(v_pointers, keys, Tk, cols_v, SIZES.DV, SIZES.BLOCK_DV, MASKED)
-        acc = tl.dot(probs.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+        acc = product(probs.to(v.dtype), v, acc * decay[:, None], PRECISION)
     return acc, row_max, row_sum
 
 
@@ -172,6 +176,7 @@ def _window_attn_fwd_kernel(
     v_strides,
     o_strides,
     SIZES: tl.constexpr,
+    PRECISION: tl.constexpr,  # of float32 products, as `product` takes it
 ):
     b, h, h_kv, tile = query_tile_program(Tq, num_sequences, Hq, Hkv, SIZES.BLOCK_M)
     row_offset = tl.cast(b * Hq + h, tl.int64) * Tq
@@ -208,21 +213,24 @@ def _window_attn_fwd_kernel(
             SIZES, cu_seqlens is not None,
         )  # fmt: skip
     else:
-        queries, cols = first_query + tl.arange(0, SIZES.BLOCK_M), tl.arange(0, SIZES.BLOCK_D)
+        queries, cols = first_query + tl.arange(0, SIZES.BLOCK_M), tl.arange(0, SIZES.CHUNK)
         q_rows = queries.to(tl.int64)[:, None] * q_strides[1] + cols[None, :]
         q_pointers = head_rows(q_tensor, q_strides, b, h, q_start) + q_rows
-        q = load_rows(q_pointers, queries, Tq, cols, SIZES.D, SIZES.BLOCK_D, True)
-        k_tiles = head_tiles(k_tensor, k_strides, b, h_kv, k_start, SIZES.BLOCK_N, SIZES.BLOCK_D)
+        q = (load_channels(q_pointers, queries, Tq, 0, SIZES, True),)
+        CHUNKS: tl.constexpr = (SIZES.D + SIZES.CHUNK - 1) // SIZES.CHUNK
+        for nth in tl.static_range(1, CHUNKS):
+            q += (load_channels(q_pointers, queries, Tq, nth, SIZES, True),)
+        k_tiles = head_tiles(k_tensor, k_strides, b, h_kv, k_start, SIZES.BLOCK_N, SIZES.CHUNK)
         v_tiles = head_tiles(v_tensor, v_strides, b, h_kv, k_start, SIZES.BLOCK_N, SIZES.BLOCK_DV)
         inside = tl.minimum(inside, end)
         num_inside = tl.maximum(diagonal - inside, 0)
         state = _segment(
             state, q, k_tiles, v_tiles, (first, end - first - num_inside, inside, num_inside),
-            first_position, Tk, window_size, scale_log2, SIZES, MASKED=True,
+            first_position, Tk, window_size, scale_log2, SIZES, PRECISION, MASKED=True,
         )  # fmt: skip
         acc, row_max, row_sum = _segment(
             state, q, k_tiles, v_tiles, (inside, num_inside, inside, 0),
-            first_position, Tk, window_size, scale_log2, SIZES, MASKED=False,
+            first_position, Tk, window_size, scale_log2, SIZES, PRECISION, MASKED=False,
         )  # fmt: skip
 
     o, lse = softmax_end(acc, row_max, row_sum, softmax_scale, FULL_PRECISION)
@@ -282,6 +290,6 @@ def window_attn_fwd(
         launch(
             FWD_KERNELS, config, (slots * B * Hq,),
             *tensors, o, lse, *packing, softmax_scale, window_size, Tq, Tk, Hq, Hkv, *strides,
-            SIZES=sizes,
+            SIZES=sizes, PRECISION=config.precision,
         )  # fmt: skip
     return o, lse
