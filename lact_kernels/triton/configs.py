@@ -45,7 +45,7 @@ class KernelConfig:
     split: bool = False  # dk and dv in a launch each: the dk/dv pass only
     descriptors: bool = False  # tiles are copied by descriptors, not by pointers
     precision: str = (
-        "ieee"  # of float32 products; in the forward also "tf32x3": `primitives.product`
+        "ieee"  # of float32 products; also "tf32x3", in the forward: `primitives.product`
     )
     implementation: str = TRITON
 

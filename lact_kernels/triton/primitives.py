@@ -158,21 +158,6 @@ def key_tile_bounds(first_query, Tq, Tk, window_size, BLOCK_M: tl.constexpr, BLO
 
 
 @triton.jit
-def seen_key_tiles(first_query, Tq, Tk, window_size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Key tiles seen by the queries of one tile: (first, inside, diagonal, end).
-
-    Tiles before `inside` have keys that have left the window of some query, those from `diagonal` on
-    keys that come after some query; where the window is narrow a tile may have both.
-    """
-    first_position = first_query + Tk - Tq
-    last_position = tl.minimum(first_query + BLOCK_M, Tq) - 1 + Tk - Tq
-    first = tl.maximum(first_position - window_size + 1, 0) // BLOCK_N
-    inside = tl.cdiv(tl.maximum(last_position - window_size + 1, 0), BLOCK_N)
-    diagonal = tl.maximum(first_position + 1, 0) // BLOCK_N
-    return first, inside, diagonal, tl.cdiv(tl.maximum(last_position + 1, 0), BLOCK_N)
-
-
-@triton.jit
 def query_tile_bounds(first_key, Tq, Tk, window_size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Query tiles that see the keys of one tile: (first, interior, right edge, end)."""
     offset = Tk - Tq

@@ -35,7 +35,7 @@ from lact_kernels.triton.configs import (
     capability_of,
     kernel_config,
 )
-from lact_kernels.triton.descriptors import describable, descriptor
+from lact_kernels.triton.descriptors import aligned_strides, descriptor
 from lact_kernels.triton.launch import (
     launch,
     on_device,
@@ -82,7 +82,8 @@ def window_attn_bwd(
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     capability = capability_of(q.device)
-    described = cu_seqlens_q is None and all(map(describable, (q, k, v)))
+    tensors, strides = (q, k, v), [aligned_strides(x) for x in (q, k, v)]
+    described = cu_seqlens_q is None and None not in strides
     dq_config = config or kernel_config("window_attn_bwd_dq", D, Dv, q.dtype, capability, described)
     dkv_config = config or kernel_config("window_attn_bwd_dkv", D, Dv, q.dtype, capability)
     stats = lse.new_empty(B, Hq, _num_stats(q.dtype), Tq)
@@ -90,15 +91,16 @@ def window_attn_bwd(
     sizes = (*packing, softmax_scale, window_size, Tq, Tk, Hq, Hkv)
     query_slots = num_tile_slots(Tq, packing[-1], dq_config.block_m)
     key_slots = num_tile_slots(Tk, packing[-1], dkv_config.block_n)
-    tiles, strides = (q, k, v), outer_strides(q, k, v)
     if dq_config.descriptors:
         rows = (dq_config.block_m, dq_config.block_n, dq_config.block_n)
         cols = (block_dim(D), block_dim(D), block_dim(Dv))
-        tiles, strides = map(descriptor, tiles, rows, cols), (None, None, None)
+        tensors, strides = map(descriptor, tensors, strides, rows, cols), (None, None, None)
+    else:
+        strides = outer_strides(*tensors)
     with on_device(q):
         launch(
             DQ_KERNELS, dq_config, (query_slots * B * Hq,),
-            *tiles, o, do, lse, dlse, stats, dq, *sizes,
+            *tensors, o, do, lse, dlse, stats, dq, *sizes,
             *strides, *outer_strides(o, do, dq), **_dq_constexprs(D, Dv, q.dtype, dq_config),
         )  # fmt: skip
         for owned in _owned(dkv_config):

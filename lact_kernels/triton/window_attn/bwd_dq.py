@@ -21,7 +21,6 @@ from lact_kernels.triton.primitives import (
     minus_lse_log2,
     packed_tile,
     query_tile_program,
-    seen_key_tiles,
     softmax_from_lse,
     softmax_from_shift,
     store_rows,
@@ -93,7 +92,7 @@ def _dq_described_tiles(
     SIZES: tl.constexpr,
 ):
     first, end = tiles
-    first_position, inside = edges
+    first_position, interior = edges
     for tile in range(first, end):
         first_key = tile * SIZES.BLOCK_N
         k = load_described_rows(k_head, first_key, SIZES.BLOCK_N, SIZES.BLOCK_D)
@@ -104,7 +103,7 @@ def _dq_described_tiles(
         probs = softmax_from_lse(scores, lse[:, None], scale_log2)
         dscores = probs * (dprobs - delta[:, None])
         own = first_position - first_key
-        if tile < inside:
+        if tile < interior:
             dscores = mask_before_window(dscores, own, window_size, 0.0)
         if own < SIZES.BLOCK_N - 1:
             dscores = mask_after_query(dscores, own, 0.0)
@@ -188,11 +187,11 @@ def _window_attn_bwd_dq_kernel(
         k_head = described_rows(k_tensor, b, h_kv, 0)
         v_head = described_rows(v_tensor, b, h_kv, 0)
         q = load_described_rows(q_head, first_query, SIZES.BLOCK_M, SIZES.BLOCK_D)
-        first, inside, _, end = seen_key_tiles(
+        first, interior, _, end = key_tile_bounds(
             first_query, Tq, Tk, window_size, SIZES.BLOCK_M, SIZES.BLOCK_N
         )
         dq = _dq_described_tiles(
-            dq, q, do, lse, delta, k_head, v_head, (first, end), (first_query + Tk - Tq, inside),
+            dq, q, do, lse, delta, k_head, v_head, (first, end), (first_query + Tk - Tq, interior),
             window_size, softmax_scale * LOG2_E, SIZES,
         )  # fmt: skip
     else:

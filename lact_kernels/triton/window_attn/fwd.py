@@ -44,6 +44,7 @@ from lact_kernels.triton.primitives import (
     described_rows,
     head_rows,
     head_tiles,
+    key_tile_bounds,
     load_channels,
     load_described_rows,
     load_rows,
@@ -55,7 +56,6 @@ from lact_kernels.triton.primitives import (
     product,
     query_tile_program,
     scores_of,
-    seen_key_tiles,
     softmax_end,
     softmax_step,
     store_rows,
@@ -110,9 +110,9 @@ def _scores_by_descriptor(q, k_head, tile, SIZES: tl.constexpr):
 
 @triton.jit
 def _masked_at_edge(scores, tile, edges, window_size, SIZES: tl.constexpr):
-    first_position, inside = edges
+    first_position, interior = edges
     own = first_position - tile * SIZES.BLOCK_N
-    if tile < inside:
+    if tile < interior:
         scores = mask_before_window(scores, own, window_size)
     if own < SIZES.BLOCK_N - 1:
         scores = mask_after_query(scores, own)
@@ -199,7 +199,7 @@ def _window_attn_fwd_kernel(
     row_max = tl.full([SIZES.BLOCK_M], LOWEST, tl.float32)
     row_sum = tl.full([SIZES.BLOCK_M], 0.0, tl.float32)
     state = (acc, row_max, row_sum)
-    first, inside, diagonal, end = seen_key_tiles(
+    first, interior, diagonal, end = key_tile_bounds(
         first_query, Tq, Tk, window_size, SIZES.BLOCK_M, SIZES.BLOCK_N
     )
     if q_strides is None:
@@ -209,7 +209,7 @@ def _window_attn_fwd_kernel(
         q = load_described_rows(q_head, first_query, SIZES.BLOCK_M, SIZES.BLOCK_D)
         acc, row_max, row_sum = _all_tiles(
             state, q, k_head, v_head, (first, tl.maximum(end - 1, 0)),
-            (first_position, inside), Tk, window_size, scale_log2,
+            (first_position, interior), Tk, window_size, scale_log2,
             SIZES, cu_seqlens is not None,
         )  # fmt: skip
     else:
@@ -222,14 +222,13 @@ def _window_attn_fwd_kernel(
             q += (load_channels(q_pointers, queries, Tq, nth, SIZES, True),)
         k_tiles = head_tiles(k_tensor, k_strides, b, h_kv, k_start, SIZES.BLOCK_N, SIZES.CHUNK)
         v_tiles = head_tiles(v_tensor, v_strides, b, h_kv, k_start, SIZES.BLOCK_N, SIZES.BLOCK_DV)
-        inside = tl.minimum(inside, end)
-        num_inside = tl.maximum(diagonal - inside, 0)
+        inside = diagonal - interior
         state = _segment(
-            state, q, k_tiles, v_tiles, (first, end - first - num_inside, inside, num_inside),
+            state, q, k_tiles, v_tiles, (first, end - first - inside, interior, inside),
             first_position, Tk, window_size, scale_log2, SIZES, PRECISION, MASKED=True,
         )  # fmt: skip
         acc, row_max, row_sum = _segment(
-            state, q, k_tiles, v_tiles, (inside, num_inside, inside, 0),
+            state, q, k_tiles, v_tiles, (interior, inside, interior, 0),
             first_position, Tk, window_size, scale_log2, SIZES, PRECISION, MASKED=False,
         )  # fmt: skip
 
