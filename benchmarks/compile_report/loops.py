@@ -22,8 +22,8 @@ class MatrixLoop:
 
     Asynchronous copies are committed in groups, one for each tile that is loaded: how many may still be
     on their way when the first product of an iteration begins says how far ahead tiles are asked for. Of
-    copies by descriptors it is the number that an iteration, at least, leaves to the next one's later
-    products. None: the loop copies nothing.
+    copies by descriptors, whose waits do not say so, it follows from the number of stages. None: the loop
+    copies nothing.
 
     A product of tiles is several instructions on the same accumulators. Hopper's and Blackwell's are
     asynchronous: each product is waited for once, or together with others, and a special function (`MUFU`: an
@@ -41,13 +41,13 @@ class MatrixLoop:
     least_selects: int
 
 
-def matrix_loops(code: Sequence[Instruction]) -> list[MatrixLoop]:
+def matrix_loops(code: Sequence[Instruction], num_stages: int = 2) -> list[MatrixLoop]:
     """The innermost loops with matrix instructions, in the order in which they end."""
     bodies = [
         x for x in _loop_bodies(code) if any(MATRIX_INSTRUCTION.match(code[i].name) for i in x)
     ]
     return [
-        _describe([code[i] for i in sorted(body)])
+        _describe([code[i] for i in sorted(body)], num_stages)
         for body in bodies
         if not any(other < body for other in bodies)
     ]
@@ -83,14 +83,14 @@ def _loop_bodies(code: Sequence[Instruction]) -> list[set[int]]:
     return list(bodies.values())
 
 
-def _describe(body: list[Instruction]) -> MatrixLoop:
+def _describe(body: list[Instruction], num_stages: int) -> MatrixLoop:
     kinds = Counter(instruction.kind for instruction in body)
     products, waits, overlapped = _asynchronous(body)
     least_selects, least_compares = _least(body)
     return MatrixLoop(
         compares=kinds["ISETP"],
         selects=kinds["FSEL"],
-        copies_in_flight=_copies_in_flight(body),
+        copies_in_flight=_copies_in_flight(body, num_stages),
         products=products,
         waits=waits,
         overlapped=overlapped,
@@ -152,16 +152,18 @@ def _asynchronous(body: list[Instruction]) -> tuple[int, int, int]:
     return products, waits, overlapped
 
 
-def _copies_in_flight(body: list[Instruction]) -> int | None:
+def _copies_in_flight(body: list[Instruction], num_stages: int) -> int | None:
     kinds = Counter(x.kind for x in body)
     if kinds["LDGSTS"]:
         waits = (x.operands for x in body if x.name == "DEPBAR.LE" and "SB0" in x.operands)
         return int(next(waits).split(",")[1], 16)
     if kinds["UTMALDG"] and kinds["HGMMA"]:
-        # Each is waited for on a barrier of its own: those of the last iteration that are not yet, at least.
         body = _once(body)
         first_product = next(place for place, x in enumerate(body) if x.kind == "HGMMA")
-        return kinds["UTMALDG"] - sum(
-            x.name.startswith(("UTMALDG", "SYNCS.PHASECHK")) for x in body[:first_product]
+        copies, waits = (
+            [x.name.startswith(y) for x in body] for y in ("UTMALDG", "SYNCS.PHASECHK")
         )
+        # An iteration begins with those of the tiles before its own, and a wait is for as many as each other.
+        arrived = sum(waits[:first_product]) * sum(copies) // max(sum(waits), 1)
+        return (num_stages - 1) * sum(copies) + sum(copies[:first_product]) - arrived
     return None

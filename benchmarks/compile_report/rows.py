@@ -92,7 +92,9 @@ def _row(case: CompileCase, binary: Binary, code: list[Instruction], seconds: fl
         warnings=binary.warnings,
         product_repeats=product_repeats(binary.ttgir, binary.ptx, case.config.num_warps),
         matrix_instructions=dict(products),
-        matrix_loops=[dataclasses.asdict(loop) for loop in matrix_loops(code)],
+        matrix_loops=[
+            dataclasses.asdict(loop) for loop in matrix_loops(code, case.config.num_stages)
+        ],
         programs_per_multiprocessor=programs_per_multiprocessor(
             ARCHITECTURES[case.arch],
             binary.registers,

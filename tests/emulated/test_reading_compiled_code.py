@@ -129,6 +129,28 @@ def test_special_functions_beside_products_are_counted():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("waits, num_stages, copies", [(2, 2, 1), (2, 3, 3), (1, 2, 0), (1, 3, 2)])
+def test_copies_by_descriptors_are_on_their_way(waits, num_stages, copies):
+    """Of two tiles, asked for last: each waited for before its product, or both before the first."""
+    second_wait = "SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR16+0x10], R2" if waits == 2 else "NOP"
+    (loop,) = matrix_loops(
+        code(
+            "MOV R0, R1",
+            "MOV R2, R1",
+            "SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [UR16], R2",
+            "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR4], RZ, gsb0",
+            second_wait,
+            "HGMMA.64x64x16.F32.BF16 R88, gdesc[UR4], R88, gsb0",
+            "UTMALDG.4D [UR8], [UR6]",
+            "UTMALDG.4D [UR10], [UR6]",
+            "@P0! BRA 1",
+            "EXIT",
+        ),
+        num_stages,
+    )
+    assert loop.copies_in_flight == copies
+
+
 def test_a_branch_around_a_mask_is_found():
     """With a wait out of line, which leads back into the loop and not to its beginning."""
     (loop,) = matrix_loops(
