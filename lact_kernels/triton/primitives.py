@@ -14,9 +14,9 @@ that a tile of queries sees form one interval, cut into key tiles in three segme
 
 Seen from a tile of keys, the queries that see it form an interval too: diagonal, interior, right
 edge. Every tile from `first` up to `end` holds at least one visible pair, and no other tile does.
-In an interior tile every pair is visible and every row is in bounds. The order of tiles does not
-matter, so the forward visits both masked segments in one loop and the interior in another. The backward has
-one loop, whose pipeline fills once, and a branch around the mask.
+In an interior tile every pair is visible and every row is in bounds. Kernels have one loop, whose pipeline
+fills once, and a branch around the mask. The order of tiles does not matter, so the forward by pointers
+visits both masked segments in one loop and the interior in another.
 
 Packed sequences are cut into tiles one by one, so that no tile belongs to two. A sequence of `l`
 tokens from token `c` on needs ceil(l / BLOCK) tiles, and gets the slots from `c // BLOCK + n` up to

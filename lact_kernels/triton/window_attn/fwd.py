@@ -5,16 +5,18 @@
     lse = max S * scale + ln sum P
 ```
 
-One loop visits the tiles from the left edge of the window to the diagonal (see `primitives`). Only at the
-two ends is a tile masked, which a branch decides: those in between are seen as a whole. Products take the
-input dtype and accumulate in float32; for float32 input and head dims of up to 64 each is a sum of three
-TF32 products, over few channels at a time (`primitives.product`), otherwise it is made without tensor
-cores. Row statistics are float32. The window and the lengths are runtime values: no length, window, batch
-size or head count makes the kernel compile again.
+Products take the input dtype and accumulate in float32; for float32 input and head dims of up to 64 each is
+a sum of three TF32 products, over few channels at a time (`primitives.product`), otherwise it is made without
+tensor cores. Row statistics are float32. The window and the lengths are runtime values: no length, window,
+batch size or head count makes the kernel compile again.
 
-On Hopper tiles are copied by descriptors (rows of the table with `descriptors`), and the two products of
-a tile are a loop apart: the scores of the next tile are computed before the product with the values of this
-one, which then runs beside the softmax of the next.
+By pointers the tiles of both edges are visited in one loop with a mask and bounds checks, the interior in
+another with neither (see `primitives`).
+
+On Hopper tiles are copied by descriptors (rows of the table with `descriptors`). One loop visits them from
+the left edge of the window to the diagonal, and masks only those at the two ends, which a branch decides.
+The two products of a tile are a loop apart: the scores of the next tile are computed before the product with
+the values of this one, which then runs beside the softmax of the next.
 """
 
 import torch
@@ -120,7 +122,7 @@ def _masked_at_edge(scores, tile, edges, window_size, SIZES: tl.constexpr):
 
 
 @triton.jit
-def _all_tiles(
+def _described_tiles(
     state,  # as in `_segment`, like q and the last lines
     q,
     k_head,  # descriptors, as `load_described_rows` takes them
@@ -207,7 +209,7 @@ def _window_attn_fwd_kernel(
         k_head = described_rows(k_tensor, b, h_kv, k_start)
         v_head = described_rows(v_tensor, b, h_kv, k_start)
         q = load_described_rows(q_head, first_query, SIZES.BLOCK_M, SIZES.BLOCK_D)
-        acc, row_max, row_sum = _all_tiles(
+        acc, row_max, row_sum = _described_tiles(
             state, q, k_head, v_head, (first, tl.maximum(end - 1, 0)),
             (first_position, interior), Tk, window_size, scale_log2,
             SIZES, cu_seqlens is not None,
