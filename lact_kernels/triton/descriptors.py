@@ -3,8 +3,12 @@
 A tile by pointers takes each thread several copies, and registers for their addresses.
 """
 
+from collections.abc import Iterator
+
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from lact_kernels.triton.primitives import Sizes
 
 ALIGNMENT = 16  # bytes, of addresses and strides
 
@@ -43,3 +47,12 @@ def descriptor(x: Tensor, strides: tuple[int, int, int], rows: int, cols: int) -
     made.shape, made.strides = [B, H, T, D], [stride_b, stride_h, stride_t, 1]
     made.block_shape = [1, 1, rows, cols]
     return made
+
+
+def attention_descriptors(
+    tensors: tuple[Tensor, ...], strides: list[tuple[int, int, int]], sizes: Sizes
+) -> Iterator[TensorDescriptor]:
+    """Of q, k and v, for the tiles of a kernel."""
+    rows = (sizes.BLOCK_M, sizes.BLOCK_N, sizes.BLOCK_N)
+    cols = (sizes.BLOCK_D, sizes.BLOCK_D, sizes.BLOCK_DV)
+    return map(descriptor, tensors, strides, rows, cols)

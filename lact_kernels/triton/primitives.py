@@ -336,14 +336,13 @@ def load_described_rows(head, first_row, ROWS: tl.constexpr, COLS: tl.constexpr)
 
 
 @triton.jit
-def tile_pointers(tensor, first_row, head=0):
+def tile_pointers(tensor, first_row):
     """Pointers to the tile of rows that begins with row `first_row`.
 
-    `tensor` is a pointer to a head, from which `head` counts, offsets within a tile, and strides.
+    `tensor` is a pointer to a head, offsets within a tile, and strides.
     """
     ptr, offsets, strides = tensor
-    first_row, head = tl.cast(first_row, tl.int64), tl.cast(head, tl.int64)
-    return ptr + head * strides[2] + first_row * strides[1] + offsets
+    return ptr + tl.cast(first_row, tl.int64) * strides[1] + offsets
 
 
 @triton.jit

@@ -35,7 +35,7 @@ from lact_kernels.triton.configs import (
     capability_of,
     kernel_config,
 )
-from lact_kernels.triton.descriptors import aligned_strides, descriptor
+from lact_kernels.triton.descriptors import aligned_strides, attention_descriptors
 from lact_kernels.triton.launch import (
     launch,
     on_device,
@@ -44,7 +44,7 @@ from lact_kernels.triton.launch import (
     positive_scale,
     readable_in_place,
 )
-from lact_kernels.triton.primitives import Sizes, block_dim, num_tile_slots
+from lact_kernels.triton.primitives import Sizes, num_tile_slots
 from lact_kernels.triton.window_attn.bwd_dkv import _window_attn_bwd_dkv_kernel
 from lact_kernels.triton.window_attn.bwd_dq import _window_attn_bwd_dq_kernel
 
@@ -82,7 +82,7 @@ def window_attn_bwd(
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     capability = capability_of(q.device)
-    tensors, strides = (q, k, v), [aligned_strides(x) for x in (q, k, v)]
+    tensors, strides = (q, k, v), list(map(aligned_strides, (q, k, v)))
     described = cu_seqlens_q is None and None not in strides
     dq_config = config or kernel_config("window_attn_bwd_dq", D, Dv, q.dtype, capability, described)
     dkv_config = config or kernel_config("window_attn_bwd_dkv", D, Dv, q.dtype, capability)
@@ -92,9 +92,8 @@ def window_attn_bwd(
     query_slots = num_tile_slots(Tq, packing[-1], dq_config.block_m)
     key_slots = num_tile_slots(Tk, packing[-1], dkv_config.block_n)
     if dq_config.descriptors:
-        rows = (dq_config.block_m, dq_config.block_n, dq_config.block_n)
-        cols = (block_dim(D), block_dim(D), block_dim(Dv))
-        tensors, strides = map(descriptor, tensors, strides, rows, cols), (None, None, None)
+        tensors = attention_descriptors(tensors, strides, Sizes.of(D, Dv, dq_config))
+        strides = (None, None, None)
     else:
         strides = outer_strides(*tensors)
     with on_device(q):

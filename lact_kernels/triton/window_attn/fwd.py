@@ -30,7 +30,7 @@ from lact_kernels.triton.configs import (
     capability_of,
     kernel_config,
 )
-from lact_kernels.triton.descriptors import aligned_strides, descriptor
+from lact_kernels.triton.descriptors import aligned_strides, attention_descriptors
 from lact_kernels.triton.launch import (
     launch,
     on_device,
@@ -271,22 +271,19 @@ def window_attn_fwd(
         return window_attn_with_kvcache(q, k, v, None, window_size, softmax_scale)
     q, sign, softmax_scale = positive_scale(q, softmax_scale)
     q, k, v = readable_in_place(q, k, v)
-    strides = [aligned_strides(x) for x in (q, k, v)]
+    strides = list(map(aligned_strides, (q, k, v)))
     config = config or kernel_config(
         "window_attn_fwd", D, Dv, q.dtype, capability_of(q.device), described=None not in strides
     )
     packing = packing_arguments(cu_seqlens_q, cu_seqlens_k, q.device)
     slots = num_tile_slots(Tq, packing[-1], config.block_m)
     sizes = Sizes.of(D, Dv, config)
+    tensors = (q, k, v)
     if config.descriptors:
-        tensors = (
-            descriptor(q, strides[0], sizes.BLOCK_M, sizes.BLOCK_D),
-            descriptor(k, strides[1], sizes.BLOCK_N, sizes.BLOCK_D),
-            descriptor(v, strides[2], sizes.BLOCK_N, sizes.BLOCK_DV),
-        )
+        tensors = attention_descriptors(tensors, strides, sizes)
         strides = (None, None, None, *outer_strides(o))
     else:
-        tensors, strides = (q, k, v), outer_strides(q, k, v, o)
+        strides = outer_strides(q, k, v, o)
     with on_device(q):
         launch(
             FWD_KERNELS, config, (slots * B * Hq,),
