@@ -48,7 +48,7 @@ def outer() -> Iterator[tuple[Tensor, ...]]:
         )
         out = torch.empty(1, 1, H, dims.size)
         run = Run(
-            num_chunks=1, table=None, first_chunk=0, first_row=0,
+            num_chunks=1, table=None, place=0, first_chunk=0, first_row=0,
             B=1, T=T, shift=0, chunk_size=T, width=T,
         )  # fmt: skip
         ttt_outer(x, y, acts, out, run, dims)

@@ -73,9 +73,10 @@ def _ttt_hidden_kernel(
     x_ptr,  # queries, or keys
     y_ptr,  # values, or the gradients of outputs; None: only `hidden` is stored
     lr_ptr,  # [3, B, H, T], contiguous, or None for rates of 1
-    weights_ptr,  # [chunks, H, SIZE], or with strides three: see head_weights
+    weights_ptr,  # [places, H, SIZE], or with strides three: see head_weights
     acts_ptr,  # [3, H, rows, DH], or [1, H, rows, DH]
     table_ptr,  # tokens of packed chunks, or None
+    place,
     first_chunk,
     first_row,
     B,
@@ -96,8 +97,9 @@ def _ttt_hidden_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    chunk, h, first_unit, b, first, row, number = token_tile(
+    place, h, first_unit, b, first, row, number = token_tile(
         table_ptr,
+        place,
         first_chunk,
         first_row,
         B,
@@ -114,7 +116,7 @@ def _ttt_hidden_kernel(
         return
     tokens = tl.arange(0, BLOCK_T)
     units = first_unit + tl.arange(0, BLOCK_H)
-    w0_ptr, w1_ptr, w2_ptr = head_weights(weights_ptr, weight_strides, chunk, b, h, H, NET)
+    w0_ptr, w1_ptr, w2_ptr = head_weights(weights_ptr, weight_strides, place, b, h, H, NET)
     x_pointers = token_pointers(x_ptr, x_strides, b, first, h, tokens)
     gate = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
     up = tl.zeros([BLOCK_T, BLOCK_H], tl.float32)
@@ -163,14 +165,15 @@ def _ttt_hidden_bwd_kernel(
     k_ptr,
     v_ptr,
     lr_ptr,  # [3, B, H, T], contiguous
-    weights_ptr,  # [chunks, H, SIZE]
-    dsteps_ptr,  # [chunks, H, SIZE]: gradients of the weight gradients
-    units_ptr,  # [chunks, H, 4]: their units, and written: that of dacts; or None
-    reach_ptr,  # [chunks, H, 3], with units
+    weights_ptr,  # [places, H, SIZE]
+    dsteps_ptr,  # [places, H, SIZE]: gradients of the weight gradients
+    units_ptr,  # [places, H, 4]: their units, and written: that of dacts; or None
+    reach_ptr,  # [H, 3], with units
     acts_ptr,  # [3, H, rows, DH]: as the forward stores them
     dacts_ptr,  # [3, H, rows, DH]: what reaches gate, dhidden and up
     dlr_ptr,  # [tiles of DH, 3, H, rows]: partial sums
     table_ptr,
+    place,
     first_chunk,
     first_row,
     B,
@@ -190,8 +193,9 @@ def _ttt_hidden_bwd_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    chunk, h, first_unit, b, first, row, number = token_tile(
+    place, h, first_unit, b, first, row, number = token_tile(
         table_ptr,
+        place,
         first_chunk,
         first_row,
         B,
@@ -205,8 +209,8 @@ def _ttt_hidden_bwd_kernel(
         BLOCK_H,
     )
     if units_ptr is not None:
-        units_ptr += (chunk * H + h) * 4
-        reach_ptr += (chunk * H + h) * 3
+        units_ptr += (place * H + h) * 4
+        reach_ptr += h * 3
         unit0, unit1, unit2 = tl.load(units_ptr), tl.load(units_ptr + 1), tl.load(units_ptr + 2)
         reach = unit0 * tl.load(reach_ptr) + unit1 * tl.load(reach_ptr + 1)
         reach += unit2 * tl.load(reach_ptr + 2)
@@ -218,7 +222,7 @@ def _ttt_hidden_bwd_kernel(
         return
     tokens = tl.arange(0, BLOCK_T)
     units = first_unit + tl.arange(0, BLOCK_H)
-    matrices = (chunk * H + h) * NET.SIZE
+    matrices = (place * H + h) * NET.SIZE
     w_ptr = weights_ptr + matrices
     dg_ptr = dsteps_ptr + matrices
     k_pointers = token_pointers(k_ptr, k_strides, b, first, h, tokens)
@@ -326,7 +330,7 @@ def ttt_hidden(
     x: Tensor,  # queries or keys `[B, T, H, Dk]`
     y: Tensor | None,  # `[B, T, H, Dv]`
     lr: Tensor | None,  # `[3, B, H, T]`
-    weights: Tensor | Triple,  # `[chunks, H, SIZE]`, or three: see weight_arguments
+    weights: Tensor | Triple,  # `[places, H, SIZE]`, or three: see weight_arguments
     acts: Tensor,  # `[1, H, rows, Dh]` without y, else `[3, H, rows, Dh]`: written
     run: Run,
     dims: Dims,
@@ -348,15 +352,15 @@ def ttt_hidden_bwd(
     k: Tensor,  # `[B, T, H, Dk]`
     v: Tensor,  # `[B, T, H, Dv]`
     lr: Tensor,  # `[3, B, H, T]`
-    weights: Tensor,  # `[chunks, H, SIZE]`
-    dsteps: Tensor,  # `[chunks, H, SIZE]`
+    weights: Tensor,  # `[places, H, SIZE]`
+    dsteps: Tensor,  # `[places, H, SIZE]`
     acts: Tensor,  # `[3, H, rows, Dh]`: written, like dacts and dlr
     dacts: Tensor,  # `[3, H, rows, Dh]`
     dlr: Tensor,  # `[tiles, 3, H, rows]`: partial sums, float32
     run: Run,
     dims: Dims,
-    units: Tensor | None = None,  # `[chunks, H, 4]`: of dsteps, or 0, and written: that of dacts
-    reach: Tensor | None = None,  # `[chunks or more, H, 3]`, with units
+    units: Tensor | None = None,  # `[places, H, 4]`: of dsteps, or 0, and written: that of dacts
+    reach: Tensor | None = None,  # `[H, 3]`, with units
 ) -> None:
     """Backward of `ttt_hidden` with keys and values, which it computes again."""
     config = ttt_config("ttt_hidden_bwd", k.dtype, capability_of(k.device))

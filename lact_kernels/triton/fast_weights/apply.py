@@ -94,7 +94,7 @@ def _slices(*tensors: Tensor, planes: int, Dh: int) -> Iterator[tuple[Tensor, ..
 def _run(tokens: Tensor) -> Run:
     """Each row is one chunk."""
     B, T = tokens.shape[:2]
-    return Run(B, None, 0, 0, B, T, 0, chunk_size=T, width=T)
+    return Run(B, None, 0, 0, 0, B, T, 0, chunk_size=T, width=T)
 
 
 def _activations(planes: int, tokens: Tensor, dims: Dims) -> Tensor:

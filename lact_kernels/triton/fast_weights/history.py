@@ -72,10 +72,6 @@ class Arrays(NamedTuple):
     def at(self, first: int, number: int) -> "Arrays":
         return self.map(lambda x: x[first : first + number])
 
-    def heads(self) -> "Arrays":
-        """Chunks and heads in one axis."""
-        return self.map(lambda x: x.flatten(0, 1))
-
     def copy_(self, other: "Arrays") -> None:
         for place, x in zip(self, other):
             if place is not None:
@@ -92,16 +88,18 @@ class Segment(NamedTuple):
 
     steps: range
     arrays: Arrays
+    betas: Tensor | None  # [chunks, H], with momentum
     chunks: Chunks
 
-    def at(self, step: int, number: int | None = None) -> Arrays:
-        """The first `number` chunks of a step, or all."""
-        number = self.chunks.counts[step] if number is None else number
-        return self.arrays.at(self._place(step), number)
+    def at(self, step: int) -> Arrays:
+        """The chunks of a step."""
+        return self.arrays.at(self._place(step), self.chunks.counts[step])
 
-    def weights(self, steps: range) -> Tensor:
-        """Of the chunks of some steps, `[chunks, H, SIZE]`."""
-        return self.arrays.at(self._place(steps.start), self.chunks.num_chunks(steps)).weights
+    def part(self, steps: range) -> "Segment":
+        """Some of the steps, whose arrays begin with the first of them."""
+        first = self._place(steps.start)
+        betas = None if self.betas is None else self.betas[first:]
+        return Segment(steps, self.arrays.map(lambda x: x[first:]), betas, self.chunks)
 
     def _place(self, step: int) -> int:
         return self.chunks.firsts[step] - self.chunks.firsts[self.steps.start]

@@ -118,6 +118,7 @@ class Run(NamedTuple):
 
     num_chunks: int
     table: Tensor | None
+    place: int  # of the first one, in arrays with an entry per chunk
     first_chunk: int
     first_row: int  # of the activations' buffer
     B: int
@@ -135,6 +136,14 @@ class Run(NamedTuple):
         """One for each tile of tokens by columns, of each head and chunk."""
         tiles = -(-self.width // config.block_m) * -(-columns // config.block_n)
         return self.num_chunks * H * tiles
+
+
+class Heads(NamedTuple):
+    """The heads of a step's chunks that go on, where arrays with an entry per chunk and head have them."""
+
+    number: int
+    first: int
+    next_first: int  # of the chunks that follow
 
 
 class Rows(NamedTuple):
@@ -196,25 +205,34 @@ class Chunks:
         if order.tolist() != list(range(self.N)):
             self.order = order.to(device, non_blocking=True)
 
-    def keys(self, steps: range, rows: range, num_chunks: int | None = None) -> Run:
+    def keys(self, steps: range, arrays: int, rows: int, num_chunks: int | None = None) -> Run:
         """The chunks of `steps`, or the first `num_chunks` of them, with their keys and values.
 
-        The activations' buffer begins with the first of the steps `rows`.
+        Arrays with an entry per chunk begin with the step `arrays`, and the activations with the step `rows`.
         """
-        return self._run(steps, rows, num_chunks, self.of_keys, self.Tk, 0)
+        return self._run(steps, arrays, rows, num_chunks, self.of_keys, self.Tk, 0)
 
-    def queries(self, steps: range) -> Run:
+    def heads(self, step: int, arrays: int, H: int) -> Heads:
+        """Of the sequences that `step` updates; arrays begin with the step `arrays`."""
+        first, place = self.firsts[arrays], self.firsts[step]
+        return Heads(
+            self.active(step) * H, (place - first) * H, (self.firsts[step + 1] - first) * H
+        )
+
+    def queries(self, steps: range, arrays: int) -> Run:
         """The chunks of `steps` with their queries."""
-        return self._run(steps, steps, None, self.of_queries, self.Tq, self.Tk - self.Tq)
+        shift = self.Tk - self.Tq
+        return self._run(steps, arrays, steps.start, None, self.of_queries, self.Tq, shift)
 
-    def _run(self, steps, rows, num_chunks, of_tokens: Rows, T, shift) -> Run:
+    def _run(self, steps, arrays, rows, num_chunks, of_tokens: Rows, T, shift) -> Run:
         if num_chunks is None:
             num_chunks = self.num_chunks(steps)
         width = of_tokens.width(steps)
         if of_tokens.table is not None:
             width = max(width, 1)  # a chunk without tokens has a program, which says so
+        first = self.firsts[steps.start]
         return Run(
-            num_chunks, of_tokens.table, self.firsts[steps.start], of_tokens.firsts[rows.start],
+            num_chunks, of_tokens.table, first - self.firsts[arrays], first, of_tokens.firsts[rows],
             self.B, T, shift, self.chunk_size, width,
         )  # fmt: skip
 
@@ -278,7 +296,7 @@ class Chunks:
 # for loops that the compiler is not to unroll. Kernels take these one by one: a new length must not compile
 # anew, so Triton may not specialise them, and it specialises all that comes in a tuple.
 TOKEN_ARGUMENTS = (
-    "first_chunk", "first_row", "B", "T", "shift", "chunk_size", "width", "num_rows", "H",
+    "place", "first_chunk", "first_row", "B", "T", "shift", "chunk_size", "width", "num_rows", "H",
     "num_k", "num_v", "num_h",
 )  # fmt: skip
 

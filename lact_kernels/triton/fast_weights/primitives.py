@@ -1,7 +1,8 @@
 """What the fast-weight kernels share: matrices, a chunk's tokens, the loops of their products.
 
-Kernels see the arrays of a run of chunks, of which they take the first to have number 0 and to begin
-at row 0; `first_chunk` and `first_row` lead from there to the numbering of `layout`.
+Kernels work on a run of chunks. Arrays with an entry per chunk are of all chunks that are at hand, and the
+run's first one is at `place` in them; `first_chunk` is its number in the order of `layout`, and `first_row`
+the first row that there is of activations.
 """
 
 import triton
@@ -43,14 +44,14 @@ def chunk_tokens(chunk, table_ptr, first_chunk, first_row, B, T, shift, chunk_si
 
 
 @triton.jit
-def head_weights(weights_ptr, strides, chunk, b, h, H, NET: tl.constexpr):
+def head_weights(weights_ptr, strides, place, b, h, H, NET: tl.constexpr):
     """First elements of w0, w1 and w2 of one chunk and head.
 
-    Either they lie packed `[chunks, H, SIZE]`, and strides are None; or there are three pointers, to weights
+    Either they lie packed `[places, H, SIZE]`, and strides are None; or there are three pointers, to weights
     that all chunks of a batch row share, and `strides` are those of batch row and head of each.
     """
     if strides is None:
-        w0_ptr = weights_ptr + (chunk * H + h) * NET.SIZE
+        w0_ptr = weights_ptr + (place * H + h) * NET.SIZE
         w1_ptr = w0_ptr + NET.OFFSET1
         w2_ptr = w0_ptr + NET.OFFSET2
     else:
@@ -65,7 +66,7 @@ def weight_arguments(
 ) -> tuple[Tensor | Triple | None, tuple[int, ...] | None]:
     """`weights_ptr` and `strides` of `head_weights`.
 
-    The weights are packed `[chunks, H, SIZE]`, or three tensors `[B or 1, H, rows, columns]`, of which
+    The weights are packed `[places, H, SIZE]`, or three tensors `[B or 1, H, rows, columns]`, of which
     each head's matrix is contiguous; with 1 all batch rows share them.
     """
     if weights is None or isinstance(weights, Tensor):
@@ -125,10 +126,10 @@ def power_of_two(x):
 
 @triton.jit
 def token_tile(
-    table_ptr, first_chunk, first_row, B, T, shift, chunk_size, width, H,
+    table_ptr, place, first_chunk, first_row, B, T, shift, chunk_size, width, H,
     COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Chunk, head and first column of this program, and of its tokens the batch row, first, row and number.
+    """Place of this program's chunk, head and first column; its tokens' batch row, first, row and number.
 
     Neighbours have the same tokens. Beyond a chunk's end the number is 0 or less.
     """
@@ -141,9 +142,9 @@ def token_tile(
         chunk, table_ptr, first_chunk, first_row, B, T, shift, chunk_size, width
     )
     skipped = pid // tiles % tiles_t * BLOCK_T
-    chunk, h = tl.cast(chunk, tl.int64), tl.cast(chunk_head % H, tl.int64)
+    place, h = tl.cast(place + chunk, tl.int64), tl.cast(chunk_head % H, tl.int64)
     column = pid % tiles * BLOCK_COLUMNS
-    return chunk, h, column, b, first + skipped, row + skipped, number - skipped
+    return place, h, column, b, first + skipped, row + skipped, number - skipped
 
 
 @triton.jit

@@ -61,9 +61,10 @@ def _ttt_outer_kernel(
     x_ptr,
     y_ptr,
     acts_ptr,  # [3, H, rows, DH]
-    units_ptr,  # [chunks, H, 4]: the last is that of the activations; or None
+    units_ptr,  # [places, H, 4]: the last is that of the activations; or None
     out_ptr,  # [splits, chunks, H, SIZE], float32
     table_ptr,
+    place,
     first_chunk,
     first_row,
     B,
@@ -135,7 +136,7 @@ def _ttt_outer_kernel(
         right = load_tile(right_pointers, tokens, stop, columns, num_right, True, CHECK_N)
         acc = tl.dot(tl.trans(left), right, acc, input_precision="ieee")
     if units_ptr is not None:
-        acc *= tl.load(units_ptr + (chunk * H + h) * 4 + 3)
+        acc *= tl.load(units_ptr + ((place + chunk) * H + h) * 4 + 3)
     element, _ = matrix_place((split * out_chunks + chunk) * H + h, matrix, NET)
     out_pointers = out_ptr + element + rows[:, None] * num_right + columns[None, :]
     store_rows(out_pointers, acc, rows, num_left, columns, num_right)
@@ -184,13 +185,14 @@ def _project(
 @triton.jit(do_not_specialize=TOKEN_ARGUMENTS)
 def _ttt_project_kernel(
     acts_ptr,  # [3, H, rows, DH]; to values [H, rows, DH]: only the middle one; or None
-    weights_ptr,  # [chunks, H, SIZE]: matrices of NET; or with strides three: see head_weights
+    weights_ptr,  # [places, H, SIZE]: matrices of NET; or with strides three: see head_weights
     acts2_ptr,  # a second pair, or None
-    weights2_ptr,  # [chunks, H, SIZE]
-    units_ptr,  # [chunks, H, 4]: of the first pair's three matrices and the second's activations, or None
+    weights2_ptr,  # [places, H, SIZE]
+    units_ptr,  # [places, H, 4]: of the first pair's three matrices and the second's activations, or None
     lr_ptr,  # [B, H, T], contiguous: factors of the first pair, or None
     out_ptr,
     table_ptr,
+    place,
     first_chunk,
     first_row,
     B,
@@ -212,8 +214,8 @@ def _ttt_project_kernel(
     TO_VALUES: tl.constexpr,
 ):
     WIDTH: tl.constexpr = NET.DV if TO_VALUES else NET.DK
-    chunk, h, first_column, b, first, row, number = token_tile(
-        table_ptr, first_chunk, first_row, B, T, shift, chunk_size, width, H, WIDTH, BLOCK_T, BLOCK_N
+    place, h, first_column, b, first, row, number = token_tile(
+        table_ptr, place, first_chunk, first_row, B, T, shift, chunk_size, width, H, WIDTH, BLOCK_T, BLOCK_N
     )  # fmt: skip
     if number <= 0:
         return
@@ -222,10 +224,10 @@ def _ttt_project_kernel(
     plane = tl.cast(num_rows, tl.int64) * H * NET.DH
     first_element = (h * num_rows + row) * NET.DH
     if units_ptr is not None:
-        units_ptr += (chunk * H + h) * 4
+        units_ptr += (place * H + h) * 4
     acc = tl.zeros([BLOCK_T, BLOCK_N], tl.float32)
     if acts_ptr is not None:
-        weights = head_weights(weights_ptr, weight_strides, chunk, b, h, H, NET)
+        weights = head_weights(weights_ptr, weight_strides, place, b, h, H, NET)
         acc = _project(
             acc, acts_ptr + first_element, weights, units_ptr, tokens, number, columns,
             plane, num_h, NET, BLOCK_N, BLOCK_K, TO_VALUES, NET.W0, NET.W2,
@@ -239,7 +241,7 @@ def _ttt_project_kernel(
             LAST: tl.constexpr = 2 if NET.W2 else 0
             acc *= tl.div_rn(tl.load(units_ptr + (1 if TO_VALUES else LAST)), unit)
     if acts2_ptr is not None:
-        weights2 = head_weights(weights2_ptr, None, chunk, b, h, H, NET)
+        weights2 = head_weights(weights2_ptr, None, place, b, h, H, NET)
         acc = _project(
             acc, acts2_ptr + first_element, weights2, None, tokens, number, columns,
             plane, num_h, NET, BLOCK_N, BLOCK_K, TO_VALUES, True, NET.W0 or NET.W1,
@@ -261,7 +263,7 @@ def ttt_outer(
     out: Tensor,  # `[splits, chunks or more, H, SIZE]`, float32: written
     run: Run,
     dims: Dims,
-    units: Tensor | None = None,  # `[chunks, H, 4]`: the last is that of acts
+    units: Tensor | None = None,  # `[places, H, 4]`: the last is that of acts
 ) -> None:
     """The three outer products of each chunk, in as many parts as `out` has splits."""
     config = ttt_config("ttt_outer", x.dtype, capability_of(x.device))
@@ -285,7 +287,7 @@ def num_outer_splits(x: Tensor, num_chunks: int, length: int, dims: Dims) -> int
 
 def ttt_project(
     acts: Tensor | None,  # `[3, H, rows, Dh]`; to values `[1, H, rows, Dh]`
-    weights: Tensor | Triple | None,  # `[chunks, H, SIZE]`, or three: see weight_arguments
+    weights: Tensor | Triple | None,  # `[places, H, SIZE]`, or three: see weight_arguments
     out: Tensor,  # `[B, T, H, Dv or Dk]`: written
     run: Run,
     dims: Dims,
@@ -293,7 +295,7 @@ def ttt_project(
     second: tuple[Tensor, Tensor]
     | None = None,  # the same again, with packed weights, added: of what reaches the matrices of `dims`
     lr: Tensor | None = None,  # `[B, H, T]`: factors of the first
-    units: Tensor | None = None,  # `[chunks, H, 4]`: of the weights, and of the second activations
+    units: Tensor | None = None,  # `[places, H, 4]`: of the weights, and of the second activations
 ) -> None:
     """Activations back to the tokens' channels: `a[0] w1^T` to values, `a[0] w0 + a[2] w2` to keys."""
     config = ttt_config("ttt_project", out.dtype, capability_of(out.device))

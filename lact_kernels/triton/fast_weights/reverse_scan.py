@@ -34,8 +34,12 @@ class Applied(NamedTuple):
     steps: range
     parts: Tensor  # [splits, chunks, H, SIZE]
 
+    def place(self, chunks: Chunks, step: int) -> int:
+        """Of the first chunk of a step."""
+        return chunks.firsts[step] - chunks.firsts[self.steps.start]
+
     def of_step(self, chunks: Chunks, step: int) -> Tensor:
-        first, number = chunks.num_chunks(range(self.steps.start, step)), chunks.counts[step]
+        first, number = self.place(chunks, step), chunks.counts[step]
         return self.parts[:, first : first + number]
 
 
@@ -74,7 +78,7 @@ class Gradients:
         if scan.has_untrained:
             self.kept = torch.zeros_like(self.carry) if scan.start.masters else self.carry
         self.dbuffers = zeros(chunks.N, H, dims.size) if scan.start.buffers else None
-        self.dnorms = zeros(chunks.N * H, dims.rows)
+        self.dnorms = zeros(chunks.N, H, dims.rows)
 
     def begin(self, dend: FastWeights | None) -> None:
         """The gradients of the last weights, which the reverse scan starts from."""
@@ -85,7 +89,7 @@ class Gradients:
         scan.write(self.dweights[0], tuple(map(scan.ranks.part, dend.weights)))
         scan.write(self.carry, dend.masters)
         scan.write(self.dbuffers, dend.buffers)
-        self.dnorms.copy_(scan.chunks.sorted(torch.cat(dend.norms, dim=-1)).flatten(0, 1))
+        self.dnorms.copy_(scan.chunks.sorted(torch.cat(dend.norms, dim=-1)))
 
     def finish(self) -> None:
         """What the reverse scan has left, as the gradients `dstart` of the first weights."""
@@ -97,7 +101,7 @@ class Gradients:
             dweights += part(self.kept)
         dmasters = scan.unpack(part(self.carry)) if scan.start.masters else ()
         dbuffers = scan.unpack(part(self.dbuffers)) if scan.start.buffers else ()
-        dnorms = scan.chunks.unsorted(part(self.dnorms).unflatten(0, (scan.chunks.N, scan.H)))
+        dnorms = scan.chunks.unsorted(part(self.dnorms))
         dnorms = tuple(map(own, scan.dims.unpack_rows(dnorms)))
         self.dstart = FastWeights(scan.unpack(dweights), dnorms, dmasters, dbuffers)
 
@@ -112,15 +116,15 @@ class ReverseScan(Scan):
 
     @functools.cached_property
     def reach(self) -> Tensor | None:
-        """`[N, H, 3]`, see `activations`. None where gradients need no units."""
+        """`[B, H, 3]`, see `activations`. None where gradients need no units."""
         if not self.has_units:
             return None
         if not self.k.numel():
-            return self.lr.new_zeros(self.chunks.N, self.H, 3)
+            return self.lr.new_zeros(self.lr.shape[1], self.H, 3)
         w, k, v = self.lengths
         reach = w * k * (k + v + w * k * v) * self.lr
         reach = torch.linalg.vector_norm(reach, ord=torch.inf, dim=-1)  # [3, B, H]
-        return reach.movedim(0, -1).expand(self.chunks.N, -1, -1).contiguous()
+        return reach.movedim(0, -1).contiguous()
 
     def backward(self, do: Tensor, dend: FastWeights | None) -> tuple[Tensor, Tokens, FastWeights]:
         (do,) = readable_in_place(do)
@@ -132,28 +136,23 @@ class ReverseScan(Scan):
                 with phase("scan"):
                     self.scan(segment)
             for batch in reversed(self.batches(steps, planes=6)):
-                self.batch_backward(segment, batch, do, dend, grads)
+                self.batch_backward(segment.part(batch), do, dend, grads)
         return grads.dq, grads.dtokens(), grads.dstart
 
     def batch_backward(
-        self,
-        segment: Segment,
-        batch: range,
-        do: Tensor,
-        dend: FastWeights | None,
-        grads: Gradients,
+        self, batch: Segment, do: Tensor, dend: FastWeights | None, grads: Gradients
     ) -> None:
         """The backward of some steps, given what the later ones leave in `grads`."""
-        chunks, dims = self.chunks, self.dims
-        acts = self.activations(3, chunks.most_rows(batch))
+        chunks, dims, steps = self.chunks, self.dims, batch.steps
+        acts = self.activations(3, chunks.most_rows(steps))
         with phase("apply backward"):
             applied = [
-                self.apply_backward(segment, s, acts, do, grads) for s in chunks.applied(batch)
+                self.apply_backward(batch, s, acts, do, grads) for s in chunks.applied(steps)
             ]
-        if batch.stop == chunks.steps:
+        if steps.stop == chunks.steps:
             grads.begin(dend)
 
-        updating = range(batch.start, min(batch.stop, chunks.updates))
+        updating = range(steps.start, min(steps.stop, chunks.updates))
         number = chunks.num_chunks(updating)
         # What is not written of matrices that are not trained must not be NaN.
         floats = self.lr.new_zeros if self.has_untrained else self.lr.new_empty
@@ -167,22 +166,24 @@ class ReverseScan(Scan):
         )
         with phase("reverse scan"):
             for step in reversed(updating):
-                self.update_backward(segment, batch, step, applied, deferred, grads)
-            dapply = self.applied_to(batch.start, applied)
-            if dapply is not None:
+                self.update_backward(batch, step, applied, deferred, grads)
+            by_apply = self.applied_to(steps.start, applied)
+            if by_apply is not None:
+                dapply = by_apply.of_step(chunks, steps.start)
                 grads.dweights[0, : dapply.shape[1]] += dapply.sum(dim=0)
-            if batch.start == 0:
+            if steps.start == 0:
                 grads.finish()
                 self.ranks.send_gradients(grads.dstart)
         if updating:
             with phase("deferred"):
-                self.tokens_backward(segment.weights(updating), batch, updating, deferred, grads)
+                self.tokens_backward(batch, updating, deferred, grads)
 
     def apply_backward(
-        self, segment: Segment, steps: range, acts: Tensor, do: Tensor, grads: Gradients
+        self, batch: Segment, steps: range, acts: Tensor, do: Tensor, grads: Gradients
     ) -> Applied:
         """dq of some steps, all of which have queries, and what their weights get from them."""
-        dims, weights, run = self.of_all, segment.weights(steps), self.chunks.queries(steps)
+        dims, weights = self.of_all, batch.arrays.weights
+        run = self.chunks.queries(steps, batch.steps.start)
         ttt_hidden(self.q, do, None, weights, acts, run, dims)
         splits = num_outer_splits(self.q, run.num_chunks, run.width, dims)
         parts = self.floats(splits, run.num_chunks, self.H, dims.size)
@@ -190,20 +191,16 @@ class ReverseScan(Scan):
         ttt_project(acts, weights, grads.dq, run, dims, to_values=False)
         return Applied(steps, parts)
 
-    def applied_to(self, step: int, applied: list[Applied]) -> Tensor | None:
-        """What the weights of a step get from its queries, `[splits, chunks, H, SIZE]`, if it has any."""
-        return next((x.of_step(self.chunks, step) for x in applied if step in x.steps), None)
+    def applied_to(self, step: int, applied: list[Applied]) -> Applied | None:
+        """What has the gradients that the weights of a step get from its queries, if it has any."""
+        return next((x for x in applied if step in x.steps), None)
 
     def tokens_backward(
-        self,
-        weights: Tensor,
-        batch: range,
-        updating: range,
-        deferred: Deferred,
-        grads: Gradients,
+        self, batch: Segment, updating: range, deferred: Deferred, grads: Gradients
     ) -> None:
         """The gradients of keys, values, rates and momentum, from what the reverse scan has left."""
-        dims, run, dsteps = self.dims, self.chunks.keys(updating, batch), deferred.dsteps
+        dims, weights, dsteps = self.dims, batch.arrays.weights, deferred.dsteps
+        run = self.chunks.keys(updating, batch.steps.start, batch.steps.start)
         w0, w1, w2 = dims.matrices
         first = (deferred.acts, dsteps) if w0 or w2 else (None, None)
         second = (deferred.dacts, weights)
@@ -219,66 +216,61 @@ class ReverseScan(Scan):
 
     def update_backward(
         self,
-        segment: Segment,
-        batch: range,
+        batch: Segment,
         step: int,
         applied: list[Applied],
         deferred: Deferred,
         grads: Gradients,
     ) -> None:
         """From the gradients of the next step's weights to those of this step's, and of its dG."""
-        chunks, dims = self.chunks, self.dims
-        number = chunks.active(step)
-        heads = number * self.H
-        run = chunks.keys(range(step, step + 1), batch, number)
-        now, then = segment.at(step, number), segment.at(step + 1, number).heads()
-        place = chunks.firsts[step] - chunks.firsts[batch.start]
-        mine = slice(place, place + number)
+        chunks, dims, first, arrays = self.chunks, self.dims, batch.steps.start, batch.arrays
+        number, heads = chunks.active(step), chunks.heads(step, first, self.H)
+        run = chunks.keys(range(step, step + 1), first, first, number)
 
-        dapply = self.applied_to(step + 1, applied)
+        dapply, by_apply = None, self.applied_to(step + 1, applied)
+        if by_apply is not None:
+            dapply = by_apply.parts, by_apply.place(chunks, step + 1) * self.H
         if self.ranks.share_chunks:
             total = grads.dweights[:, :number].sum(dim=0)
-            if dapply is not None:
-                total += dapply.sum(dim=0)
+            if by_apply is not None:
+                total += by_apply.of_step(chunks, step + 1)[:, :number].sum(dim=0)
             self.ranks.sum_(total)
             grads.dweights[0, :number], grads.dweights[1:, :number] = total, 0
             dapply = None
 
         places = (
-            grads.dweights.flatten(1, 2),
-            None if dapply is None else dapply.flatten(1, 2),
-            grads.carry.flatten(0, 1), None if grads.kept is None else grads.kept.flatten(0, 1),
-            then.sums, self.norms_of(number), grads.dnorms, dims,
+            grads.dweights, dapply, grads.carry, grads.kept, arrays.sums, self.target_norms,
+            grads.dnorms, heads, dims,
         )  # fmt: skip
-        dsteps = deferred.dsteps[mine]
-        units = None if deferred.units is None else deferred.units[mine]
-        outputs = {"dsteps": dsteps.flatten(0, 1), "units": units}
+        dsteps, units = deferred.dsteps, deferred.units
+        outputs = {"dsteps": dsteps, "units": units}
         prenorm, momentum = {"prenorm": self.options.prenorm}, {}
         if self.betas is not None:
             momentum = {
-                "betas": self.betas_of(step, number),
-                "steps": now.steps.flatten(0, 1),
-                "dbuffers": grads.dbuffers.flatten(0, 1),
-                "dbetas": deferred.dbetas[mine].flatten(0, 1),
+                "betas": batch.betas,
+                "steps": arrays.steps,
+                "dbuffers": grads.dbuffers,
+                "dbetas": deferred.dbetas,
             }
         if self.options.coefficients is None:
             ttt_update_bwd(*places, **prenorm, **momentum, **outputs)
         else:
-            squares = (self.floats(heads, dims.rows), self.floats(heads, dims.rows))
-            muon = {"next_steps": then.muon, "squares": squares}
-            dmuon, before, after = grads.carry.flatten(0, 1)[:heads], {}, momentum
+            squares = tuple(self.floats(heads.number, dims.rows) for _ in range(2))
+            muon = {"next_steps": arrays.muon, "squares": squares}
+            dmuon, before, after = grads.carry.flatten(0, 1)[: heads.number], {}, momentum
             if self.options.momentum_after_muon:
-                dmuon = self.floats(heads, dims.size)
+                dmuon = self.floats(heads.number, dims.size)
                 before, after = momentum | {"dnext_steps": dmuon}, {}
             ttt_update_bwd(*places, **prenorm, **muon, **before)
+            dbuffers = grads.dbuffers.flatten(0, 1)[: heads.number] if after else None
             muon["iteration"] = self.newton_schulz(number).backward(
-                dmuon, then.muon, *squares, after.get("dbuffers"),
+                dmuon, self.given_to_muon(arrays, heads), *squares, dbuffers,
                 with_sizes=units is not None,
             )  # fmt: skip
             ttt_update_bwd(*places, **prenorm, **muon, **after, **outputs)
 
         ttt_hidden_bwd(
-            self.k, self.v, self.lr, now.weights, dsteps, deferred.acts, deferred.dacts,
+            self.k, self.v, self.lr, arrays.weights, dsteps, deferred.acts, deferred.dacts,
             deferred.dlr, run, dims, units, self.reach,
         )  # fmt: skip
         ttt_outer(self.k, self.v, deferred.dacts, grads.dweights, run, reached(dims), units)

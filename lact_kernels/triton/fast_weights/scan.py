@@ -23,7 +23,7 @@ from lact_kernels.triton.fast_weights.history import (
     num_float_arrays,
     trained_matrices,
 )
-from lact_kernels.triton.fast_weights.layout import ALL_MATRICES, Chunks, Dims
+from lact_kernels.triton.fast_weights.layout import ALL_MATRICES, Chunks, Dims, Heads
 from lact_kernels.triton.fast_weights.newton_schulz import Iteration
 from lact_kernels.triton.fast_weights.products import num_outer_splits, ttt_outer, ttt_project
 from lact_kernels.triton.fast_weights.update import ttt_mean_momentum, ttt_update
@@ -42,7 +42,7 @@ class Scan:
         self.rates, self.momentum = tokens.rates, tokens.momentum
         self.dims, self.H = Dims.of(start.weights, trained_matrices(call)), q.shape[2]
         self.chunks = Chunks(call)
-        self.norms = self.chunks.sorted(torch.cat(start.norms, dim=-1)).flatten(0, 1)
+        self.norms = self.chunks.sorted(torch.cat(start.norms, dim=-1))  # [N, H, ROWS]
         arrays = 1 + num_float_arrays(call)
         self.history = Arrays(*history[:arrays])
         self.betas = history[arrays] if self.momentum is not None else None  # [chunks, H]
@@ -80,7 +80,7 @@ class Scan:
         """w `[H, 1]`, k and v `[B, H, T]`, so that `w k` and `w v` bound the products with the weights."""
         length = functools.partial(torch.linalg.vector_norm, dim=-1, dtype=torch.float32)
         if self.options.weight_norm:
-            w = self.norms.view(self.chunks.N, self.H, -1).amax(dim=(0, 2))
+            w = self.norms.amax(dim=(0, 2))
         else:
             w = self._longest_rows(self.start.weights) + self._growth()
         return w[:, None], length(self.k).mT, length(self.v).mT * self.dims.Dv**0.5
@@ -100,7 +100,7 @@ class Scan:
 
     @functools.cached_property
     def update_rates(self) -> tuple[Tensor, Tensor | None]:
-        """The rates of an update, and the units of its products, `[N, H, 4]`, of which the last counts.
+        """The rates of an update, and the units of its products, `[chunks, H, 4]`, of which the last counts.
 
         A head's is the power of two that brings what the rates multiply to at most 2^14. None without units.
         """
@@ -110,7 +110,8 @@ class Scan:
         bound = (self.lr * v * (1.2 * w * w * k).clamp(min=1.0)).amax(dim=(0, 1, 3))  # [H]
         _, exponent = torch.frexp(bound)
         unit = torch.ldexp(torch.ones_like(bound), exponent.clamp(-80, 80) - 14)
-        return self.lr / unit[:, None], unit[:, None].expand(self.chunks.N, -1, 4).contiguous()
+        number = self.chunks.firsts[-1]
+        return self.lr / unit[:, None], unit[:, None].expand(number, -1, 4).contiguous()
 
     def forward(self) -> tuple[Tensor, FastWeights | None]:
         o = self.q.new_empty(*self.q.shape[:3], self.dims.Dv)
@@ -118,7 +119,7 @@ class Scan:
         if self.momentum is not None:
             steps = range(self.chunks.steps)
             momentum = self.momentum.mT.contiguous()  # [B, H, T]
-            ttt_mean_momentum(momentum, self.betas, self.chunks.keys(steps, steps))
+            ttt_mean_momentum(momentum, self.betas, self.chunks.keys(steps, 0, 0))
             number = self.chunks.num_chunks(steps)  # on some ranks there is room for more
             self.ranks.sum_(self.betas[:number])
         before = None
@@ -136,8 +137,7 @@ class Scan:
             if self.options.return_end:
                 end = end.add(segment)
                 if steps.stop == self.chunks.steps:
-                    norms = self.norms_of(self.chunks.N)
-                    result = end.fast_weights(self.start, norms, self.dims)
+                    result = end.fast_weights(self.start, self.target_norms, self.dims)
                     self.ranks.send(result)
             with phase("apply"):
                 self.apply(segment, o)
@@ -154,11 +154,12 @@ class Scan:
     def segment(self, steps: range) -> Segment:
         """The arrays of `steps` and the one after them: the history's own, or else new ones."""
         if self.options.checkpoint_interval == 1:
-            return Segment(steps, self.history, self.chunks)
+            return Segment(steps, self.history, self.betas, self.chunks)
         number = self.chunks.num_chunks(self._and_next(steps))
         room = torch.zeros_like if self.dims.is_padded else torch.empty_like
         arrays = self.history.map(lambda x: room(x[:1].expand(number, -1, -1)))
-        return Segment(steps, arrays, self.chunks)
+        betas = None if self.betas is None else self.betas[self.chunks.firsts[steps.start] :]
+        return Segment(steps, arrays, betas, self.chunks)
 
     def _and_next(self, steps: range) -> range:
         return range(steps.start, min(steps.stop + 1, self.chunks.steps))
@@ -204,7 +205,7 @@ class Scan:
     def write_untrained(self, segment: Segment) -> None:
         """The matrices that no update changes: from the first chunks of a segment to all others."""
         steps = self._and_next(segment.steps)
-        weights = segment.weights(steps)
+        weights = segment.arrays.weights[: self.chunks.num_chunks(steps)]
         first = len(segment.at(steps.start).weights)
         if len(weights) == first:
             return
@@ -215,13 +216,12 @@ class Scan:
     def update(self, segment: Segment, step: int) -> None:
         """From the weights of a step's chunks to those of the next step."""
         chunks, dims = self.chunks, self.dims
-        number = chunks.active(step)
+        number, first, arrays = chunks.active(step), segment.steps.start, segment.arrays
         steps = range(step, step + 1)
-        run = chunks.keys(steps, steps, number)
-        now, then = segment.at(step, number), segment.at(step + 1, number)
+        run, heads = chunks.keys(steps, first, step, number), chunks.heads(step, first, self.H)
         acts = self.activations(3, chunks.of_keys.number(steps))
         lr, units = self.update_rates
-        ttt_hidden(self.k, self.v, lr, now.weights, acts, run, dims)
+        ttt_hidden(self.k, self.v, lr, arrays.weights, acts, run, dims)
         splits = num_outer_splits(self.k, number, run.width, dims)
         parts = self.floats(splits, number, self.H, dims.size)
         ttt_outer(self.k, self.lr1_v, acts, parts, run, dims, units)
@@ -229,27 +229,28 @@ class Scan:
             parts = parts.sum(dim=0, keepdim=True)
             self.ranks.sum_(parts)
 
-        now, then, parts = now.heads(), then.heads(), parts.flatten(1, 2)
-        places = (now.sums, then.sums, then.weights, self.norms_of(number), dims)
+        places = (arrays.sums, arrays.weights, self.target_norms, heads, dims)
         how = {"is_start": step == 0, "prenorm": self.options.prenorm}
-        momentum = {"next_steps": then.steps}
+        momentum = {"next_steps": arrays.steps}
         if self.betas is not None:
-            momentum |= {"betas": self.betas_of(step, number), "steps": now.steps}
+            momentum |= {"betas": segment.betas, "steps": arrays.steps}
         if self.options.coefficients is None:
             ttt_update(parts, *places, **how, **momentum)
             return
         before, after = momentum, {}
         if self.options.momentum_after_muon:
-            before, after = {"next_steps": then.gradients}, momentum
-        squares = self.floats(number * self.H, dims.rows)
+            before, after = {"next_steps": arrays.gradients}, momentum
+        squares = self.floats(heads.number, dims.rows)
         ttt_update(parts, *places, **how, **before, squares=squares)
-        orthogonal = self.newton_schulz(number).forward(then.muon, squares)
+        given = self.given_to_muon(arrays, heads)
+        orthogonal = self.newton_schulz(number).forward(given, squares)
         ttt_update(orthogonal, *places, **how, **after)
 
     def apply(self, segment: Segment, o: Tensor) -> None:
         for steps in self.chunks.applied(segment.steps):
             for batch in self.batches(steps, planes=1):
-                run, weights = self.chunks.queries(batch), segment.weights(batch)
+                run = self.chunks.queries(batch, segment.steps.start)
+                weights = segment.arrays.weights
                 acts = self.activations(1, self.chunks.of_queries.number(batch))
                 ttt_hidden(self.q, None, None, weights, acts, run, self.of_all)
                 ttt_project(acts, weights, o, run, self.of_all, to_values=True)
@@ -258,9 +259,10 @@ class Scan:
         """Room for `planes` numbers for each hidden unit, of as many tokens."""
         return self.k.new_empty(planes, self.H, rows, self.dims.Dh)
 
-    def norms_of(self, number: int) -> Tensor | None:
-        """The target norms of the first `number` sequences, `[heads, ROWS]`; None without renorm."""
-        return self.norms[: number * self.H] if self.options.weight_norm else None
+    @property
+    def target_norms(self) -> Tensor | None:
+        """`[N, H, ROWS]`; None without renorm."""
+        return self.norms if self.options.weight_norm else None
 
     def floats(self, *shape: int) -> Tensor:
         return self.k.new_empty(shape, dtype=torch.float32)
@@ -274,10 +276,9 @@ class Scan:
         triples = self.options.coefficients
         return Iteration(number * self.H, self.dims, self.k.dtype, self.k.device, triples)
 
-    def betas_of(self, step: int, number: int) -> Tensor | None:
-        """`[heads]`, of the first `number` chunks of a step."""
-        first = self.chunks.firsts[step]
-        return None if self.betas is None else self.betas[first : first + number].flatten()
+    def given_to_muon(self, arrays: Arrays, heads: Heads) -> Tensor:
+        """`[heads, SIZE]`, by the update of a step."""
+        return arrays.muon.flatten(0, 1)[heads.next_first :][: heads.number]
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from torch import Tensor
 from lact_kernels.core import fast_weights
 from lact_kernels.triton.fast_weights.layout import (
     Dims,
+    Heads,
     Run,
     dims_constexprs,
     num_tiles,
@@ -70,20 +71,21 @@ def sum_parts(parts_ptr, offsets, inside, num_parts, stride_part):
     return total
 
 
-@triton.jit(do_not_specialize=["num_parts", "is_start"])
+@triton.jit(do_not_specialize=["num_parts", "first", "next_first", "is_start"])
 def _ttt_update_kernel(
     parts_ptr,  # [parts, heads, SIZE], or None: then the step is in orthogonal_ptr
     orthogonal_ptr,  # [heads, SIZE]
-    steps_ptr,  # [heads, SIZE]: M, with momentum
-    next_steps_ptr,  # [heads, SIZE]: M', or what Muon gets; None where nobody reads it
-    sums_ptr,  # [heads, SIZE]: x
-    next_sums_ptr,
-    next_weights_ptr,
+    steps_ptr,  # [heads of all, SIZE], like the next: M, with momentum
+    next_steps_ptr,  # M', or what Muon gets; None where nobody reads it
+    sums_ptr,  # x, and written: x'
+    weights_ptr,  # written: w', in the dtype of the products
     norms_ptr,  # [heads, ROWS], or None without renorm
-    betas_ptr,  # [heads], or None without momentum
+    betas_ptr,  # [heads of all], or None without momentum
     squares_ptr,  # [heads, ROWS]: with it the launch ends here, with the squares of the rows' norms
     num_parts,
     stride_part,
+    first,  # of the heads of all, those of the chunks that are updated
+    next_first,  # and of the chunks after them
     is_start,
     NET: tl.constexpr,
     PRENORM: tl.constexpr,
@@ -99,20 +101,22 @@ def _ttt_update_kernel(
     element, row = matrix_place(head, matrix, NET)
     offsets += element
     rows += row
+    now = offsets + tl.cast(first, tl.int64) * NET.SIZE
+    then = offsets + tl.cast(next_first, tl.int64) * NET.SIZE
     if parts_ptr is None:
         step = tl.load(orthogonal_ptr + offsets, mask=inside, other=0.0)
     else:
         step = sum_parts(parts_ptr, offsets, inside, num_parts, stride_part)
     if betas_ptr is not None:
-        beta = tl.load(betas_ptr + head)
-        step += beta * tl.load(steps_ptr + offsets, mask=inside, other=0.0)
+        beta = tl.load(betas_ptr + first + head)
+        step += beta * tl.load(steps_ptr + now, mask=inside, other=0.0)
     if next_steps_ptr is not None:
-        tl.store(next_steps_ptr + offsets, step, mask=inside)
+        tl.store(next_steps_ptr + then, step, mask=inside)
     if squares_ptr is not None:
         tl.store(squares_ptr + rows, tl.sum(step * step, axis=1), mask=real)
     else:
-        x = tl.load(sums_ptr + offsets, mask=inside, other=0.0)
-        dtype = next_weights_ptr.dtype.element_ty
+        x = tl.load(sums_ptr + now, mask=inside, other=0.0)
+        dtype = weights_ptr.dtype.element_ty
         if norms_ptr is None:
             x += step
             weights = x.to(dtype)
@@ -124,8 +128,8 @@ def _ttt_update_kernel(
             x += step
             factor = tl.div_rn(norm, row_lengths(x) + RENORM_EPS)
             weights = (x * factor[:, None]).to(dtype)
-        tl.store(next_sums_ptr + offsets, x, mask=inside)
-        tl.store(next_weights_ptr + offsets, weights, mask=inside)
+        tl.store(sums_ptr + then, x, mask=inside)
+        tl.store(weights_ptr + then, weights, mask=inside)
 
 
 @triton.jit(do_not_specialize=["first_chunk", "B", "T", "chunk_size", "H"])
@@ -152,29 +156,30 @@ def _ttt_mean_momentum_kernel(
 
 
 def ttt_update(
-    step: Tensor,  # gradients in parts `[parts, heads, SIZE]`, or the orthogonalised step `[heads, SIZE]`
-    sums: Tensor,  # `[heads, SIZE]`, float32 like all but next_weights
-    next_sums: Tensor,  # `[heads, SIZE]`: written, like the next
-    next_weights: Tensor,  # `[heads, SIZE]`, in the dtype of the products
-    norms: Tensor | None,  # `[heads, ROWS]`; None without renorm
+    step: Tensor,  # gradients `[parts, chunks, H, SIZE]`, or the orthogonalised step `[heads, SIZE]`
+    sums: Tensor,  # `[places, H, SIZE]`, float32 like all but weights: read, and written for the next step
+    weights: Tensor,  # `[places, H, SIZE]`, in the dtype of the products: written
+    norms: Tensor | None,  # `[sequences, H, ROWS]`; None without renorm
+    heads: Heads,
     dims: Dims,
     *,
     is_start: bool,
     prenorm: bool,
-    betas: Tensor | None = None,  # `[heads]`, with momentum
-    steps: Tensor | None = None,  # `[heads, SIZE]`: M, with momentum
-    next_steps: Tensor | None = None,  # `[heads, SIZE]`: M' or G, written
+    betas: Tensor | None = None,  # `[places, H]`, with momentum
+    steps: Tensor | None = None,  # `[places, H, SIZE]`: M, with momentum
+    next_steps: Tensor | None = None,  # `[places, H, SIZE]`: M' or G, written
     squares: Tensor
     | None = None,  # `[heads, ROWS]`: ends there, with the squares of its rows' norms
 ) -> None:
-    """One update of all heads, or with Muon the first or the second part of it."""
-    in_parts = step.ndim == 3
+    """One update of some heads, or with Muon the first or the second part of it."""
+    in_parts = step.ndim == 4
     programs, constexprs = row_programs(dims)
-    _ttt_update_kernel[(next_sums.shape[0] * programs,)](
+    _ttt_update_kernel[(heads.number * programs,)](
         parts_ptr=step if in_parts else None, orthogonal_ptr=None if in_parts else step,
-        steps_ptr=steps, next_steps_ptr=next_steps, sums_ptr=sums, next_sums_ptr=next_sums,
-        next_weights_ptr=next_weights, norms_ptr=norms, betas_ptr=betas, squares_ptr=squares,
-        num_parts=step.shape[0], stride_part=step.stride(0), is_start=int(is_start),
+        steps_ptr=steps, next_steps_ptr=next_steps, sums_ptr=sums, weights_ptr=weights,
+        norms_ptr=norms, betas_ptr=betas, squares_ptr=squares,
+        num_parts=step.shape[0], stride_part=step.stride(0),
+        first=heads.first, next_first=heads.next_first, is_start=int(is_start),
         **constexprs, PRENORM=prenorm, num_warps=row_warps(dims),
     )  # fmt: skip
 

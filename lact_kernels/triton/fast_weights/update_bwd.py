@@ -31,6 +31,7 @@ from lact_kernels.triton.fast_weights.layout import (
     ALL_MATRICES,
     TOKEN_ARGUMENTS,
     Dims,
+    Heads,
     Run,
     dims_constexprs,
 )
@@ -57,18 +58,20 @@ NEWTON_SCHULZ_EPS = tl.constexpr(newton_schulz.EPS)
 TOKEN_BLOCK = 256
 
 
-@triton.jit(do_not_specialize=["num_parts", "num_apply_parts"])
+@triton.jit(
+    do_not_specialize=["num_parts", "num_apply_parts", "first", "next_first", "apply_first"]
+)
 def _ttt_update_bwd_kernel(
     parts_ptr,  # [parts, .., SIZE]: gradients of the new weights by the update after this one
-    apply_ptr,  # [parts, heads, SIZE]: and by apply; None: they are among the others
+    apply_ptr,  # [parts, heads of a run, SIZE]: and by apply; None: they are among the others
     carry_ptr,  # [heads, SIZE]: read and written
     kept_ptr,  # [heads, SIZE]: added to, of the matrices that are not trained
-    sums_ptr,  # [heads, SIZE]: x'
+    sums_ptr,  # [heads of all, SIZE]: x'
     norms_ptr,  # [heads, ROWS], or None without renorm
     dnorms_ptr,  # [heads, ROWS]: added to
-    betas_ptr,  # [heads], or None without momentum
-    steps_ptr,  # [heads, SIZE]: M
-    next_steps_ptr,  # [heads, SIZE]: M', or what else Muon got
+    betas_ptr,  # [heads of all], or None without momentum
+    steps_ptr,  # [heads of all, SIZE]: M
+    next_steps_ptr,  # [heads of all, SIZE]: M', or what else Muon got
     dnext_steps_ptr,  # [heads, SIZE]: written: the gradient of M' where momentum comes after Muon
     dsquares_ptr,  # [heads, ROWS]: squares of the rows' norms of dx' or dM', with Muon
     squares_ptr,  # [heads, ROWS]: of what Muon got
@@ -76,14 +79,17 @@ def _ttt_update_bwd_kernel(
     inner_ptr,  # [heads, ROWS]: rows of <dx, M'>
     dx_squares_ptr,  # [heads, ROWS]: of dx, like the next and the units None where dG has none
     dbuffers_squares_ptr,  # [heads, ROWS]: of dM, or None without momentum
-    units_ptr,  # [heads, 4]: the first three are written, those of dG0, dG1 and dG2
+    units_ptr,  # [heads of all, 4]: the first three are written, those of dG0, dG1 and dG2
     dbuffers_ptr,  # [heads, SIZE]: dM, read and written
-    dbetas_ptr,  # [heads, ROWS]
-    dsteps_ptr,  # [heads, SIZE]: dG, in the dtype of the products; None: the first launch with Muon
+    dbetas_ptr,  # [heads of all, ROWS]
+    dsteps_ptr,  # [heads of all, SIZE]: dG, in the dtype of the products; None: the first launch with Muon
     num_parts,
     stride_part,
     num_apply_parts,
     stride_apply_part,
+    first,  # of the heads of all, those of the chunks that are updated
+    next_first,  # and of the chunks after them
+    apply_first,  # and of a run, the latter
     NET: tl.constexpr,
     PRENORM: tl.constexpr,
     TILES0: tl.constexpr,
@@ -100,10 +106,14 @@ def _ttt_update_bwd_kernel(
     element, row = matrix_place(head, matrix, NET)
     offsets += element
     rows += row
+    first = tl.cast(first, tl.int64)
+    now = offsets + first * NET.SIZE
+    then = offsets + tl.cast(next_first, tl.int64) * NET.SIZE
     if dx_ptr is None:
         dweights = sum_parts(parts_ptr, offsets, inside, num_parts, stride_part)
         if apply_ptr is not None:
-            dweights += sum_parts(apply_ptr, offsets, inside, num_apply_parts, stride_apply_part)
+            applied = offsets + tl.cast(apply_first, tl.int64) * NET.SIZE
+            dweights += sum_parts(apply_ptr, applied, inside, num_apply_parts, stride_apply_part)
         if not (NET.W0 and NET.W1 and NET.W2):
             # The update's backward writes no gradient that is 0: what was in its place has been read.
             if not (NET.W0 or NET.W2):
@@ -120,7 +130,7 @@ def _ttt_update_bwd_kernel(
         else:
             if not PRENORM:
                 dweights += tl.load(carry_ptr + offsets, mask=inside, other=0.0)
-            x = tl.load(sums_ptr + offsets, mask=inside, other=0.0)
+            x = tl.load(sums_ptr + then, mask=inside, other=0.0)
             norm = tl.load(norms_ptr + rows, mask=real, other=0.0)
             length = row_lengths(x)
             along = tl.div_rn(tl.sum(dweights * x, axis=1), length + RENORM_EPS)
@@ -141,18 +151,22 @@ def _ttt_update_bwd_kernel(
         divisor = length * (length + NEWTON_SCHULZ_EPS)
         along = tl.div_rn(along, tl.where(length > 0.0, divisor, INFINITY))
         dx = scale * tl.load(dx_ptr + offsets, mask=inside, other=0.0)
-        step = tl.load(next_steps_ptr + offsets, mask=inside, other=0.0)
+        step = tl.load(next_steps_ptr + then, mask=inside, other=0.0)
         dstep = (dx - step * along) * tl.div_rn(1.0, length + NEWTON_SCHULZ_EPS)
     if betas_ptr is not None:
-        beta = tl.load(betas_ptr + head)
+        beta = tl.load(betas_ptr + first + head)
         dstep += tl.load(dbuffers_ptr + offsets, mask=inside, other=0.0)
-        before = tl.load(steps_ptr + offsets, mask=inside, other=0.0)
+        before = tl.load(steps_ptr + now, mask=inside, other=0.0)
         tl.store(dbuffers_ptr + offsets, beta * dstep, mask=inside)
-        tl.store(dbetas_ptr + rows, tl.sum(dstep * before, axis=1), mask=real)
+        tl.store(
+            dbetas_ptr + first * (2 * NET.DH + NET.DV) + rows,
+            tl.sum(dstep * before, axis=1),
+            mask=real,
+        )
     if dsteps_ptr is None:
         if dnext_steps_ptr is not None:
             tl.store(dnext_steps_ptr + offsets, dstep, mask=inside)
-        step = tl.load(next_steps_ptr + offsets, mask=inside, other=0.0)
+        step = tl.load(next_steps_ptr + then, mask=inside, other=0.0)
         tl.store(dsquares_ptr + rows, tl.sum(dstep * dstep, axis=1), mask=real)
         tl.store(squares_ptr + rows, tl.sum(step * step, axis=1), mask=real)
     else:
@@ -163,20 +177,21 @@ def _ttt_update_bwd_kernel(
                 squares = matrix_total(dbuffers_squares_ptr + row, num_rows, BLOCK_TOTAL)
                 size += tl.sqrt_rn(squares)
             unit = power_of_two(size * 2.0**-GRADIENT_BITS)
-            first = rows == row
-            place = units_ptr + head * 4 + matrix + tl.zeros_like(rows)
-            tl.store(place, tl.where(first, unit, 0.0), mask=first)
+            is_first = rows == row
+            place = units_ptr + (first + head) * 4 + matrix + tl.zeros_like(rows)
+            tl.store(place, tl.where(is_first, unit, 0.0), mask=is_first)
             dstep *= tl.div_rn(1.0, unit)
-        tl.store(dsteps_ptr + offsets, dstep.to(dsteps_ptr.dtype.element_ty), mask=inside)
+        tl.store(dsteps_ptr + now, dstep.to(dsteps_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=[*TOKEN_ARGUMENTS, "num_tiles"])
 def _ttt_rates_bwd_kernel(
     dlr_parts_ptr,  # [tiles, 3, H, rows]
-    dbetas_ptr,  # [chunks, H, ROWS], or None without momentum
+    dbetas_ptr,  # [places, H, ROWS], or None without momentum
     dlr_ptr,  # [3, B, H, T], contiguous
     dmomentum_ptr,  # [B, H, T], contiguous
     table_ptr,
+    place,
     first_chunk,
     first_row,
     B,
@@ -204,51 +219,54 @@ def _ttt_rates_bwd_kernel(
     )
     tokens = pid % tiles_t * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = tokens < number
-    place = (b * H + h) * T + first + tokens
+    offsets = (b * H + h) * T + first + tokens
     for i in tl.static_range(3):
         if (i == 0 and NET.W0) or (i == 1 and NET.W1) or (i == 2 and NET.W2):
             part_ptr = dlr_parts_ptr + (i * H + h) * num_rows + row
             stride_part = tl.cast(num_rows, tl.int64) * H * 3
             total = sum_parts(part_ptr, tokens, inside, num_tiles, stride_part)
-            tl.store(dlr_ptr + i * tl.cast(B, tl.int64) * H * T + place, total, mask=inside)
+            tl.store(dlr_ptr + i * tl.cast(B, tl.int64) * H * T + offsets, total, mask=inside)
     if dbetas_ptr is not None:
         ROWS: tl.constexpr = 2 * NET.DH + NET.DV
-        dbeta = matrix_total(dbetas_ptr + tl.cast(chunk_head, tl.int64) * ROWS, ROWS, BLOCK_TOTAL)
+        dbetas_ptr += (tl.cast(place + chunk, tl.int64) * H + h) * ROWS
+        dbeta = matrix_total(dbetas_ptr, ROWS, BLOCK_TOTAL)
         share = tl.full([BLOCK_T], 0.0, tl.float32) + tl.div_rn(dbeta, chunk_size.to(tl.float32))
-        tl.store(dmomentum_ptr + place, share, mask=inside)
+        tl.store(dmomentum_ptr + offsets, share, mask=inside)
 
 
 def ttt_update_bwd(
-    dweights: Tensor,  # `[parts, heads or more, SIZE]`, float32 like all but dsteps
-    dapply: Tensor | None,  # `[parts, heads, SIZE]`
-    carry: Tensor,  # `[heads, SIZE]`: read and written, like kept, dnorms and dbuffers
-    kept: Tensor | None,  # `[heads, SIZE]`: of matrices that are not trained
-    sums: Tensor,  # `[heads, SIZE]`: x'
-    norms: Tensor | None,  # `[heads, ROWS]`; None without renorm
-    dnorms: Tensor,  # `[heads, ROWS]`
+    dweights: Tensor,  # `[parts, sequences, H, SIZE]`, float32 like all but dsteps
+    dapply: tuple[Tensor, int] | None,  # `[parts, chunks, H, SIZE]`, and its first head
+    carry: Tensor,  # `[sequences, H, SIZE]`: read and written, like kept, dnorms and dbuffers
+    kept: Tensor | None,  # `[sequences, H, SIZE]`: of matrices that are not trained
+    sums: Tensor,  # `[places, H, SIZE]`: x'
+    norms: Tensor | None,  # `[sequences, H, ROWS]`; None without renorm
+    dnorms: Tensor,  # `[sequences, H, ROWS]`
+    heads: Heads,
     dims: Dims,
     *,
     prenorm: bool,
-    betas: Tensor | None = None,  # `[heads]`, with momentum, like the next three
-    steps: Tensor | None = None,  # `[heads, SIZE]`: M
-    dbuffers: Tensor | None = None,  # `[heads, SIZE]`
-    dbetas: Tensor | None = None,  # `[heads, ROWS]`: written
-    next_steps: Tensor | None = None,  # `[heads, SIZE]`: what Muon got, like the next two
+    betas: Tensor | None = None,  # `[places, H]`, with momentum, like the next three
+    steps: Tensor | None = None,  # `[places, H, SIZE]`: M
+    dbuffers: Tensor | None = None,  # `[sequences, H, SIZE]`
+    dbetas: Tensor | None = None,  # `[places, H, ROWS]`: written
+    next_steps: Tensor | None = None,  # `[places, H, SIZE]`: what Muon got, like the next two
     squares: tuple[Tensor, Tensor]
     | None = None,  # `[heads, ROWS]`: of the rows' norms of dx' or dM' and of next_steps
     dnext_steps: Tensor | None = None,  # `[heads, SIZE]`: written: dM' where momentum is after Muon
     iteration: tuple[Tensor | None, ...] | None = None,  # Iteration.backward: the second launch
-    units: Tensor | None = None,  # `[heads, 4]`: the first three are written
-    dsteps: Tensor | None = None,  # `[heads, SIZE]`: written; None: the first launch with Muon
+    units: Tensor | None = None,  # `[places, H, 4]`: the first three are written
+    dsteps: Tensor | None = None,  # `[places, H, SIZE]`: written; None: the first launch with Muon
 ) -> None:
-    """Backward of one update of all heads, or with Muon the first or the second part of it."""
+    """Backward of one update of some heads, or with Muon the first or the second part of it."""
     # The first launch has those matrices, too, that are not trained.
     programs, constexprs = row_programs(
         dims, dims.having(*ALL_MATRICES) if iteration is None else dims
     )
     dsquares, squares = squares or (None, None)
     dx, inner, dx_squares, dbuffers_squares = iteration or (None,) * 4
-    _ttt_update_bwd_kernel[(sums.shape[0] * programs,)](
+    dapply, apply_first = dapply or (None, 0)
+    _ttt_update_bwd_kernel[(heads.number * programs,)](
         parts_ptr=dweights, apply_ptr=dapply, carry_ptr=carry, kept_ptr=kept, sums_ptr=sums, norms_ptr=norms,
         dnorms_ptr=dnorms, betas_ptr=betas, steps_ptr=steps, next_steps_ptr=next_steps,
         dnext_steps_ptr=dnext_steps, dsquares_ptr=dsquares, squares_ptr=squares, dx_ptr=dx, inner_ptr=inner,
@@ -257,6 +275,7 @@ def ttt_update_bwd(
         num_parts=dweights.shape[0], stride_part=dweights.stride(0),
         num_apply_parts=0 if dapply is None else dapply.shape[0],
         stride_apply_part=0 if dapply is None else dapply.stride(0),
+        first=heads.first, next_first=heads.next_first, apply_first=apply_first,
         **constexprs, PRENORM=prenorm,
         BLOCK_TOTAL=total_block(dims), num_warps=row_warps(dims),
     )  # fmt: skip
@@ -264,7 +283,7 @@ def ttt_update_bwd(
 
 def ttt_rates_bwd(
     dlr_parts: Tensor,  # `[tiles, 3, H, rows]`
-    dbetas: Tensor | None,  # `[chunks, H, ROWS]`
+    dbetas: Tensor | None,  # `[places, H, ROWS]`
     dlr: Tensor,  # `[3, B, H, T]`: written, like dmomentum
     dmomentum: Tensor | None,  # `[B, H, T]`
     run: Run,
