@@ -1,11 +1,13 @@
 """How many launches a function makes: Triton kernels, device operations of torch, host synchronisations.
 
 At small sizes an operation is bound by its launches, and on a machine without a GPU they are what can be
-counted exactly. `count_launches` sees forward and backward, and looks inside custom ops.
+counted exactly. `count_launches` sees forward and backward, and looks inside custom ops. What comes before a
+launch is Python, of which `count_python_calls` counts the calls.
 """
 
 import contextlib
 import dataclasses
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from unittest import mock
@@ -83,6 +85,32 @@ def count_launches(fn: Callable[[], object]) -> Launches:
         fn()
     ops = counter.device_ops or counter.host_ops
     return Launches(counter.kernels, ops, counter.syncs)
+
+
+def count_python_calls(fn: Callable[[], object]) -> int:
+    """Call `fn` once, without what Triton does to launch a kernel, and count calls of Python functions.
+
+    Functions written in C do not count. Each resumption of a generator does.
+    """
+    calls = 0
+
+    def count(frame, event: str, _) -> None:
+        nonlocal calls
+        calls += event == "call" and frame.f_code is not nothing.__code__
+
+    def nothing(*args, **kwargs) -> None:
+        """In the place of a launch."""
+
+    with contextlib.ExitStack() as stack:
+        for kind in _kernel_types():
+            stack.enter_context(mock.patch.object(kind, "run", nothing))
+        before = sys.getprofile()
+        sys.setprofile(count)
+        try:
+            fn()
+        finally:
+            sys.setprofile(before)
+    return calls
 
 
 class _Counter(TorchDispatchMode):
@@ -169,12 +197,6 @@ def _tensors(tree) -> list[torch.Tensor]:
 @contextlib.contextmanager
 def _triton_kernels(counter: _Counter) -> Iterator[None]:
     """Count launches of compiled and of interpreted kernels; the interpreter's own tensor work is not."""
-    try:
-        from triton.runtime.interpreter import InterpretedFunction
-        from triton.runtime.jit import JITFunction
-    except ImportError:
-        yield
-        return
 
     def counting(run: Callable) -> Callable:
         def counted(kernel, *args, warmup, **kwargs):
@@ -186,9 +208,19 @@ def _triton_kernels(counter: _Counter) -> Iterator[None]:
         return counted
 
     with contextlib.ExitStack() as stack:
-        for kind in (InterpretedFunction, JITFunction):
+        for kind in _kernel_types():
             stack.enter_context(mock.patch.object(kind, "run", counting(kind.run)))
         yield
+
+
+def _kernel_types() -> tuple[type, ...]:
+    """Those of compiled and of interpreted kernels; none without Triton."""
+    try:
+        from triton.runtime.interpreter import InterpretedFunction
+        from triton.runtime.jit import JITFunction
+    except ImportError:
+        return ()
+    return InterpretedFunction, JITFunction
 
 
 @contextlib.contextmanager

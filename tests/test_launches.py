@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from benchmarks.launches import count_launches
-from lact_kernels import window_attn
+from benchmarks.launches import count_launches, count_python_calls
+from lact_kernels import block_causal_ttt, window_attn
+from tests.cases import TTTCase
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 X = torch.arange(12.0).reshape(3, 4)
@@ -135,3 +136,45 @@ def test_windowed_attention_is_one_kernel_forward_and_two_backward():
     backward = count_launches(lambda: torch.autograd.grad(outputs[0], (q, k, v), do))
     assert forward.kernels == 1 and backward.kernels == 2
     assert forward.syncs == backward.syncs == 0
+
+
+def test_python_calls():
+    def called():
+        return len("abc")
+
+    assert count_python_calls(called) == 1
+    assert count_python_calls(lambda: [called() for _ in range(3)]) == 2 + 3
+    assert count_python_calls(lambda: sum(x for x in range(3))) == 1 + 4
+    x = torch.zeros(100, device=DEVICE)
+    launch = 1 + 2  # the lambda, and what Triton's `kernel[grid]` calls
+    assert count_python_calls(lambda: _add_one_kernel[(4,)](x, x, 100, BLOCK=32)) == launch
+    assert not x.any()  # nothing was launched
+
+
+@pytest.mark.parametrize("momentum", [False, True], ids=["plain", "momentum"])
+def test_little_python_for_each_chunk(momentum):
+    """What can be made before the scan is not made in it: three launches are five calls each.
+
+    Calls, not times, which are not the same everywhere.
+    """
+    counts = []
+    for chunks in (8, 16):
+        case = TTTCase(
+            "", B=1, H=2, T=4 * chunks, chunk_size=4, Dk=16, Dv=16, Dh=16, momentum=momentum
+        )
+        inputs = case.inputs(torch.float32, DEVICE)
+        outputs = []
+
+        def run(inputs=inputs, case=case, outputs=outputs):
+            outputs.append(block_causal_ttt(**inputs, **case.options(DEVICE), backend="triton"))
+
+        def derive(inputs=inputs, outputs=outputs):
+            o = outputs[-1]
+            with torch.autograd.set_multithreading_enabled(False):  # here, where calls are counted
+                torch.autograd.grad(o, list(inputs.values()), torch.empty_like(o))
+
+        count_python_calls(lambda run=run, derive=derive: (run(), derive()))  # fills caches
+        counts.append((count_python_calls(run), count_python_calls(derive)))
+    (few, few_backward), (many, many_backward) = counts
+    assert 3 * 5 < (many - few) / 8 <= 30
+    assert 3 * 5 < (many_backward - few_backward) / 8 <= 30

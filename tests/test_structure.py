@@ -218,12 +218,14 @@ def long_argument_lists(sources: Sources) -> Iterator[str]:
 
 
 def _is_exempt(path: str, function: ast.FunctionDef) -> bool:
-    """A registered op; in Triton a kernel, or what launches one."""
+    """A registered op; in Triton a kernel, or what launches one or makes a launcher."""
     decorators = {ast.unparse(x).split("(")[0].split(".")[-1] for x in function.decorator_list}
     if "register_op" in decorators:
         return True
     calls = [x.func for x in ast.walk(function) if isinstance(x, ast.Call)]
-    launches = any(isinstance(x, ast.Subscript) or getattr(x, "id", "") == "launch" for x in calls)
+    launches = any(
+        isinstance(x, ast.Subscript) or getattr(x, "id", "").startswith("launch") for x in calls
+    )
     return path.startswith("lact_kernels/triton/") and ("jit" in decorators or launches)
 
 

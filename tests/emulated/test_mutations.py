@@ -51,7 +51,7 @@ def outer() -> Iterator[tuple[Tensor, ...]]:
             num_chunks=1, table=None, place=0, first_chunk=0, first_row=0,
             B=1, T=T, shift=0, chunk_size=T, width=T,
         )  # fmt: skip
-        ttt_outer(x, y, acts, out, run, dims)
+        ttt_outer(x, y, acts, out, dims)(run)
         yield (out,)
 
 

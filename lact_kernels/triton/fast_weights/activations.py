@@ -42,6 +42,8 @@ can do to one of the three with |dG|_F = 1 is their *reach*: with w the longest 
     max over tokens of     lr w |x| (|x| + sqrt(Dv) |y| + w |x| sqrt(Dv) |y|)
 """
 
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -53,6 +55,7 @@ from lact_kernels.triton.fast_weights.layout import (
     Dims,
     Run,
     dims_constexprs,
+    launcher_over_tokens,
 )
 from lact_kernels.triton.fast_weights.primitives import (
     GRADIENT_BITS,
@@ -64,7 +67,7 @@ from lact_kernels.triton.fast_weights.primitives import (
     token_tile,
     weight_arguments,
 )
-from lact_kernels.triton.launch import launch, outer_strides
+from lact_kernels.triton.launch import outer_strides
 from lact_kernels.triton.primitives import load_rows
 
 
@@ -168,7 +171,7 @@ def _ttt_hidden_bwd_kernel(
     weights_ptr,  # [places, H, SIZE]
     dsteps_ptr,  # [places, H, SIZE]: gradients of the weight gradients
     units_ptr,  # [places, H, 4]: their units, and written: that of dacts; or None
-    reach_ptr,  # [H, 3], with units
+    reach_ptr,  # [B, H, 3], with units
     acts_ptr,  # [3, H, rows, DH]: as the forward stores them
     dacts_ptr,  # [3, H, rows, DH]: what reaches gate, dhidden and up
     dlr_ptr,  # [tiles of DH, 3, H, rows]: partial sums
@@ -210,7 +213,7 @@ def _ttt_hidden_bwd_kernel(
     )
     if units_ptr is not None:
         units_ptr += (place * H + h) * 4
-        reach_ptr += h * 3
+        reach_ptr += (b * H + h) * 3
         unit0, unit1, unit2 = tl.load(units_ptr), tl.load(units_ptr + 1), tl.load(units_ptr + 2)
         reach = unit0 * tl.load(reach_ptr) + unit1 * tl.load(reach_ptr + 1)
         reach += unit2 * tl.load(reach_ptr + 2)
@@ -332,19 +335,17 @@ def ttt_hidden(
     lr: Tensor | None,  # `[3, B, H, T]`
     weights: Tensor | Triple,  # `[places, H, SIZE]`, or three: see weight_arguments
     acts: Tensor,  # `[1, H, rows, Dh]` without y, else `[3, H, rows, Dh]`: written
-    run: Run,
     dims: Dims,
-) -> None:
+) -> Callable[[Run], None]:
     """The hidden activations of a run of chunks, or what G0, G1 and G2, those of `dims`, have to do with."""
     weights, weight_strides = weight_arguments(weights)
     name = "ttt_hidden" if weight_strides is None else "ttt_hidden_given"
     if y is not None:
         name = "ttt_hidden_grad"
     config = ttt_config(name, x.dtype, capability_of(x.device))
-    launch(
-        HIDDEN_KERNELS, config, (run.num_programs(config, dims.Dh, acts.shape[1]),),
-        x, y, lr, weights, acts, *run.arguments(acts, dims), *outer_strides(x, y), weight_strides,
-        **activation_constexprs(dims, config),
+    return launcher_over_tokens(
+        HIDDEN_KERNELS, config, dims.Dh, (x, y, lr, weights, acts),
+        (*outer_strides(x, y), weight_strides), acts, dims, **activation_constexprs(dims, config),
     )  # fmt: skip
 
 
@@ -357,25 +358,23 @@ def ttt_hidden_bwd(
     acts: Tensor,  # `[3, H, rows, Dh]`: written, like dacts and dlr
     dacts: Tensor,  # `[3, H, rows, Dh]`
     dlr: Tensor,  # `[tiles, 3, H, rows]`: partial sums, float32
-    run: Run,
     dims: Dims,
     units: Tensor | None = None,  # `[places, H, 4]`: of dsteps, or 0, and written: that of dacts
-    reach: Tensor | None = None,  # `[H, 3]`, with units
-) -> None:
+    reach: Tensor | None = None,  # `[B, H, 3]`, with units
+) -> Callable[[Run], None]:
     """Backward of `ttt_hidden` with keys and values, which it computes again."""
     config = ttt_config("ttt_hidden_bwd", k.dtype, capability_of(k.device))
-    launch(
-        HIDDEN_BWD_KERNELS, config, (run.num_programs(config, dims.Dh, acts.shape[1]),),
-        k, v, lr, weights, dsteps, units, reach, acts, dacts, dlr,
-        *run.arguments(acts, dims), *outer_strides(k, v),
-        **activation_constexprs(dims, config),
+    return launcher_over_tokens(
+        HIDDEN_BWD_KERNELS, config, dims.Dh,
+        (k, v, lr, weights, dsteps, units, reach, acts, dacts, dlr),
+        tuple(outer_strides(k, v)), acts, dims, **activation_constexprs(dims, config),
     )  # fmt: skip
 
 
 def num_rate_tiles(k: Tensor, dims: Dims) -> int:
     """Partial sums of each learning rate's gradient: one for each tile of hidden units."""
     config = ttt_config("ttt_hidden_bwd", k.dtype, capability_of(k.device))
-    return triton.cdiv(dims.Dh, config.block_n)
+    return -(-dims.Dh // config.block_n)
 
 
 def activation_constexprs(dims: Dims, config: TTTConfig) -> dict[str, int]:

@@ -25,8 +25,8 @@ def ttt_apply_fwd(q: Tensor, weights: Triple) -> Tensor:
     with on_device(q):
         for tokens, outputs in _slices(*_rows(weights, q, o), planes=1, Dh=dims.Dh):
             run, acts = _run(tokens), _activations(1, tokens, dims)
-            ttt_hidden(tokens, None, None, weights, acts, run, dims)
-            ttt_project(acts, weights, outputs, run, dims, to_values=True)
+            ttt_hidden(tokens, None, None, weights, acts, dims)(run)
+            ttt_project(acts, weights, outputs, dims, to_values=True)(run)
     return o
 
 
@@ -40,13 +40,13 @@ def ttt_apply_bwd(do: Tensor, q: Tensor, weights: Triple) -> tuple[Tensor, Tripl
     with on_device(q):
         for tokens, dtokens, doutputs in _slices(*_rows(readable, q, dq, do), planes=3, Dh=dims.Dh):
             run, acts = _run(tokens), _activations(3, tokens, dims)
-            ttt_hidden(tokens, doutputs, None, readable, acts, run, dims)
+            ttt_hidden(tokens, doutputs, None, readable, acts, dims)(run)
             splits = num_outer_splits(tokens, run.num_chunks, run.width, dims)
             parts = q.new_empty(splits, run.num_chunks, H, dims.size, dtype=torch.float32)
-            ttt_outer(tokens, doutputs, acts, parts, run, dims)
+            ttt_outer(tokens, doutputs, acts, parts, dims)(run)
             part = parts.sum(dim=(0, 1), keepdim=True)[0] if shared else parts.sum(dim=0)
             total = part if total is None else total.add_(part)
-            ttt_project(acts, readable, dtokens, run, dims, to_values=False)
+            ttt_project(acts, readable, dtokens, dims, to_values=False)(run)
     if total is None:
         return dq, tuple(w.new_zeros(w.shape) for w in weights)
     dweights = zip(dims.unpack(total), weights)

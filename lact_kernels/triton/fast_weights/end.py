@@ -12,16 +12,18 @@ import triton.language as tl
 from torch import Tensor
 
 from lact_kernels.core.fast_weights import FastWeights, Triple
+from lact_kernels.triton.configs import TRITON
 from lact_kernels.triton.fast_weights.history import Arrays, Segment
 from lact_kernels.triton.fast_weights.layout import Chunks, Dims
 from lact_kernels.triton.fast_weights.primitives import matrix_place, matrix_shape
 from lact_kernels.triton.fast_weights.update import (
     RENORM_EPS,
     matrix_rows,
+    row_config,
     row_lengths,
     row_programs,
-    row_warps,
 )
+from lact_kernels.triton.launch import launch
 
 
 @triton.jit
@@ -79,6 +81,9 @@ def _ttt_end_kernel(
         _store(buffers0_ptr, buffers1_ptr, buffers2_ptr, matrix, out, step, inside)
 
 
+END_KERNELS = {TRITON: _ttt_end_kernel}
+
+
 def ttt_end(
     sums: Tensor,  # `[N, H, SIZE]`, float32 like all
     steps: Tensor | None,  # `[N, H, SIZE]`, with buffers
@@ -90,9 +95,9 @@ def ttt_end(
     N, H, _ = sums.shape
     programs, constexprs = row_programs(dims)
     nothing = (None,) * 3
-    _ttt_end_kernel[(N * H * programs,)](
-        sums, steps, norms, order, *out.weights, *(out.masters or nothing),
-        *(out.buffers or nothing), H, **constexprs, num_warps=row_warps(dims),
+    launch(
+        END_KERNELS, row_config(dims), (N * H * programs,), sums, steps, norms, order, *out.weights,
+        *(out.masters or nothing), *(out.buffers or nothing), H, **constexprs,
     )  # fmt: skip
 
 

@@ -15,8 +15,11 @@ The weights of a chunk, those its queries are applied to, have the number of the
 keys by themselves, and queries.
 """
 
+import bisect
+import functools
 import itertools
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +27,8 @@ from torch import Tensor
 
 from lact_kernels.core.call import Call
 from lact_kernels.core.fast_weights import Triple
-from lact_kernels.triton.configs import (
-    TTTConfig,
-)
+from lact_kernels.triton.configs import TTTConfig
+from lact_kernels.triton.launch import launch
 
 ALIGNMENT = 16  # elements
 ALL_MATRICES = (True, True, True)
@@ -36,6 +38,11 @@ Shapes = Sequence[tuple[int, int]]
 
 def round_up(x: int, multiple: int = ALIGNMENT) -> int:
     return -(-x // multiple) * multiple
+
+
+def power_of_two_from(x: int) -> int:
+    """The smallest that is not below x >= 1."""
+    return 1 << (x - 1).bit_length()
 
 
 class Dims(NamedTuple):
@@ -71,7 +78,7 @@ class Dims(NamedTuple):
     @property
     def offsets(self) -> list[int]:
         """First element of each matrix, and the end of the last."""
-        return [0, *itertools.accumulate(round_up(r * c) for r, c in self.shapes)]
+        return _borders(self.shapes)
 
     @property
     def size(self) -> int:
@@ -88,7 +95,7 @@ class Dims(NamedTuple):
     @property
     def squares(self) -> list[int]:
         """First element of each Newton-Schulz square, `[m, m]` with m the shorter side, and the end."""
-        return [0, *itertools.accumulate(round_up(min(r, c) ** 2) for r, c in self.shapes)]
+        return _borders(tuple((min(shape), min(shape)) for shape in self.shapes))
 
     def spans(self, matrices: Sequence[bool]) -> list[slice]:
         """The elements of some matrices; of neighbours in one."""
@@ -113,6 +120,12 @@ class Dims(NamedTuple):
         return packed.split([r for r, _ in self.shapes], dim=-1)
 
 
+@functools.cache
+def _borders(shapes: Shapes) -> list[int]:
+    """Where matrices of these shapes begin that lie one behind the other, and the end of the last."""
+    return [0, *itertools.accumulate(round_up(rows * columns) for rows, columns in shapes)]
+
+
 class Run(NamedTuple):
     """Consecutive chunks, and where a kernel finds their tokens and their rows of activations."""
 
@@ -127,15 +140,27 @@ class Run(NamedTuple):
     chunk_size: int
     width: int
 
-    def arguments(self, acts: Tensor, dims: Dims) -> tuple:
-        """The table, and the arguments TOKEN_ARGUMENTS of the kernels. `acts` is `[.., H, rows, ..]`."""
-        H, num_rows = acts.shape[1:3]
-        return (*self[1:], num_rows, H, *dims.sizes)
 
-    def num_programs(self, config: TTTConfig, columns: int, H: int) -> int:
-        """One for each tile of tokens by columns, of each head and chunk."""
-        tiles = -(-self.width // config.block_m) * -(-columns // config.block_n)
-        return self.num_chunks * H * tiles
+def launcher_over_tokens(
+    kernels: Mapping[str, Any],
+    config: TTTConfig,
+    columns: int,  # of the result: a program has a tile of tokens by columns, of one head and chunk
+    arguments: tuple,  # before the table of a run
+    more_arguments: tuple,  # after TOKEN_ARGUMENTS
+    acts: Tensor,  # `[.., H, rows, ..]`
+    dims: Dims,
+    **constexprs: Any,
+) -> Callable[[Run], None]:
+    """What launches a kernel over the tokens of a run of chunks."""
+    H, num_rows = acts.shape[1:3]
+    sizes = (num_rows, H, *dims.sizes)
+    block, programs = config.block_m, H * -(-columns // config.block_n)
+
+    def launch_over(run: Run) -> None:
+        grid = (run.num_chunks * programs * -(-run.width // block),)
+        launch(kernels, config, grid, *arguments, *run[1:], *sizes, *more_arguments, **constexprs)
+
+    return launch_over
 
 
 class Heads(NamedTuple):
@@ -159,6 +184,16 @@ class Rows(NamedTuple):
 
     def number(self, steps: range) -> int:
         return round_up(self.firsts[steps.stop] - self.firsts[steps.start])
+
+    def most(self, steps: range) -> int:
+        """Of one step."""
+        firsts = self.firsts[steps.start : steps.stop + 1]
+        return round_up(max(map(operator.sub, firsts[1:], firsts)))
+
+    def reach(self, start: int, number: int) -> int:
+        """The step to which the steps from `start` on have no more than so many."""
+        number -= number % ALIGNMENT
+        return bisect.bisect_right(self.firsts, self.firsts[start] + number) - 1
 
     def width(self, steps: range) -> int:
         return max(self.widths[steps.start : steps.stop])
@@ -281,11 +316,11 @@ class Chunks:
     def batches(self, steps: range, most_rows: int) -> list[range]:
         """Cut the steps into runs of one or more, which together have at most about `most_rows` rows."""
         batches, start = [], steps.start
-        for step in steps:
-            if step > start and self.most_rows(range(start, step + 1)) > most_rows:
-                batches.append(range(start, step))
-                start = step
-        return [*batches, range(start, steps.stop)]
+        while start < steps.stop:
+            stops = (rows.reach(start, most_rows) for rows in (self.of_keys, self.of_queries))
+            batches.append(range(start, min(max(min(stops), start + 1), steps.stop)))
+            start = batches[-1].stop
+        return batches
 
     def most_rows(self, steps: range) -> int:
         """Of activations, those of the keys or those of the queries."""
@@ -318,6 +353,7 @@ class Net(NamedTuple):
     W2: bool
 
 
+@functools.cache
 def dims_constexprs(dims: Dims) -> dict[str, Any]:
     """The compile-time argument that all kernels have."""
     return {"NET": Net(*dims.sizes, *dims.offsets[1:], *dims.squares[1:], *dims.matrices)}

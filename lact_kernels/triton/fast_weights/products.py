@@ -22,6 +22,8 @@ Products take the tokens' dtype and accumulate in float32. What comes in units (
 gradients of the second or the weights of the first pair among them, gets its scale back in float32.
 """
 
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -33,8 +35,8 @@ from lact_kernels.triton.fast_weights.layout import (
     Dims,
     Run,
     dims_constexprs,
+    launcher_over_tokens,
     num_tiles,
-    round_up,
     tile_constexprs,
 )
 from lact_kernels.triton.fast_weights.primitives import (
@@ -261,20 +263,25 @@ def ttt_outer(
     y: Tensor,  # `[B, T, H, Dv]`
     acts: Tensor,  # `[3, H, rows, Dh]`
     out: Tensor,  # `[splits, chunks or more, H, SIZE]`, float32: written
-    run: Run,
     dims: Dims,
     units: Tensor | None = None,  # `[places, H, 4]`: the last is that of acts
-) -> None:
-    """The three outer products of each chunk, in as many parts as `out` has splits."""
+) -> Callable[[Run], None]:
+    """The three outer products of each chunk of a run, in as many parts as `out` has splits."""
     config = ttt_config("ttt_outer", x.dtype, capability_of(x.device))
     constexprs = outer_constexprs(dims, config)
     splits, out_chunks, H, _ = out.shape
-    split_length = round_up(triton.cdiv(run.width, splits), config.block_k)
-    launch(
-        OUTER_KERNELS, config, (splits * run.num_chunks * H * num_tiles(constexprs),),
-        x, y, acts, units, out, *run.arguments(acts, dims), run.num_chunks, out_chunks, split_length,
-        *outer_strides(x, y), **constexprs,
-    )  # fmt: skip
+    arguments, strides = (x, y, acts, units, out), outer_strides(x, y)
+    sizes = (acts.shape[2], H, *dims.sizes)
+    block, programs = config.block_k, splits * H * num_tiles(constexprs)
+
+    def outer(run: Run) -> None:
+        split_length = -(-run.width // (splits * block)) * block
+        launch(
+            OUTER_KERNELS, config, (run.num_chunks * programs,), *arguments, *run[1:], *sizes,
+            run.num_chunks, out_chunks, split_length, *strides, **constexprs,
+        )  # fmt: skip
+
+    return outer
 
 
 def num_outer_splits(x: Tensor, num_chunks: int, length: int, dims: Dims) -> int:
@@ -289,22 +296,20 @@ def ttt_project(
     acts: Tensor | None,  # `[3, H, rows, Dh]`; to values `[1, H, rows, Dh]`
     weights: Tensor | Triple | None,  # `[places, H, SIZE]`, or three: see weight_arguments
     out: Tensor,  # `[B, T, H, Dv or Dk]`: written
-    run: Run,
     dims: Dims,
     to_values: bool,
     second: tuple[Tensor, Tensor]
     | None = None,  # the same again, with packed weights, added: of what reaches the matrices of `dims`
     lr: Tensor | None = None,  # `[B, H, T]`: factors of the first
     units: Tensor | None = None,  # `[places, H, 4]`: of the weights, and of the second activations
-) -> None:
+) -> Callable[[Run], None]:
     """Activations back to the tokens' channels: `a[0] w1^T` to values, `a[0] w0 + a[2] w2` to keys."""
     config = ttt_config("ttt_project", out.dtype, capability_of(out.device))
     columns = dims.Dv if to_values else dims.Dk
     weights, weight_strides = weight_arguments(weights)
-    launch(
-        PROJECT_KERNELS, config, (run.num_programs(config, columns, out.shape[2]),),
-        acts, weights, *(second or (None, None)), units, lr, out,
-        *run.arguments(second[0] if acts is None else acts, dims), *outer_strides(out), weight_strides,
+    return launcher_over_tokens(
+        PROJECT_KERNELS, config, columns, (acts, weights, *(second or (None, None)), units, lr, out),
+        (*outer_strides(out), weight_strides), second[0] if acts is None else acts, dims,
         **project_constexprs(dims, config, to_values),
     )  # fmt: skip
 

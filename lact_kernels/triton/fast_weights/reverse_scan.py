@@ -6,6 +6,7 @@ deferred        dk, dv and the gradients of rates and momentum, of all chunks at
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from lact_kernels.triton.fast_weights.activations import (
 )
 from lact_kernels.triton.fast_weights.end import own
 from lact_kernels.triton.fast_weights.history import Segment
-from lact_kernels.triton.fast_weights.layout import Chunks, Dims
+from lact_kernels.triton.fast_weights.layout import Dims, Heads
 from lact_kernels.triton.fast_weights.products import num_outer_splits, ttt_outer, ttt_project
 from lact_kernels.triton.fast_weights.scan import Scan
 from lact_kernels.triton.fast_weights.update_bwd import ttt_rates_bwd, ttt_update_bwd
@@ -33,14 +34,6 @@ class Applied(NamedTuple):
 
     steps: range
     parts: Tensor  # [splits, chunks, H, SIZE]
-
-    def place(self, chunks: Chunks, step: int) -> int:
-        """Of the first chunk of a step."""
-        return chunks.firsts[step] - chunks.firsts[self.steps.start]
-
-    def of_step(self, chunks: Chunks, step: int) -> Tensor:
-        first, number = self.place(chunks, step), chunks.counts[step]
-        return self.parts[:, first : first + number]
 
 
 class Deferred(NamedTuple):
@@ -69,10 +62,8 @@ class Gradients:
         self.dlr = room(lr.shape, dtype=lr.dtype, device=lr.device)
         self.dmomentum = None if scan.momentum is None else room(lr.shape[1:], device=lr.device)
 
-        longest = chunks.of_keys.width(range(chunks.steps))
-        splits = num_outer_splits(scan.k, chunks.counts[chunks.steps // 2], longest, dims)
         zeros = scan.lr.new_zeros
-        self.dweights = zeros(splits, chunks.N, H, dims.size)
+        self.dweights = zeros(scan.splits, chunks.N, H, dims.size)
         self.carry = zeros(chunks.N, H, dims.size)
         self.kept = None  # with matrices that are not trained
         if scan.has_untrained:
@@ -165,12 +156,12 @@ class ReverseScan(Scan):
             dbetas=None if self.betas is None else floats(number, self.H, dims.rows),
         )
         with phase("reverse scan"):
-            for step in reversed(updating):
-                self.update_backward(batch, step, applied, deferred, grads)
-            by_apply = self.applied_to(steps.start, applied)
-            if by_apply is not None:
-                dapply = by_apply.of_step(chunks, steps.start)
-                grads.dweights[0, : dapply.shape[1]] += dapply.sum(dim=0)
+            if number:
+                self.reverse(batch, updating, applied, deferred, grads)
+            dapply, place = self.applied_to(steps.start, applied)
+            if dapply is not None:
+                first = chunks.counts[steps.start]
+                grads.dweights[0, :first] += dapply[:, place : place + first].sum(dim=0)
             if steps.start == 0:
                 grads.finish()
                 self.ranks.send_gradients(grads.dstart)
@@ -184,16 +175,20 @@ class ReverseScan(Scan):
         """dq of some steps, all of which have queries, and what their weights get from them."""
         dims, weights = self.of_all, batch.arrays.weights
         run = self.chunks.queries(steps, batch.steps.start)
-        ttt_hidden(self.q, do, None, weights, acts, run, dims)
+        ttt_hidden(self.q, do, None, weights, acts, dims)(run)
         splits = num_outer_splits(self.q, run.num_chunks, run.width, dims)
         parts = self.floats(splits, run.num_chunks, self.H, dims.size)
-        ttt_outer(self.q, do, acts, parts, run, dims)
-        ttt_project(acts, weights, grads.dq, run, dims, to_values=False)
+        ttt_outer(self.q, do, acts, parts, dims)(run)
+        ttt_project(acts, weights, grads.dq, dims, to_values=False)(run)
         return Applied(steps, parts)
 
-    def applied_to(self, step: int, applied: list[Applied]) -> Applied | None:
-        """What has the gradients that the weights of a step get from its queries, if it has any."""
-        return next((x for x in applied if step in x.steps), None)
+    def applied_to(self, step: int, applied: list[Applied]) -> tuple[Tensor | None, int]:
+        """What the weights of a step get from its queries, and at which place, if it has any."""
+        firsts = self.chunks.firsts
+        for steps, parts in applied:
+            if step in steps:
+                return parts, firsts[step] - firsts[steps.start]
+        return None, 0
 
     def tokens_backward(
         self, batch: Segment, updating: range, deferred: Deferred, grads: Gradients
@@ -205,46 +200,53 @@ class ReverseScan(Scan):
         first = (deferred.acts, dsteps) if w0 or w2 else (None, None)
         second = (deferred.dacts, weights)
         to_keys = {"to_values": False, "second": second, "units": deferred.units}
-        ttt_project(*first, grads.dk, run, dims, **to_keys)
+        ttt_project(*first, grads.dk, dims, **to_keys)(run)
         first = (deferred.acts[1:2], dsteps) if w1 else (None, None)
         second = (deferred.dacts[1:2], weights) if w0 or w2 else None
         to_values = {"to_values": True, "second": second, "units": deferred.units}
         lr1 = self.lr[1] if w1 else None
-        ttt_project(*first, grads.dv, run, dims, lr=lr1, **to_values)
+        ttt_project(*first, grads.dv, dims, lr=lr1, **to_values)(run)
         dlr, dbetas = deferred.dlr, deferred.dbetas
-        ttt_rates_bwd(dlr, dbetas, grads.dlr, grads.dmomentum, run, dims)
+        ttt_rates_bwd(dlr, dbetas, grads.dlr, grads.dmomentum, dims)(run)
 
-    def update_backward(
+    def reverse(
         self,
         batch: Segment,
-        step: int,
+        updating: range,
         applied: list[Applied],
         deferred: Deferred,
         grads: Gradients,
     ) -> None:
-        """From the gradients of the next step's weights to those of this step's, and of its dG."""
-        chunks, dims, first, arrays = self.chunks, self.dims, batch.steps.start, batch.arrays
-        number, heads = chunks.active(step), chunks.heads(step, first, self.H)
-        run = chunks.keys(range(step, step + 1), first, first, number)
-
-        dapply, by_apply = None, self.applied_to(step + 1, applied)
-        if by_apply is not None:
-            dapply = by_apply.parts, by_apply.place(chunks, step + 1) * self.H
-        if self.ranks.share_chunks:
-            total = grads.dweights[:, :number].sum(dim=0)
-            if by_apply is not None:
-                total += by_apply.of_step(chunks, step + 1)[:, :number].sum(dim=0)
-            self.ranks.sum_(total)
-            grads.dweights[0, :number], grads.dweights[1:, :number] = total, 0
-            dapply = None
-
-        places = (
-            grads.dweights, dapply, grads.carry, grads.kept, arrays.sums, self.target_norms,
-            grads.dnorms, heads, dims,
+        """From the gradients of the next step's weights to those of each step's, and of its dG."""
+        chunks, dims, first = self.chunks, self.dims, batch.steps.start
+        weights, units = batch.arrays.weights, deferred.units
+        update = self.update_backward(batch, deferred, grads)
+        hidden = ttt_hidden_bwd(
+            self.k, self.v, self.lr, weights, deferred.dsteps, deferred.acts, deferred.dacts,
+            deferred.dlr, dims, units, self.reach,
         )  # fmt: skip
-        dsteps, units = deferred.dsteps, deferred.units
-        outputs = {"dsteps": dsteps, "units": units}
-        prenorm, momentum = {"prenorm": self.options.prenorm}, {}
+        outer = ttt_outer(self.k, self.v, deferred.dacts, grads.dweights, reached(dims), units)
+        for step in reversed(updating):
+            number = chunks.active(step)
+            run = chunks.keys(range(step, step + 1), first, first, number)
+            dapply, place = self.applied_to(step + 1, applied)
+            if self.ranks.share_chunks:
+                self.share(grads.dweights[:, :number], dapply, place)
+                dapply = None
+            update(chunks.heads(step, first, self.H), dapply, place * self.H)
+            hidden(run)
+            outer(run)
+
+    def update_backward(
+        self, batch: Segment, deferred: Deferred, grads: Gradients
+    ) -> Callable[[Heads, Tensor | None, int], None]:
+        """What `ttt_update_bwd` returns, which with Muon has two parts."""
+        arrays, dims, options = batch.arrays, self.dims, self.options
+        launch = functools.partial(
+            ttt_update_bwd, grads.dweights, grads.carry, grads.kept, arrays.sums, self.target_norms,
+            grads.dnorms, dims, prenorm=options.prenorm,
+        )  # fmt: skip
+        outputs, momentum = {"dsteps": deferred.dsteps, "units": deferred.units}, {}
         if self.betas is not None:
             momentum = {
                 "betas": batch.betas,
@@ -252,28 +254,44 @@ class ReverseScan(Scan):
                 "dbuffers": grads.dbuffers,
                 "dbetas": deferred.dbetas,
             }
-        if self.options.coefficients is None:
-            ttt_update_bwd(*places, **prenorm, **momentum, **outputs)
-        else:
-            squares = tuple(self.floats(heads.number, dims.rows) for _ in range(2))
-            muon = {"next_steps": arrays.muon, "squares": squares}
-            dmuon, before, after = grads.carry.flatten(0, 1)[: heads.number], {}, momentum
-            if self.options.momentum_after_muon:
-                dmuon = self.floats(heads.number, dims.size)
-                before, after = momentum | {"dnext_steps": dmuon}, {}
-            ttt_update_bwd(*places, **prenorm, **muon, **before)
-            dbuffers = grads.dbuffers.flatten(0, 1)[: heads.number] if after else None
-            muon["iteration"] = self.newton_schulz(number).backward(
-                dmuon, self.given_to_muon(arrays, heads), *squares, dbuffers,
-                with_sizes=units is not None,
-            )  # fmt: skip
-            ttt_update_bwd(*places, **prenorm, **muon, **after, **outputs)
+        if options.coefficients is None:
+            return launch(**momentum, **outputs)
 
-        ttt_hidden_bwd(
-            self.k, self.v, self.lr, arrays.weights, dsteps, deferred.acts, deferred.dacts,
-            deferred.dlr, run, dims, units, self.reach,
-        )  # fmt: skip
-        ttt_outer(self.k, self.v, deferred.dacts, grads.dweights, run, reached(dims), units)
+        heads = self.chunks.N * self.H
+        dsquares, squares = self.floats(heads, dims.rows), self.floats(heads, dims.rows)
+        muon = {"next_steps": arrays.muon, "squares": (dsquares, squares)}
+        given, dgiven, dbuffers = arrays.muon.flatten(0, 1), grads.carry.flatten(0, 1), None
+        if options.momentum_after_muon:
+            dgiven = self.floats(heads, dims.size)
+            before = launch(**muon, **momentum, dnext_steps=dgiven)
+            after = launch(**muon, **outputs, second=True)
+        else:
+            before = launch(**muon)
+            after = launch(**muon, **momentum, **outputs, second=True)
+            if grads.dbuffers is not None:
+                dbuffers = grads.dbuffers.flatten(0, 1)
+
+        def update_backward(heads: Heads, dapply: Tensor | None, apply_first: int) -> None:
+            before(heads, dapply, apply_first)
+            mine, then = (
+                slice(heads.number),
+                slice(heads.next_first, heads.next_first + heads.number),
+            )
+            iteration = self.newton_schulz(heads.number).backward(
+                dgiven[mine], given[then], dsquares[mine], squares[mine],
+                None if dbuffers is None else dbuffers[mine], with_sizes=deferred.units is not None,
+            )  # fmt: skip
+            after(heads, iteration=iteration)
+
+        return update_backward
+
+    def share(self, dweights: Tensor, dapply: Tensor | None, place: int) -> None:
+        """The gradients of some weights, in parts, by all ranks that share chunks, into the first part."""
+        total = dweights.sum(dim=0)
+        if dapply is not None:
+            total += dapply[:, place : place + dweights.shape[1]].sum(dim=0)
+        self.ranks.sum_(total)
+        dweights[0], dweights[1:] = total, 0
 
 
 def reached(dims: Dims) -> Dims:

@@ -8,6 +8,7 @@ bounded: as many steps at a time as have activations within ACTIVATION_BYTES.
 """
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -46,6 +47,7 @@ class Scan:
         arrays = 1 + num_float_arrays(call)
         self.history = Arrays(*history[:arrays])
         self.betas = history[arrays] if self.momentum is not None else None  # [chunks, H]
+        self.iterations: dict[int, Iteration] = {}
 
     @functools.cached_property
     def lr(self) -> Tensor:
@@ -118,8 +120,7 @@ class Scan:
         end, result = End.of(self.chunks, self.history), None
         if self.momentum is not None:
             steps = range(self.chunks.steps)
-            momentum = self.momentum.mT.contiguous()  # [B, H, T]
-            ttt_mean_momentum(momentum, self.betas, self.chunks.keys(steps, 0, 0))
+            ttt_mean_momentum(self.momentum, self.betas, self.chunks.keys(steps, 0, 0))
             number = self.chunks.num_chunks(steps)  # on some ranks there is room for more
             self.ranks.sum_(self.betas[:number])
         before = None
@@ -143,6 +144,13 @@ class Scan:
                 self.apply(segment, o)
             before = segment
         return o, result
+
+    @functools.cached_property
+    def splits(self) -> int:
+        """Parts of an update's gradients: one number for all steps, that of one in the middle."""
+        steps = range(self.chunks.steps)
+        number, longest = self.chunks.counts[len(steps) // 2], self.chunks.of_keys.width(steps)
+        return num_outer_splits(self.k, number, longest, self.dims)
 
     def segments(self) -> list[range]:
         """The steps from one checkpoint to the next; all, if every step is kept."""
@@ -196,11 +204,25 @@ class Scan:
         return self.chunks.batches(steps, ACTIVATION_BYTES // row_bytes)
 
     def scan(self, segment: Segment) -> None:
+        """From each step's weights to the next one's: gradients -> momentum -> Muon -> renorm."""
+        chunks, dims, first = self.chunks, self.dims, segment.steps.start
+        steps = range(first, min(segment.steps.stop, chunks.updates))
         if self.has_untrained:
             self.write_untrained(segment)
-        for step in segment.steps:
-            if self.chunks.active(step):
-                self.update(segment, step)
+        if not steps or not chunks.active(first):
+            return
+        acts = self.activations(3, chunks.of_keys.most(steps))
+        parts = self.floats(self.splits, chunks.active(first), self.H, dims.size)
+        lr, units = self.update_rates
+        hidden = ttt_hidden(self.k, self.v, lr, segment.arrays.weights, acts, dims)
+        outer = ttt_outer(self.k, self.lr1_v, acts, parts, dims, units)
+        update = self.update(segment)
+        for step in steps:
+            run = chunks.keys(range(step, step + 1), first, step, chunks.active(step))
+            hidden(run)
+            outer(run)
+            gradients = self.shared(parts) if self.ranks.share_chunks else parts
+            update(gradients, chunks.heads(step, first, self.H), step == 0)
 
     def write_untrained(self, segment: Segment) -> None:
         """The matrices that no update changes: from the first chunks of a segment to all others."""
@@ -213,38 +235,42 @@ class Scan:
         for span in self.dims.spans([not trained for trained in self.dims.matrices]):
             weights[first:, :, span] = weights[:first, :, span][sequences]
 
-    def update(self, segment: Segment, step: int) -> None:
-        """From the weights of a step's chunks to those of the next step."""
-        chunks, dims = self.chunks, self.dims
-        number, first, arrays = chunks.active(step), segment.steps.start, segment.arrays
-        steps = range(step, step + 1)
-        run, heads = chunks.keys(steps, first, step, number), chunks.heads(step, first, self.H)
-        acts = self.activations(3, chunks.of_keys.number(steps))
-        lr, units = self.update_rates
-        ttt_hidden(self.k, self.v, lr, arrays.weights, acts, run, dims)
-        splits = num_outer_splits(self.k, number, run.width, dims)
-        parts = self.floats(splits, number, self.H, dims.size)
-        ttt_outer(self.k, self.lr1_v, acts, parts, run, dims, units)
-        if self.ranks.share_chunks:
-            parts = parts.sum(dim=0, keepdim=True)
-            self.ranks.sum_(parts)
-
-        places = (arrays.sums, arrays.weights, self.target_norms, heads, dims)
-        how = {"is_start": step == 0, "prenorm": self.options.prenorm}
+    def update(self, segment: Segment) -> Callable[[Tensor, Heads, bool], None]:
+        """What `ttt_update` returns, which with Muon has two parts."""
+        arrays, dims, options = segment.arrays, self.dims, self.options
+        launch = functools.partial(
+            ttt_update,
+            arrays.sums,
+            arrays.weights,
+            self.target_norms,
+            dims,
+            prenorm=options.prenorm,
+        )
         momentum = {"next_steps": arrays.steps}
         if self.betas is not None:
             momentum |= {"betas": segment.betas, "steps": arrays.steps}
-        if self.options.coefficients is None:
-            ttt_update(parts, *places, **how, **momentum)
-            return
-        before, after = momentum, {}
-        if self.options.momentum_after_muon:
-            before, after = {"next_steps": arrays.gradients}, momentum
-        squares = self.floats(heads.number, dims.rows)
-        ttt_update(parts, *places, **how, **before, squares=squares)
-        given = self.given_to_muon(arrays, heads)
-        orthogonal = self.newton_schulz(number).forward(given, squares)
-        ttt_update(orthogonal, *places, **how, **after)
+        if options.coefficients is None:
+            return launch(**momentum)
+        squares = self.floats(self.chunks.N * self.H, dims.rows)
+        if options.momentum_after_muon:
+            before, after = launch(next_steps=arrays.gradients, squares=squares), launch(**momentum)
+        else:
+            before, after = launch(**momentum, squares=squares), launch()
+        given = arrays.muon.flatten(0, 1)
+
+        def update(gradients: Tensor, heads: Heads, is_start: bool) -> None:
+            before(gradients, heads, is_start)
+            g = given[heads.next_first : heads.next_first + heads.number]
+            orthogonal = self.newton_schulz(heads.number).forward(g, squares[: heads.number])
+            after(orthogonal, heads, is_start)
+
+        return update
+
+    def shared(self, parts: Tensor) -> Tensor:
+        """The sum of gradients in parts, over all ranks that share chunks, as one part."""
+        total = parts.sum(dim=0, keepdim=True)
+        self.ranks.sum_(total)
+        return total
 
     def apply(self, segment: Segment, o: Tensor) -> None:
         for steps in self.chunks.applied(segment.steps):
@@ -252,8 +278,8 @@ class Scan:
                 run = self.chunks.queries(batch, segment.steps.start)
                 weights = segment.arrays.weights
                 acts = self.activations(1, self.chunks.of_queries.number(batch))
-                ttt_hidden(self.q, None, None, weights, acts, run, self.of_all)
-                ttt_project(acts, weights, o, run, self.of_all, to_values=True)
+                ttt_hidden(self.q, None, None, weights, acts, self.of_all)(run)
+                ttt_project(acts, weights, o, self.of_all, to_values=True)(run)
 
     def activations(self, planes: int, rows: int) -> Tensor:
         """Room for `planes` numbers for each hidden unit, of as many tokens."""
@@ -271,14 +297,12 @@ class Scan:
         """`[N, H, SIZE]` in the order of `layout`, as three matrices of each sequence in order."""
         return tuple(map(own, self.dims.unpack(self.chunks.unsorted(packed))))
 
-    def newton_schulz(self, number: int) -> Iteration:
-        """The iteration for the steps of `number` chunks."""
-        triples = self.options.coefficients
-        return Iteration(number * self.H, self.dims, self.k.dtype, self.k.device, triples)
-
-    def given_to_muon(self, arrays: Arrays, heads: Heads) -> Tensor:
-        """`[heads, SIZE]`, by the update of a step."""
-        return arrays.muon.flatten(0, 1)[heads.next_first :][: heads.number]
+    def newton_schulz(self, heads: int) -> Iteration:
+        """The iteration for so many heads."""
+        if heads not in self.iterations:
+            k, triples = self.k, self.options.coefficients
+            self.iterations[heads] = Iteration(heads, self.dims, k.dtype, k.device, triples)
+        return self.iterations[heads]
 
 
 @functools.cache

@@ -15,17 +15,22 @@ launch ends at M', and another begins with the orthogonalised step. Where moment
 ends at G, and the second has M' = NS(G) + beta M.
 """
 
+import functools
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lact_kernels.core import fast_weights
+from lact_kernels.triton.configs import TRITON, TTTConfig
 from lact_kernels.triton.fast_weights.layout import (
     Dims,
     Heads,
     Run,
     dims_constexprs,
     num_tiles,
+    power_of_two_from,
     tile_constexprs,
 )
 from lact_kernels.triton.fast_weights.primitives import (
@@ -33,7 +38,9 @@ from lact_kernels.triton.fast_weights.primitives import (
     matrix_place,
     matrix_shape,
     matrix_tile,
+    token_offset,
 )
+from lact_kernels.triton.launch import launch, strides
 
 RENORM_EPS = tl.constexpr(fast_weights.RENORM_EPS)
 PROGRAM_ELEMENTS, NUM_WARPS, WIDE_WARPS = 2048, 4, 16
@@ -134,7 +141,7 @@ def _ttt_update_kernel(
 
 @triton.jit(do_not_specialize=["first_chunk", "B", "T", "chunk_size", "H"])
 def _ttt_mean_momentum_kernel(
-    momentum_ptr,  # [B, H, T], contiguous
+    momentum_ptr,  # [B, T, H]
     betas_ptr,  # [chunks, H]
     table_ptr,
     first_chunk,
@@ -142,56 +149,73 @@ def _ttt_mean_momentum_kernel(
     T,
     chunk_size,
     H,
+    momentum_strides,
     BLOCK: tl.constexpr,
 ):
     chunk = tl.program_id(0) // H
     h = tl.program_id(0) % H
     b, first, number, _ = chunk_tokens(chunk, table_ptr, first_chunk, 0, B, T, 0, chunk_size, 0)
     total = tl.zeros([BLOCK], tl.float32)
-    momentum_ptr += (b * H + h) * T + first
+    momentum_ptr += token_offset(momentum_strides, b, first, h)
     for start in range(0, number, BLOCK):
         tokens = start + tl.arange(0, BLOCK)
-        total += tl.load(momentum_ptr + tokens, mask=tokens < number, other=0.0)
+        pointers = momentum_ptr + tokens * momentum_strides[1]
+        total += tl.load(pointers, mask=tokens < number, other=0.0)
     tl.store(betas_ptr + tl.program_id(0), tl.div_rn(tl.sum(total), chunk_size.to(tl.float32)))
 
 
+UPDATE_KERNELS = {TRITON: _ttt_update_kernel}
+MEAN_MOMENTUM_KERNELS = {TRITON: _ttt_mean_momentum_kernel}
+
+
 def ttt_update(
-    step: Tensor,  # gradients `[parts, chunks, H, SIZE]`, or the orthogonalised step `[heads, SIZE]`
     sums: Tensor,  # `[places, H, SIZE]`, float32 like all but weights: read, and written for the next step
     weights: Tensor,  # `[places, H, SIZE]`, in the dtype of the products: written
     norms: Tensor | None,  # `[sequences, H, ROWS]`; None without renorm
-    heads: Heads,
     dims: Dims,
     *,
-    is_start: bool,
     prenorm: bool,
     betas: Tensor | None = None,  # `[places, H]`, with momentum
     steps: Tensor | None = None,  # `[places, H, SIZE]`: M, with momentum
     next_steps: Tensor | None = None,  # `[places, H, SIZE]`: M' or G, written
     squares: Tensor
     | None = None,  # `[heads, ROWS]`: ends there, with the squares of its rows' norms
-) -> None:
-    """One update of some heads, or with Muon the first or the second part of it."""
-    in_parts = step.ndim == 4
+) -> Callable[[Tensor, Heads, bool], None]:
+    """One update of some heads, or with Muon the first or the second part of it.
+
+    It is given gradients in parts `[parts, sequences, H, SIZE]`, or orthogonalised steps `[heads, SIZE]`; the
+    heads; and whether it is the first update of all.
+    """
     programs, constexprs = row_programs(dims)
-    _ttt_update_kernel[(heads.number * programs,)](
-        parts_ptr=step if in_parts else None, orthogonal_ptr=None if in_parts else step,
-        steps_ptr=steps, next_steps_ptr=next_steps, sums_ptr=sums, weights_ptr=weights,
-        norms_ptr=norms, betas_ptr=betas, squares_ptr=squares,
-        num_parts=step.shape[0], stride_part=step.stride(0),
-        first=heads.first, next_first=heads.next_first, is_start=int(is_start),
-        **constexprs, PRENORM=prenorm, num_warps=row_warps(dims),
-    )  # fmt: skip
+    config = row_config(dims)
+    arguments = {
+        "steps_ptr": steps, "next_steps_ptr": next_steps, "sums_ptr": sums, "weights_ptr": weights,
+        "norms_ptr": norms, "betas_ptr": betas, "squares_ptr": squares, "PRENORM": prenorm, **constexprs,
+    }  # fmt: skip
+
+    def update(step: Tensor, heads: Heads, is_start: bool) -> None:
+        in_parts = step.ndim == 4
+        launch(
+            UPDATE_KERNELS, config, (heads.number * programs,),
+            parts_ptr=step if in_parts else None, orthogonal_ptr=None if in_parts else step,
+            num_parts=step.shape[0], stride_part=step.stride(0), first=heads.first,
+            next_first=heads.next_first, is_start=int(is_start), **arguments,
+        )  # fmt: skip
+
+    return update
 
 
 def ttt_mean_momentum(momentum: Tensor, betas: Tensor, run: Run) -> None:
-    """Momentum `[B, H, T]`, summed over each chunk's tokens and by its size, into betas `[chunks, H]`."""
-    B, H, T = momentum.shape
-    _ttt_mean_momentum_kernel[(run.num_chunks * H,)](
-        momentum, betas, run.table, run.first_chunk, B, T, run.chunk_size, H, BLOCK=TOKEN_BLOCK
-    )
+    """Momentum `[B, T, H]`, summed over each chunk's tokens and by its size, into betas `[chunks, H]`."""
+    B, T, H = momentum.shape
+    launch(
+        MEAN_MOMENTUM_KERNELS, TTTConfig(1, TOKEN_BLOCK, 1, NUM_WARPS, 3), (run.num_chunks * H,),
+        momentum, betas, run.table, run.first_chunk, B, T, run.chunk_size, H, strides(momentum),
+        BLOCK=TOKEN_BLOCK,
+    )  # fmt: skip
 
 
+@functools.cache
 def row_programs(dims: Dims, tiled: Dims | None = None) -> tuple[int, dict[str, int]]:
     """Programs per head of the kernels over rows, and their compile-time arguments.
 
@@ -205,7 +229,7 @@ def row_programs(dims: Dims, tiled: Dims | None = None) -> tuple[int, dict[str, 
 
 def row_block(dims: Dims) -> tuple[int, int]:
     """Rows of one program, and columns, which are all of a row."""
-    columns = triton.next_power_of_2(max(dims.Dk, dims.Dh))
+    columns = power_of_two_from(max(dims.Dk, dims.Dh))
     return max(1, PROGRAM_ELEMENTS // columns), columns
 
 
@@ -213,3 +237,8 @@ def row_warps(dims: Dims) -> int:
     """More for a row that is longer than what a program has otherwise."""
     rows, columns = row_block(dims)
     return NUM_WARPS if rows * columns <= PROGRAM_ELEMENTS else WIDE_WARPS
+
+
+def row_config(dims: Dims) -> TTTConfig:
+    """That of the kernels over rows: they are no rows of the table."""
+    return TTTConfig(*row_block(dims), 1, row_warps(dims), 3)

@@ -22,11 +22,14 @@ With Muon dG is about dw' 490 / |G|, which is beyond float16: there each matrix 
 power of two that brings it to at most 2^14. It is known before dG is, from the norms of the terms of dG.
 """
 
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lact_kernels.core import newton_schulz
+from lact_kernels.triton.configs import TRITON, TTTConfig
 from lact_kernels.triton.fast_weights.layout import (
     ALL_MATRICES,
     TOKEN_ARGUMENTS,
@@ -34,6 +37,8 @@ from lact_kernels.triton.fast_weights.layout import (
     Heads,
     Run,
     dims_constexprs,
+    launcher_over_tokens,
+    power_of_two_from,
 )
 from lact_kernels.triton.fast_weights.primitives import (
     GRADIENT_BITS,
@@ -47,11 +52,12 @@ from lact_kernels.triton.fast_weights.update import (
     NUM_WARPS,
     RENORM_EPS,
     matrix_rows,
+    row_config,
     row_lengths,
     row_programs,
-    row_warps,
     sum_parts,
 )
+from lact_kernels.triton.launch import launch
 
 INFINITY = tl.constexpr(float("inf"))
 NEWTON_SCHULZ_EPS = tl.constexpr(newton_schulz.EPS)
@@ -234,15 +240,17 @@ def _ttt_rates_bwd_kernel(
         tl.store(dmomentum_ptr + offsets, share, mask=inside)
 
 
+UPDATE_BWD_KERNELS = {TRITON: _ttt_update_bwd_kernel}
+RATES_BWD_KERNELS = {TRITON: _ttt_rates_bwd_kernel}
+
+
 def ttt_update_bwd(
     dweights: Tensor,  # `[parts, sequences, H, SIZE]`, float32 like all but dsteps
-    dapply: tuple[Tensor, int] | None,  # `[parts, chunks, H, SIZE]`, and its first head
     carry: Tensor,  # `[sequences, H, SIZE]`: read and written, like kept, dnorms and dbuffers
     kept: Tensor | None,  # `[sequences, H, SIZE]`: of matrices that are not trained
     sums: Tensor,  # `[places, H, SIZE]`: x'
     norms: Tensor | None,  # `[sequences, H, ROWS]`; None without renorm
     dnorms: Tensor,  # `[sequences, H, ROWS]`
-    heads: Heads,
     dims: Dims,
     *,
     prenorm: bool,
@@ -254,31 +262,44 @@ def ttt_update_bwd(
     squares: tuple[Tensor, Tensor]
     | None = None,  # `[heads, ROWS]`: of the rows' norms of dx' or dM' and of next_steps
     dnext_steps: Tensor | None = None,  # `[heads, SIZE]`: written: dM' where momentum is after Muon
-    iteration: tuple[Tensor | None, ...] | None = None,  # Iteration.backward: the second launch
     units: Tensor | None = None,  # `[places, H, 4]`: the first three are written
     dsteps: Tensor | None = None,  # `[places, H, SIZE]`: written; None: the first launch with Muon
-) -> None:
-    """Backward of one update of some heads, or with Muon the first or the second part of it."""
+    second: bool = False,  # the second launch with Muon
+) -> Callable[..., None]:
+    """Backward of one update of some heads, or with Muon the first or the second part of it.
+
+    It is given the heads, and what the weights get from their queries: gradients `[parts, chunks, H, SIZE]`
+    and which head is the first. Or, as the second part, the heads and the results of `Iteration.backward`.
+    """
     # The first launch has those matrices, too, that are not trained.
-    programs, constexprs = row_programs(
-        dims, dims.having(*ALL_MATRICES) if iteration is None else dims
-    )
+    programs, constexprs = row_programs(dims, dims if second else dims.having(*ALL_MATRICES))
+    config = row_config(dims)
     dsquares, squares = squares or (None, None)
-    dx, inner, dx_squares, dbuffers_squares = iteration or (None,) * 4
-    dapply, apply_first = dapply or (None, 0)
-    _ttt_update_bwd_kernel[(heads.number * programs,)](
-        parts_ptr=dweights, apply_ptr=dapply, carry_ptr=carry, kept_ptr=kept, sums_ptr=sums, norms_ptr=norms,
-        dnorms_ptr=dnorms, betas_ptr=betas, steps_ptr=steps, next_steps_ptr=next_steps,
-        dnext_steps_ptr=dnext_steps, dsquares_ptr=dsquares, squares_ptr=squares, dx_ptr=dx, inner_ptr=inner,
-        dx_squares_ptr=dx_squares, dbuffers_squares_ptr=dbuffers_squares, units_ptr=units,
-        dbuffers_ptr=dbuffers, dbetas_ptr=dbetas, dsteps_ptr=dsteps,
-        num_parts=dweights.shape[0], stride_part=dweights.stride(0),
-        num_apply_parts=0 if dapply is None else dapply.shape[0],
-        stride_apply_part=0 if dapply is None else dapply.stride(0),
-        first=heads.first, next_first=heads.next_first, apply_first=apply_first,
-        **constexprs, PRENORM=prenorm,
-        BLOCK_TOTAL=total_block(dims), num_warps=row_warps(dims),
-    )  # fmt: skip
+    arguments = {
+        "parts_ptr": dweights, "carry_ptr": carry, "kept_ptr": kept, "sums_ptr": sums, "norms_ptr": norms,
+        "dnorms_ptr": dnorms, "betas_ptr": betas, "steps_ptr": steps, "next_steps_ptr": next_steps,
+        "dnext_steps_ptr": dnext_steps, "dsquares_ptr": dsquares, "squares_ptr": squares,
+        "units_ptr": units, "dbuffers_ptr": dbuffers, "dbetas_ptr": dbetas, "dsteps_ptr": dsteps,
+        "num_parts": dweights.shape[0], "stride_part": dweights.stride(0),
+        "PRENORM": prenorm, "BLOCK_TOTAL": total_block(dims), **constexprs,
+    }  # fmt: skip
+
+    def update_bwd(
+        heads: Heads,
+        dapply: Tensor | None = None,
+        apply_first: int = 0,
+        iteration: tuple[Tensor | None, ...] = (None,) * 4,
+    ) -> None:
+        dx, inner, dx_squares, dbuffers_squares = iteration
+        launch(
+            UPDATE_BWD_KERNELS, config, (heads.number * programs,), apply_ptr=dapply, dx_ptr=dx,
+            inner_ptr=inner, dx_squares_ptr=dx_squares, dbuffers_squares_ptr=dbuffers_squares,
+            num_apply_parts=0 if dapply is None else dapply.shape[0],
+            stride_apply_part=0 if dapply is None else dapply.stride(0),
+            first=heads.first, next_first=heads.next_first, apply_first=apply_first, **arguments,
+        )  # fmt: skip
+
+    return update_bwd
 
 
 def ttt_rates_bwd(
@@ -286,25 +307,24 @@ def ttt_rates_bwd(
     dbetas: Tensor | None,  # `[places, H, ROWS]`
     dlr: Tensor,  # `[3, B, H, T]`: written, like dmomentum
     dmomentum: Tensor | None,  # `[B, H, T]`
-    run: Run,
     dims: Dims,
-) -> None:
+) -> Callable[[Run], None]:
     """The gradients of the learning rates, from their parts, and of momentum, from that of its mean."""
-    H = dlr.shape[2]
-    _ttt_rates_bwd_kernel[(run.num_chunks * H * triton.cdiv(run.width, TOKEN_BLOCK),)](
-        dlr_parts, dbetas, dlr, dmomentum, *run.arguments(dlr_parts[0], dims),
-        dlr_parts.shape[0], **rates_constexprs(dims), num_warps=NUM_WARPS,
+    return launcher_over_tokens(
+        RATES_BWD_KERNELS, TTTConfig(TOKEN_BLOCK, 1, 1, NUM_WARPS, 3), 1,
+        (dlr_parts, dbetas, dlr, dmomentum), (dlr_parts.shape[0],), dlr_parts[0], dims,
+        **rates_constexprs(dims),
     )  # fmt: skip
 
 
 def total_block(dims: Dims) -> int:
     """For all rows of one matrix."""
-    return triton.next_power_of_2(max(dims.Dh, dims.Dv))
+    return power_of_two_from(max(dims.Dh, dims.Dv))
 
 
 def rates_constexprs(dims: Dims) -> dict[str, int]:
     return {
         **dims_constexprs(dims),
-        "BLOCK_TOTAL": triton.next_power_of_2(dims.rows),
+        "BLOCK_TOTAL": power_of_two_from(dims.rows),
         "BLOCK_T": TOKEN_BLOCK,
     }
