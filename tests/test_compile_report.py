@@ -95,7 +95,7 @@ def test_fast_weight_kernels_are_compiled_in_every_variant(rows):
             "ttt_project",
         ):
             assert "192x192x192 packed" in shapes[kernel, arch]
-        for kernel in ("ttt_hidden_given", "ttt_hidden_grad", "ttt_project"):
+        for kernel in ("ttt_hidden_given", "ttt_hidden_grad_given", "ttt_project"):
             assert "192x192x192 given" in shapes[kernel, arch]
         for kernel in ("ttt_rates_bwd", "ttt_mean_momentum"):
             assert "1024x1024x1024 packed" in shapes[kernel, arch]

@@ -85,9 +85,10 @@ def compile_source(source: Source) -> Binary:
     return Binary(**made, log=log.getvalue())
 
 
-def descriptor_type(dtype: torch.dtype, rows: int, cols: int) -> str:
-    """Triton's name for what `lact_kernels.triton.descriptors.descriptor` makes."""
-    return f"tensordesc<{_POINTER_TYPES[dtype].removeprefix('*')}[1, 1, {rows}, {cols}]>"
+def descriptor_type(dtype: torch.dtype, rows: int, cols: int, pair: bool = False) -> str:
+    """Triton's name for what `lact_kernels.triton.descriptors.descriptor` makes, or of the weights a pair."""
+    block = [1, 1, 2, rows, cols] if pair else [1, 1, rows, cols]
+    return f"tensordesc<{_POINTER_TYPES[dtype].removeprefix('*')}{block}>"
 
 
 def _signature(case: CompileCase) -> tuple[dict[str, str], dict]:

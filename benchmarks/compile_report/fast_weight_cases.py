@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from benchmarks.compile_report.case import CompileCase, others, shipped_ttt_configs
+from benchmarks.compile_report.compiling import descriptor_type
 from lact_kernels.triton.configs import ARCHITECTURES, TRITON, TTTConfig, kernel_of
 from lact_kernels.triton.fast_weights import (
     activations,
+    activations_bwd,
     end,
     newton_schulz_kernels,
     products,
@@ -37,37 +39,77 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
 
 
 def _activations(arch: int) -> Iterator[CompileCase]:
-    acts = ("weights_ptr", "acts_ptr")
-    for name, cases in (("ttt_hidden", _cases), ("ttt_hidden_given", _given_weights_cases)):
+    packed = ("w1", "w2", "weight_strides")
+    for name, cases, absent in (
+        ("ttt_hidden", _cases, packed),
+        ("ttt_hidden_given", _given_weights_cases, ()),
+    ):
         yield from cases(
             name, activations.HIDDEN_KERNELS, arch, activations.activation_constexprs,
-            tokens=("x_ptr", *acts),
-            absent=("y_ptr", "y_strides", "lr_ptr", "table_ptr", "weight_strides"),
+            tokens=("x", "w0", "acts"), described=_described_hidden,
+            absent=("y", "y_strides", "lr_ptr", "table_ptr", *absent),
         )  # fmt: skip
-    for cases in (_cases, _given_weights_cases):
+    for name, cases, absent in (
+        ("ttt_hidden_grad", _cases, packed),
+        ("ttt_hidden_grad_given", _given_weights_cases, ()),
+    ):
         yield from cases(
-            "ttt_hidden_grad", activations.HIDDEN_KERNELS, arch, activations.activation_constexprs,
-            tokens=("x_ptr", "y_ptr", *acts), absent=("table_ptr", "weight_strides"),
+            name, activations.HIDDEN_KERNELS, arch, activations.activation_constexprs,
+            tokens=("x", "y", "w0", "acts"), absent=("table_ptr", *absent), described=_described_hidden,
         )  # fmt: skip
     yield from _cases(
-        "ttt_hidden_bwd", activations.HIDDEN_BWD_KERNELS, arch, activations.activation_constexprs,
-        tokens=("k_ptr", "v_ptr", *acts, "dsteps_ptr", "dacts_ptr"), absent=("table_ptr",),
+        "ttt_hidden_bwd", activations_bwd.HIDDEN_BWD_KERNELS, arch, activations.activation_constexprs,
+        tokens=("k", "v", "w0", "dg0", "acts", "dacts"),
+        absent=("w1", "w2", "dg1", "dg2", "table_ptr"), described=_described_hidden,
     )  # fmt: skip
+
+
+def _described_hidden(dtype: torch.dtype, config: TTTConfig) -> dict[str, str]:
+    """The types of what the kernels of activations take by descriptors."""
+    rows, columns = config.rows_block, config.columns_block
+    pair, middle = (
+        descriptor_type(dtype, *columns, pair=True),
+        descriptor_type(dtype, *columns[::-1]),
+    )
+    out = descriptor_type(dtype, config.block_m, config.block_n)
+    return {
+        **dict.fromkeys(("x", "y", "k", "v"), descriptor_type(dtype, *rows)),
+        **{"w0": pair, "dg0": pair, "w1": middle, "dg1": middle, "acts": out, "dacts": out},
+    }
 
 
 def _products(arch: int) -> Iterator[CompileCase]:
-    yield from _cases(
-        "ttt_outer", products.OUTER_KERNELS, arch, products.outer_constexprs,
-        tokens=("x_ptr", "y_ptr", "acts_ptr"), absent=("table_ptr",),
-    )  # fmt: skip
-    for to_values, cases in itertools.product((False, True), (_cases, _given_weights_cases)):
-        absent = ("table_ptr", "weight_strides")
-        yield from cases(
-            "ttt_project", products.PROJECT_KERNELS, arch,
-            functools.partial(products.project_constexprs, to_values=to_values),
-            tokens=("acts_ptr", "weights_ptr", "acts2_ptr", "weights2_ptr", "out_ptr"),
-            absent=absent if to_values else (*absent, "lr_ptr"),
+    for name in ("ttt_outer", "ttt_outer_wide"):
+        yield from _cases(
+            name, products.OUTER_KERNELS, arch, products.outer_constexprs,
+            tokens=("x", "y", "acts"), absent=("acts_right", "table_ptr"), described=_described_outer,
         )  # fmt: skip
+    absent = ("w1", "w2", "second_w1", "second_w2", "table_ptr", "weight_strides")
+    for name, to_values in itertools.product(("ttt_project", "ttt_project_wide"), (False, True)):
+        for cases in (_cases, _given_weights_cases):
+            yield from cases(
+                name, products.PROJECT_KERNELS, arch,
+                functools.partial(products.project_constexprs, to_values=to_values),
+                tokens=("acts", "w0", "acts2", "second_w0", "out_ptr"),
+                absent=absent if to_values else (*absent, "lr_ptr"), described=_described_project,
+            )  # fmt: skip
+
+
+def _described_outer(dtype: torch.dtype, config: TTTConfig) -> dict[str, str]:
+    left = descriptor_type(dtype, config.block_k, config.block_m)
+    right = descriptor_type(dtype, config.block_k, config.block_n)
+    return {"x": right, "y": left, "acts": left, "acts_right": right}
+
+
+def _described_project(dtype: torch.dtype, config: TTTConfig) -> dict[str, str]:
+    """Of both directions: to keys blocks of w0 and w2, to values of w1."""
+    rows, columns = config.rows_block, config.columns_block
+    acts, middle = descriptor_type(dtype, *rows), descriptor_type(dtype, *columns)
+    outer = descriptor_type(dtype, *columns[::-1])
+    return {
+        **{"acts": acts, "acts2": acts, "w0": outer, "w1": middle, "w2": outer},
+        **{"second_w0": outer, "second_w1": middle, "second_w2": outer},
+    }
 
 
 def _update(arch: int) -> Iterator[CompileCase]:
@@ -171,15 +213,24 @@ def _newton_schulz(arch: int) -> Iterator[CompileCase]:
 
 def _given_weights_cases(*arguments: Any, **keywords: Any) -> Iterator[CompileCase]:
     """Of `_cases` those of the first sizes, with weights where they lie and without what only a scan has."""
-    of_scans = ("table_ptr", "lr_ptr", "acts2_ptr", "weights2_ptr", "units_ptr")
+    of_scans = (
+        "table_ptr", "lr_ptr", "acts2", "second_w0", "second_w1", "second_w2", "units_ptr",
+    )  # fmt: skip
     for case in _cases(*arguments, **keywords):
         if case.shape == "x".join(map(str, COMPILED_DIMS[0].sizes)):
             pointers = {k: v for k, v in case.pointers.items() if k not in of_scans}
             constants = case.constexprs | {k: None for k in of_scans if k in case.kernel.arg_names}
-            del constants["weight_strides"]
+            weight = pointers["w0"]
+            if case.config.descriptors:
+                weight = weight.replace("[1, 1, 2, ", "[1, 1, ")
+                pointers |= {"w0": weight, "w2": weight}
+            else:
+                pointers |= dict.fromkeys(("w0", "w1", "w2"), weight)
+                constants.pop("weight_strides", None)
+            constants = {k: v for k, v in constants.items() if k not in ("w1", "w2")}
             yield replace(
                 case, shape=f"{case.shape} given", constexprs=constants, demanding=True,
-                pointers=pointers | {"weights_ptr": (case.pointers["weights_ptr"],) * 3},
+                pointers=pointers,
             )  # fmt: skip
 
 
@@ -220,6 +271,8 @@ def _cases(
     dims: tuple[
         Dims, ...
     ] = (),  # instead of COMPILED_DIMS, or with a fixed configuration of LARGEST
+    described: Callable[[torch.dtype, TTTConfig], dict[str, str]]
+    | None = None,  # types of descriptors
 ) -> Iterator[CompileCase]:
     """One specialisation of one kernel, with every configuration of its, for the compile report.
 
@@ -235,8 +288,14 @@ def _cases(
         pointers = {
             argument: dtype if argument in tokens else torch.float32
             for argument in kernel.arg_names
-            if argument.endswith("_ptr") and argument not in (*absent, "table_ptr")
+            if (argument in tokens or argument.endswith("_ptr"))
+            and argument not in (*absent, "table_ptr")
         }
+        missing = absent
+        if config.descriptors:
+            types = {k: v for k, v in described(dtype, config).items() if k in kernel.arg_names}
+            missing = _absent_where_described(kernel, absent, types)
+            pointers |= {k: v for k, v in types.items() if k not in missing}
         for size in sizes:
             case = CompileCase(
                 name=name,
@@ -246,15 +305,26 @@ def _cases(
                 shape=" ".join(filter(None, ["x".join(map(str, size.sizes)), variant])),
                 config=config,
                 pointers=pointers,
-                constexprs={**constexprs(size, config), **dict.fromkeys(absent)},
+                constexprs={**constexprs(size, config), **dict.fromkeys(missing)},
                 also=others(arch),
-                demanding=size == sizes[0] and "table_ptr" not in absent,
+                demanding=size == sizes[0] and (config.descriptors or "table_ptr" not in absent),
             )
             yield case
-            if "table_ptr" in absent and size == sizes[0]:
+            if "table_ptr" in absent and size == sizes[0] and not config.descriptors:
                 constants = {k: v for k, v in case.constexprs.items() if k != "table_ptr"}
                 packed = pointers | {"table_ptr": torch.int32}
                 yield replace(
                     case, shape=f"{case.shape} packed", pointers=packed, constexprs=constants,
                     demanding=True,
                 )  # fmt: skip
+
+
+def _absent_where_described(
+    kernel: Any, absent: tuple[str, ...], types: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Tensors that are there by descriptors have those of all matrices, and no strides."""
+    weights = ("w1", "w2", "dg1", "dg2", "acts_right", "second_w0", "second_w1", "second_w2")
+    by_pairs = ("w2", "dg2") if "w2" not in types else ()
+    kept = (x for x in absent if x not in weights or x in by_pairs)
+    strides = (x for x in kernel.arg_names if x.endswith("_strides") and x != "out_strides")
+    return tuple(dict.fromkeys((*kept, *strides)))

@@ -59,7 +59,18 @@ class TTTConfig:
     block_k: int
     num_warps: int
     num_stages: int
+    descriptors: bool = False  # blocks are copied by descriptors, not by pointers
     implementation: str = TRITON
+
+    @property
+    def rows_block(self) -> tuple[int, int]:
+        """Of what a tile has rows of, the block that is summed over at a time."""
+        return self.block_m, self.block_k
+
+    @property
+    def columns_block(self) -> tuple[int, int]:
+        """The same of what a tile has columns of, as rows."""
+        return self.block_n, self.block_k
 
 
 @dataclass(frozen=True)
@@ -228,6 +239,7 @@ _TTT_PASSES = (
     "ttt_hidden",
     "ttt_hidden_given",
     "ttt_hidden_grad",
+    "ttt_hidden_grad_given",
     "ttt_hidden_bwd",
     "ttt_outer",
     "ttt_project",
@@ -245,8 +257,11 @@ _TTT_TABLE: dict[tuple[str, int, int], TTTConfig] = {
     ("ttt_hidden_given", 90, 16): TTTConfig(128, 128, 64, 8, 3),
     ("ttt_hidden_given", 100, 16): TTTConfig(128, 128, 64, 8, 3),
     ("ttt_hidden_grad", 80, 16): TTTConfig(128, 64, 32, 8, 3),
+    ("ttt_hidden_grad_given", 80, 16): TTTConfig(128, 64, 32, 8, 3),
     ("ttt_hidden_grad", 90, 16): TTTConfig(128, 64, 64, 8, 3),
+    ("ttt_hidden_grad_given", 90, 16): TTTConfig(128, 64, 64, 8, 3),
     ("ttt_hidden_grad", 100, 16): TTTConfig(128, 64, 64, 8, 3),
+    ("ttt_hidden_grad_given", 100, 16): TTTConfig(128, 64, 64, 8, 3),
     ("ttt_hidden_bwd", 80, 16): TTTConfig(128, 32, 32, 8, 3),
     ("ttt_hidden_bwd", 90, 16): TTTConfig(128, 32, 64, 8, 3),
     ("ttt_hidden_bwd", 100, 16): TTTConfig(128, 32, 64, 8, 3),
@@ -262,13 +277,29 @@ _TTT_TABLE: dict[tuple[str, int, int], TTTConfig] = {
     ("newton_schulz_multiply", 80, 16): TTTConfig(128, 128, 32, 8, 3),
     ("newton_schulz_multiply", 90, 16): TTTConfig(128, 128, 64, 8, 3),
     ("newton_schulz_multiply", 100, 16): TTTConfig(128, 128, 64, 8, 3),
+    ("ttt_hidden", DESCRIBED, 16): TTTConfig(128, 128, 64, 8, 4, True),
+    ("ttt_hidden_given", DESCRIBED, 16): TTTConfig(128, 128, 64, 8, 4, True),
+    ("ttt_hidden_grad", DESCRIBED, 16): TTTConfig(128, 128, 64, 8, 2, True),
+    ("ttt_hidden_grad_given", DESCRIBED, 16): TTTConfig(128, 64, 64, 8, 3, True),
+    ("ttt_hidden_bwd", DESCRIBED, 16): TTTConfig(128, 32, 64, 8, 3, True),
+    ("ttt_outer", DESCRIBED, 16): TTTConfig(128, 128, 64, 8, 4, True),
+    ("ttt_outer_wide", DESCRIBED, 16): TTTConfig(128, 256, 64, 8, 4, True),
+    ("ttt_project", DESCRIBED, 16): TTTConfig(128, 128, 64, 8, 4, True),
+    ("ttt_project_wide", DESCRIBED, 16): TTTConfig(128, 256, 64, 8, 4, True),
     **{(name, ALL, 32): TTTConfig(32, 32, 32, 4, 2) for name in _TTT_PASSES},
 }
 
 
-def ttt_config(name: str, dtype: torch.dtype, capability: tuple[int, int] | None) -> TTTConfig:
-    """The row of pass `name` of the fast-weight kernels for this dtype and compute capability."""
-    return _TTT_TABLE[name, _architectures(capability, dtype)[-1], 8 * dtype.itemsize]
+@functools.cache
+def ttt_config(
+    name: str, dtype: torch.dtype, capability: tuple[int, int] | None, described: bool = False
+) -> TTTConfig:
+    """The row of pass `name` of the fast-weight kernels for this dtype and compute capability.
+
+    `described`: whether the tensors can have descriptors.
+    """
+    arch = DESCRIBED if described else _architectures(capability, dtype)[-1]
+    return _TTT_TABLE[name, arch, 8 * dtype.itemsize]
 
 
 # Elements of a tile, and warps and what else RowConfig has, by pass and width of the input dtype. Rows are
@@ -318,6 +349,11 @@ def _architectures(capability: tuple[int, int] | None, dtype: torch.dtype) -> tu
     # Compute capability 12 has the matrix instructions of 8, not those of 9 and 10.
     small = capability in ((8, 6), (8, 9)) or capability[0] == 12
     return (SMALL, 80) if small else (80,)
+
+
+def has_descriptors(dtype: torch.dtype, capability: tuple[int, int] | None) -> bool:
+    """Whether a device has rows for tensors of this dtype that it copies by descriptors."""
+    return _architectures(capability, dtype) == (90,)
 
 
 @functools.cache

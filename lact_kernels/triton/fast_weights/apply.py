@@ -11,7 +11,14 @@ from torch import Tensor
 
 from lact_kernels.core.fast_weights import Triple
 from lact_kernels.triton.fast_weights.activations import ttt_hidden
-from lact_kernels.triton.fast_weights.layout import Dims, Run, round_up
+from lact_kernels.triton.fast_weights.layout import (
+    DESCRIBED_TOKENS,
+    SUMMED_TOKENS,
+    Dims,
+    Run,
+    have_descriptors,
+    round_up,
+)
 from lact_kernels.triton.fast_weights.products import num_outer_splits, ttt_outer, ttt_project
 from lact_kernels.triton.fast_weights.scan import ACTIVATION_BYTES
 from lact_kernels.triton.launch import on_device, readable_in_place
@@ -24,9 +31,11 @@ def ttt_apply_fwd(q: Tensor, weights: Triple) -> Tensor:
     weights = _readable(weights, q.dtype)
     with on_device(q):
         for tokens, outputs in _slices(*_rows(weights, q, o), planes=1, Dh=dims.Dh):
-            run, acts = _run(tokens), _activations(1, tokens, dims)
-            ttt_hidden(tokens, None, None, weights, acts, dims)(run)
-            ttt_project(acts, weights, outputs, dims, to_values=True)(run)
+            in_blocks = _in_blocks(tokens, weights, dims)
+            run = _run(tokens, in_blocks)
+            acts = _activations(1, tokens, run, dims)
+            ttt_hidden(tokens, None, None, weights, acts, dims, in_blocks)(run)
+            ttt_project(acts, weights, outputs, dims, to_values=True, in_blocks=in_blocks)(run)
     return o
 
 
@@ -39,14 +48,16 @@ def ttt_apply_bwd(do: Tensor, q: Tensor, weights: Triple) -> tuple[Tensor, Tripl
     readable = _readable(weights, q.dtype)
     with on_device(q):
         for tokens, dtokens, doutputs in _slices(*_rows(readable, q, dq, do), planes=3, Dh=dims.Dh):
-            run, acts = _run(tokens), _activations(3, tokens, dims)
-            ttt_hidden(tokens, doutputs, None, readable, acts, dims)(run)
-            splits = num_outer_splits(tokens, run.num_chunks, run.width, dims)
+            in_blocks = _in_blocks(tokens, readable, dims)
+            run = _run(tokens, in_blocks)
+            acts = _activations(3, tokens, run, dims)
+            ttt_hidden(tokens, doutputs, None, readable, acts, dims, in_blocks)(run)
+            splits = num_outer_splits(tokens, run.num_chunks, run.width, dims, in_blocks)
             parts = q.new_empty(splits, run.num_chunks, H, dims.size, dtype=torch.float32)
-            ttt_outer(tokens, doutputs, acts, parts, dims)(run)
+            ttt_outer(tokens, doutputs, acts, parts, dims, in_blocks=in_blocks)(run)
             part = parts.sum(dim=(0, 1), keepdim=True)[0] if shared else parts.sum(dim=0)
             total = part if total is None else total.add_(part)
-            ttt_project(acts, readable, dtokens, dims, to_values=False)(run)
+            ttt_project(acts, readable, dtokens, dims, to_values=False, in_blocks=in_blocks)(run)
     if total is None:
         return dq, tuple(w.new_zeros(w.shape) for w in weights)
     dweights = zip(dims.unpack(total), weights)
@@ -91,12 +102,19 @@ def _slices(*tensors: Tensor, planes: int, Dh: int) -> Iterator[tuple[Tensor, ..
         yield tuple(x[:, first : first + most] for x in tensors)
 
 
-def _run(tokens: Tensor) -> Run:
+def _run(tokens: Tensor, in_blocks: bool) -> Run:
     """Each row is one chunk."""
     B, T = tokens.shape[:2]
-    return Run(B, None, 0, 0, 0, B, T, 0, chunk_size=T, width=T)
+    width = round_up(T, DESCRIBED_TOKENS) if in_blocks else T
+    return Run(B, None, 0, 0, 0, B, T, 0, chunk_size=T, width=width)
 
 
-def _activations(planes: int, tokens: Tensor, dims: Dims) -> Tensor:
-    B, T, H, _ = tokens.shape
-    return tokens.new_empty(planes, H, round_up(B * T), dims.Dh)
+def _in_blocks(tokens: Tensor, weights: Triple, dims: Dims) -> bool:
+    """Whether these can be copied by descriptors, of which each row needs weights of its own."""
+    B, T = tokens.shape[:2]
+    return T >= SUMMED_TOKENS and len(weights[0]) == B and have_descriptors(dims, tokens)
+
+
+def _activations(planes: int, tokens: Tensor, run: Run, dims: Dims) -> Tensor:
+    H = tokens.shape[2]
+    return tokens.new_empty(planes, H, round_up(run.num_chunks * run.width), dims.Dh)

@@ -27,10 +27,13 @@ from torch import Tensor
 
 from lact_kernels.core.call import Call
 from lact_kernels.core.fast_weights import Triple
-from lact_kernels.triton.configs import TTTConfig
+from lact_kernels.triton.configs import TTTConfig, capability_of, has_descriptors
 from lact_kernels.triton.launch import launch
 
 ALIGNMENT = 16  # elements
+# Of a block that is copied by a descriptor: chunks have room for a multiple in the activations.
+DESCRIBED_TOKENS = 128
+SUMMED_TOKENS = 64  # at once in a product over tokens
 ALL_MATRICES = (True, True, True)
 
 Shapes = Sequence[tuple[int, int]]
@@ -126,6 +129,13 @@ def _borders(shapes: Shapes) -> list[int]:
     return [0, *itertools.accumulate(round_up(rows * columns) for rows, columns in shapes)]
 
 
+def have_descriptors(dims: Dims, tokens: Tensor) -> bool:
+    """Whether the device can copy blocks of matrices of these sizes and the tokens' dtype by descriptors."""
+    unit = 16 // tokens.itemsize
+    divisible = not any(size % unit for size in dims.sizes)
+    return divisible and has_descriptors(tokens.dtype, capability_of(tokens.device))
+
+
 class Run(NamedTuple):
     """Consecutive chunks, and where a kernel finds their tokens and their rows of activations."""
 
@@ -208,10 +218,15 @@ class Chunks:
         self.B, self.Tk, self.Tq = q.shape[0], k.shape[1], q.shape[1]
         self.chunk_size = C = call.options.chunk_size
         self.order, self.device = None, q.device
+        self.may_be_described = call.plan is None and have_descriptors(
+            Dims.of(call.start.weights), q
+        )
         if call.plan is None:
             steps = call.num_updates + 1
             self.counts = [self.N] * steps
             width = min(C, self.Tk)
+            if self.are_in_blocks(0):
+                width = round_up(width, DESCRIBED_TOKENS)
             self.of_keys = self.of_queries = Rows.of([width] * steps, [self.N * width] * steps)
             first = (self.Tk - self.Tq) // C  # with a query, where there is any
             stop = -(-self.Tk // C)
@@ -270,6 +285,26 @@ class Chunks:
             num_chunks, of_tokens.table, first - self.firsts[arrays], first, of_tokens.firsts[rows],
             self.B, T, shift, self.chunk_size, width,
         )  # fmt: skip
+
+    @property
+    def keys_are_in_blocks(self) -> bool:
+        return self.are_in_blocks(0)
+
+    @property
+    def queries_are_in_blocks(self) -> bool:
+        return self.are_in_blocks(self.Tk - self.Tq)
+
+    def are_in_blocks(self, shift: int) -> bool:
+        """Whether tokens from position `shift` of their sequences on can be copied in blocks by descriptors.
+
+        A block then reaches beyond its chunk only where the sequence ends, and zeros follow.
+        """
+        if not self.may_be_described or min(self.Tk, self.chunk_size) < SUMMED_TOKENS:
+            return (
+                False  # chunks have room for whole blocks, which would be many times their tokens
+            )
+        is_one_chunk = self.Tk <= self.chunk_size
+        return is_one_chunk or not (self.chunk_size % SUMMED_TOKENS or shift % SUMMED_TOKENS)
 
     @property
     def reads_all_keys(self) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lact_kernels.core.fast_weights import Triple
 from lact_kernels.triton.launch import strides
-from lact_kernels.triton.primitives import load_rows
+from lact_kernels.triton.primitives import load_tile, store_rows
 
 # Where gradients are given a power of two as their unit: |dG|_F is at most 2^14 of its unit. Smaller units
 # than the first of these limits would be of no use, and quotients of two stay in float32's range.
@@ -44,33 +44,43 @@ def chunk_tokens(chunk, table_ptr, first_chunk, first_row, B, T, shift, chunk_si
 
 
 @triton.jit
-def head_weights(weights_ptr, strides, place, b, h, H, NET: tl.constexpr):
-    """First elements of w0, w1 and w2 of one chunk and head.
+def head_weights(weights, strides, place, b, h, H, NET: tl.constexpr, DESCRIBED: tl.constexpr):
+    """w0, w1 and w2 of one chunk and head, each as `load_block` takes it.
 
-    Either they lie packed `[places, H, SIZE]`, and strides are None; or there are three pointers, to weights
-    that all chunks of a batch row share, and `strides` are those of batch row and head of each.
+    Either they lie packed `[places, H, SIZE]`, to which the first of `weights` points, and strides are None;
+    or there are three pointers, to weights that all chunks of a batch row share, and `strides` are those of
+    batch row and head of each; or three descriptors of [places, H, rows, columns], of which the first may be
+    one of w0 and w2, [places, H, 2, rows, columns], and there is no third.
     """
-    if strides is None:
-        w0_ptr = weights_ptr + (place * H + h) * NET.SIZE
-        w1_ptr = w0_ptr + NET.OFFSET1
-        w2_ptr = w0_ptr + NET.OFFSET2
+    if DESCRIBED:
+        at = (tl.cast(place, tl.int32), tl.cast(h, tl.int32))
+        w0, w1 = (weights[0], at, 0), (weights[1], at, 0)
+        w2 = w0 if weights[2] is None else (weights[2], at, 0)
     else:
-        w0_ptr = weights_ptr[0] + b * strides[0] + h * strides[1]
-        w1_ptr = weights_ptr[1] + b * strides[2] + h * strides[3]
-        w2_ptr = weights_ptr[2] + b * strides[4] + h * strides[5]
-    return w0_ptr, w1_ptr, w2_ptr
+        if strides is None:
+            w0_ptr = weights[0] + (place * H + h) * NET.SIZE
+            w1_ptr = w0_ptr + NET.OFFSET1
+            w2_ptr = w0_ptr + NET.OFFSET2
+        else:
+            w0_ptr = weights[0] + b * strides[0] + h * strides[1]
+            w1_ptr = weights[1] + b * strides[2] + h * strides[3]
+            w2_ptr = weights[2] + b * strides[4] + h * strides[5]
+        w0 = (w0_ptr, NET.DK, NET.DH, NET.DK)
+        w1 = (w1_ptr, NET.DH, NET.DV, NET.DH)
+        w2 = (w2_ptr, NET.DK, NET.DH, NET.DK)
+    return w0, w1, w2
 
 
 def weight_arguments(
     weights: Tensor | Triple | None,
-) -> tuple[Tensor | Triple | None, tuple[int, ...] | None]:
-    """`weights_ptr` and `strides` of `head_weights`.
+) -> tuple[tuple[Tensor | None, ...], tuple[int, ...] | None]:
+    """`weights` and `strides` of `head_weights` by pointers.
 
     The weights are packed `[places, H, SIZE]`, or three tensors `[B or 1, H, rows, columns]`, of which
     each head's matrix is contiguous; with 1 all batch rows share them.
     """
     if weights is None or isinstance(weights, Tensor):
-        return weights, None
+        return (weights, None, None), None
     return tuple(weights), tuple(stride for w in weights for stride in strides(w)[:2])
 
 
@@ -154,73 +164,126 @@ def token_offset(strides, b, token, h):
 
 
 @triton.jit
-def token_pointers(ptr, strides, b, first, h, tokens):
-    """`[tokens, 1]`: where the channels of head h begin, of tokens counted from the token `first`."""
-    return ptr + token_offset(strides, b, first, h) + tokens[:, None] * strides[1]
+def token_block(tensor, strides, b, first, h, number, num_channels):
+    """The `number` tokens of head h from token `first` on, as `load_block` takes them.
+
+    `tensor` is a pointer, or without strides a descriptor of [B, H, T, D].
+    """
+    if strides is None:
+        block = (tensor, (tl.cast(b, tl.int32), tl.cast(h, tl.int32)), tl.cast(first, tl.int32))
+    else:
+        block = (tensor + token_offset(strides, b, first, h), strides[1], number, num_channels)
+    return block
+
+
+@triton.jit
+def load_block(
+    source,
+    row,
+    column,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    CHECK_ROWS: tl.constexpr,
+    CHECK_COLS: tl.constexpr,
+):
+    """The block [ROWS, COLS] that begins with this row and column of a matrix.
+
+    The matrix is given by a descriptor of four axes, its place on the first two of them and its first row; or
+    by a pointer, the stride of rows and how many rows and columns it has. Beyond these a block is zero where
+    that is asked for, and by a descriptor beyond those of the tensor.
+    """
+    if len(source) == 3:
+        descriptor, place, first = source
+        block = descriptor.load([place[0], place[1], tl.cast(first + row, tl.int32), column])
+        block = tl.reshape(block, [ROWS, COLS])
+    else:
+        ptr, stride, num_rows, num_cols = source
+        rows, cols = tl.arange(0, ROWS), tl.arange(0, COLS)
+        ptr += tl.cast(row, tl.int64) * stride + column
+        pointers = ptr + (rows[:, None] * stride + cols[None, :])
+        block = load_tile(
+            pointers, row + rows, num_rows, column + cols, num_cols, CHECK_ROWS, CHECK_COLS
+        )
+    return block
+
+
+@triton.jit
+def load_pair(source, row, column, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The same block of w0 and of w2, by one descriptor of both: [2 ROWS, COLS], a factor of one product."""
+    descriptor, place, _ = source
+    pair = descriptor.load([place[0], place[1], 0, row, column])
+    return tl.reshape(pair, [2 * ROWS, COLS])
+
+
+@triton.jit
+def halves(x):
+    """The left and the right half of the columns, which stay in their registers."""
+    pairs = tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2])
+    return tl.split(tl.permute(pairs, (0, 2, 1)))
 
 
 @triton.jit
 def dot_rows(
-    acc_a,  # [BLOCK_M, BLOCK_N]
-    acc_b,
-    x_pointers,  # [BLOCK_M, 1]: the rows' first elements
-    rows,  # [BLOCK_M]
-    num_rows,
-    a_ptr,
-    b_ptr,  # or None
-    w_rows,  # [BLOCK_N]
-    length,
-    INNER: tl.constexpr,
-    NUM_W_ROWS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """`acc + x w^T` for the matrices a and b: rows of x with rows of w `[NUM_W_ROWS, INNER]`.
+    acc, x, w, first, length,
+    INNER: tl.constexpr, NUM_W_ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`acc + x w^T`, of the rows of w `[NUM_W_ROWS, INNER]` from `first` on. x and w as for `load_block`.
 
     `length` is INNER as a runtime value, which keeps the compiler from unrolling the whole loop: that
     takes registers, and seconds to compile. That it is positive must be said: where a loop may be skipped,
     ptxas waits for each matrix instruction on its own (C7515).
     """
-    CHECK: tl.constexpr = NUM_W_ROWS % BLOCK_N != 0
+    ROWS: tl.constexpr = acc.shape[0]
+    CHECK_INNER: tl.constexpr = INNER % BLOCK_K != 0
     tl.assume(length > 0)
     for start in range(0, length, BLOCK_K):
-        inner = start + tl.arange(0, BLOCK_K)
-        x = load_rows(x_pointers + inner[None, :], rows, num_rows, inner, INNER, BLOCK_K, True)
-        offsets = w_rows[:, None] * INNER + inner[None, :]
-        a = load_rows(a_ptr + offsets, w_rows, NUM_W_ROWS, inner, INNER, BLOCK_K, CHECK)
-        acc_a = tl.dot(x, tl.trans(a), acc_a, input_precision="ieee")
-        if b_ptr is not None:
-            b = load_rows(b_ptr + offsets, w_rows, NUM_W_ROWS, inner, INNER, BLOCK_K, CHECK)
-            acc_b = tl.dot(x, tl.trans(b), acc_b, input_precision="ieee")
-    return acc_a, acc_b
+        a = load_block(x, 0, start, ROWS, BLOCK_K, True, CHECK_INNER)
+        b = load_block(w, first, start, BLOCK_N, BLOCK_K, NUM_W_ROWS % BLOCK_N != 0, CHECK_INNER)
+        acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
 def dot_columns(
-    acc_a,  # [BLOCK_M, BLOCK_N]
-    acc_b,
-    x_pointers,  # [BLOCK_M, 1]
-    rows,  # [BLOCK_M]
-    num_rows,
-    a_ptr,
-    b_ptr,  # or None
-    w_columns,  # [BLOCK_N]
-    length,
-    INNER: tl.constexpr,
-    NUM_W_COLUMNS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """`acc + x w` for the matrices a and b: rows of x with columns of w `[INNER, NUM_W_COLUMNS]`."""
-    CHECK: tl.constexpr = INNER % BLOCK_K != 0
+    acc, x, w, first, length,
+    INNER: tl.constexpr, NUM_W_COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`acc + x w`, of the columns of w `[INNER, NUM_W_COLUMNS]` from `first` on. Otherwise as `dot_rows`."""
+    ROWS: tl.constexpr = acc.shape[0]
+    CHECK_INNER: tl.constexpr = INNER % BLOCK_K != 0
     tl.assume(length > 0)
     for start in range(0, length, BLOCK_K):
-        inner = start + tl.arange(0, BLOCK_K)
-        x = load_rows(x_pointers + inner[None, :], rows, num_rows, inner, INNER, BLOCK_K, True)
-        offsets = inner[:, None] * NUM_W_COLUMNS + w_columns[None, :]
-        a = load_rows(a_ptr + offsets, inner, INNER, w_columns, NUM_W_COLUMNS, BLOCK_N, CHECK)
-        acc_a = tl.dot(x, a, acc_a, input_precision="ieee")
-        if b_ptr is not None:
-            b = load_rows(b_ptr + offsets, inner, INNER, w_columns, NUM_W_COLUMNS, BLOCK_N, CHECK)
-            acc_b = tl.dot(x, b, acc_b, input_precision="ieee")
-    return acc_a, acc_b
+        a = load_block(x, 0, start, ROWS, BLOCK_K, True, CHECK_INNER)
+        b = load_block(w, start, first, BLOCK_K, BLOCK_N, CHECK_INNER, NUM_W_COLUMNS % BLOCK_N != 0)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def activation_block(
+    acts, h, row, first_unit, num_rows, H, number, NET: tl.constexpr, DESCRIBED: tl.constexpr
+):
+    """A program's place in the activations `[planes, H, rows, DH]`, as `store_activations` takes it.
+
+    `acts` is a pointer or a descriptor; by the latter all rows of a block are stored, also beyond the tokens.
+    """
+    if DESCRIBED:
+        block = (acts, tl.cast(h, tl.int32), tl.cast(row, tl.int32), first_unit)
+    else:
+        ptr = acts + (h * num_rows + row) * NET.DH
+        block = (ptr, tl.cast(num_rows, tl.int64) * H * NET.DH, number, first_unit, NET.DH)
+    return block
+
+
+@triton.jit
+def store_activations(block, plane: tl.constexpr, x):
+    """Store `x` [tokens, hidden units] in one of the planes, in the dtype of the memory."""
+    if len(block) == 4:
+        acts, h, row, first_unit = block
+        x = tl.reshape(x.to(acts.dtype), [1, 1, x.shape[0], x.shape[1]])
+        acts.store([plane, h, row, first_unit], x)
+    else:
+        ptr, stride, number, first_unit, num_units = block
+        tokens, units = tl.arange(0, x.shape[0]), first_unit + tl.arange(0, x.shape[1])
+        pointers = ptr + plane * stride + (tokens[:, None] * num_units + units[None, :])
+        store_rows(pointers, x, tokens, number, units, num_units)

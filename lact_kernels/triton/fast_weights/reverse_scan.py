@@ -15,11 +15,8 @@ from torch import Tensor
 from lact_kernels.core.call import phase
 from lact_kernels.core.fast_weights import FastWeights
 from lact_kernels.core.tokens import Tokens
-from lact_kernels.triton.fast_weights.activations import (
-    num_rate_tiles,
-    ttt_hidden,
-    ttt_hidden_bwd,
-)
+from lact_kernels.triton.fast_weights.activations import ttt_hidden
+from lact_kernels.triton.fast_weights.activations_bwd import num_rate_tiles, ttt_hidden_bwd
 from lact_kernels.triton.fast_weights.end import own
 from lact_kernels.triton.fast_weights.history import Segment
 from lact_kernels.triton.fast_weights.layout import Dims, Heads
@@ -174,12 +171,15 @@ class ReverseScan(Scan):
     ) -> Applied:
         """dq of some steps, all of which have queries, and what their weights get from them."""
         dims, weights = self.of_all, batch.arrays.weights
-        run = self.chunks.queries(steps, batch.steps.start)
-        ttt_hidden(self.q, do, None, weights, acts, dims)(run)
-        splits = num_outer_splits(self.q, run.num_chunks, run.width, dims)
+        run, in_blocks = (
+            self.chunks.queries(steps, batch.steps.start),
+            self.chunks.queries_are_in_blocks,
+        )
+        ttt_hidden(self.q, do, None, weights, acts, dims, in_blocks)(run)
+        splits = num_outer_splits(self.q, run.num_chunks, run.width, dims, in_blocks)
         parts = self.floats(splits, run.num_chunks, self.H, dims.size)
-        ttt_outer(self.q, do, acts, parts, dims)(run)
-        ttt_project(acts, weights, grads.dq, dims, to_values=False)(run)
+        ttt_outer(self.q, do, acts, parts, dims, in_blocks=in_blocks)(run)
+        ttt_project(acts, weights, grads.dq, dims, False, in_blocks=in_blocks)(run)
         return Applied(steps, parts)
 
     def applied_to(self, step: int, applied: list[Applied]) -> tuple[Tensor | None, int]:
@@ -199,11 +199,12 @@ class ReverseScan(Scan):
         w0, w1, w2 = dims.matrices
         first = (deferred.acts, dsteps) if w0 or w2 else (None, None)
         second = (deferred.dacts, weights)
-        to_keys = {"to_values": False, "second": second, "units": deferred.units}
+        units, in_blocks = deferred.units, self.chunks.keys_are_in_blocks
+        to_keys = {"to_values": False, "second": second, "units": units, "in_blocks": in_blocks}
         ttt_project(*first, grads.dk, dims, **to_keys)(run)
         first = (deferred.acts[1:2], dsteps) if w1 else (None, None)
         second = (deferred.dacts[1:2], weights) if w0 or w2 else None
-        to_values = {"to_values": True, "second": second, "units": deferred.units}
+        to_values = {"to_values": True, "second": second, "units": units, "in_blocks": in_blocks}
         lr1 = self.lr[1] if w1 else None
         ttt_project(*first, grads.dv, dims, lr=lr1, **to_values)(run)
         dlr, dbetas = deferred.dlr, deferred.dbetas
@@ -220,12 +221,15 @@ class ReverseScan(Scan):
         """From the gradients of the next step's weights to those of each step's, and of its dG."""
         chunks, dims, first = self.chunks, self.dims, batch.steps.start
         weights, units = batch.arrays.weights, deferred.units
+        in_blocks = chunks.keys_are_in_blocks
         update = self.update_backward(batch, deferred, grads)
         hidden = ttt_hidden_bwd(
             self.k, self.v, self.lr, weights, deferred.dsteps, deferred.acts, deferred.dacts,
-            deferred.dlr, dims, units, self.reach,
+            deferred.dlr, dims, units, self.reach, in_blocks,
         )  # fmt: skip
-        outer = ttt_outer(self.k, self.v, deferred.dacts, grads.dweights, reached(dims), units)
+        outer = ttt_outer(
+            self.k, self.v, deferred.dacts, grads.dweights, reached(dims), units, in_blocks
+        )
         for step in reversed(updating):
             number = chunks.active(step)
             run = chunks.keys(range(step, step + 1), first, first, number)

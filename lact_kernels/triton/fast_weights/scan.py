@@ -150,7 +150,7 @@ class Scan:
         """Parts of an update's gradients: one number for all steps, that of one in the middle."""
         steps = range(self.chunks.steps)
         number, longest = self.chunks.counts[len(steps) // 2], self.chunks.of_keys.width(steps)
-        return num_outer_splits(self.k, number, longest, self.dims)
+        return num_outer_splits(self.k, number, longest, self.dims, self.chunks.keys_are_in_blocks)
 
     def segments(self) -> list[range]:
         """The steps from one checkpoint to the next; all, if every step is kept."""
@@ -214,8 +214,9 @@ class Scan:
         acts = self.activations(3, chunks.of_keys.most(steps))
         parts = self.floats(self.splits, chunks.active(first), self.H, dims.size)
         lr, units = self.update_rates
-        hidden = ttt_hidden(self.k, self.v, lr, segment.arrays.weights, acts, dims)
-        outer = ttt_outer(self.k, self.lr1_v, acts, parts, dims, units)
+        in_blocks = chunks.keys_are_in_blocks
+        hidden = ttt_hidden(self.k, self.v, lr, segment.arrays.weights, acts, dims, in_blocks)
+        outer = ttt_outer(self.k, self.lr1_v, acts, parts, dims, units, in_blocks)
         update = self.update(segment)
         for step in steps:
             run = chunks.keys(range(step, step + 1), first, step, chunks.active(step))
@@ -278,8 +279,9 @@ class Scan:
                 run = self.chunks.queries(batch, segment.steps.start)
                 weights = segment.arrays.weights
                 acts = self.activations(1, self.chunks.of_queries.number(batch))
-                ttt_hidden(self.q, None, None, weights, acts, self.of_all)(run)
-                ttt_project(acts, weights, o, self.of_all, to_values=True)(run)
+                in_blocks = self.chunks.queries_are_in_blocks
+                ttt_hidden(self.q, None, None, weights, acts, self.of_all, in_blocks)(run)
+                ttt_project(acts, weights, o, self.of_all, True, in_blocks=in_blocks)(run)
 
     def activations(self, planes: int, rows: int) -> Tensor:
         """Room for `planes` numbers for each hidden unit, of as many tokens."""
