@@ -8,7 +8,8 @@ import numpy as np
 
 from ptx_emulator import counts, reports
 from ptx_emulator.errors import InvalidAccess
-from ptx_emulator.global_memory import BASE, IN_ELEMENT, NOBODY, NOWHERE, SEVERAL
+from ptx_emulator.global_memory import BASE, IN_ELEMENT, NOWHERE
+from ptx_emulator.order import agent_of
 from ptx_emulator.shared_memory import SHARED_BASE, same_bits
 from ptx_emulator.types import UNSIGNED
 
@@ -18,65 +19,60 @@ def load_global(S, address, size, count, mask, line):
     index = global_index(S, address, total, mask, line)
     counts.count_global(S, "read", index, total, mask)
     note_global_read(S, index, total, mask, line)
-    return _elements(S.memory.views[total][index], size, count)
+    return as_elements(S.memory.views[total][index], size, count)
 
 
 def store_global(S, address, size, values, mask, line):
     total = size * len(values)
     index = S.all_threads(global_index(S, address, total, mask, line))
     counts.count_global(S, "written", index, total, mask)
-    program, warps = _who(S)
-    index, data, program, warps = S.active(mask, index, _joined(S, values, size), program, warps)
+    program, warps = who(S)
+    index, data, program, warps = S.active(mask, index, as_one(S, values, size), program, warps)
     write_global(S, index, total, data, program, S.batch.clocks.stamps(warps), line)
 
 
-def _who(S):
+def who(S):
     """The program and the warp of each thread: `[programs, threads]`."""
     return S.all_threads(S.batch.names), S.all_threads(S.warp_of_thread)
 
 
 def note_global_read(S, index, size, mask, line):
     """Threads read elements of `size` bytes: no other program may have written them, nor a warp just now."""
-    memory = S.memory
-    index, program, warps = S.active(mask, S.all_threads(index), *_who(S))
-    units, program = memory.units(index, size), program[:, None]
-    note_program_read(S, units, program, line)
-    own = memory.writer[units] == program
-    if own.any():
-        stamps = memory.stamp[units]
-        if (own & S.batch.clocks.unordered(warps[:, None], stamps)).any():
-            S.report(reports.GLOBAL_READ_AFTER_WRITE, line)
+    index, program, warps = S.active(mask, S.all_threads(index), *who(S))
+    units, program, warps = S.memory.units(index, size), program[:, None], warps[:, None]
+    note_program_read(S, units, program, warps, line)
+    report_early_read(S, units, program, warps, line)
 
 
-def note_program_read(S, units, program, line):
-    """Programs read units of global memory, `program` broadcasting against `units`."""
-    memory = S.memory
-    program = np.broadcast_to(program, units.shape)
-    writer = memory.writer[units]
-    if ((writer != NOBODY) & (writer != program)).any():
+def note_program_read(S, units, program, warps, line):
+    """Programs read units of global memory, `program` and `warps` broadcasting against `units`."""
+    order = S.memory.order
+    if order.written_by_others(S, units, program, warps).any():
         S.report(reports.FOREIGN_READ, line)
-    before = memory.reader[units]
-    memory.reader[units] = program
-    # Read by others before, or by another one in this very access.
-    several = (before != NOBODY) & (before != program) | (memory.reader[units] != program)
-    if several.any():
-        memory.reader[units[several]] = SEVERAL
+    order.note_read(units, program)
 
 
-def write_global(S, index, size, data, program, stamps, line):
+def report_early_read(S, units, program, warps, line, strong=False):
+    """Where warps read what another one of their program has written, with no barrier between."""
+    order = S.memory.order
+    own = order.writer[units] == program
+    if strong:
+        own &= ~order.strong[units]
+    if own.any() and (own & S.batch.clocks.unordered(warps, order.stamp[units])).any():
+        S.report(reports.GLOBAL_READ_AFTER_WRITE, line)
+
+
+def write_global(S, index, size, data, program, stamps, line, strong=False):
     """Give elements of `size` bytes, all arrays of one axis, new values, and note which program did."""
-    memory, view = S.memory, S.memory.views[size]
-    units, of_program = memory.units(index, size), program[:, None]
-    writer, reader = memory.writer[units], memory.reader[units]
-    other = (writer != NOBODY) & (writer != of_program) | (reader != NOBODY) & (
-        reader != of_program
-    )
-    other = other.any(1)
+    memory, order, view = S.memory, S.memory.order, S.memory.views[size]
+    units, program, stamps = memory.units(index, size), program[:, None], stamps[:, None]
+    other = order.written_by_others(S, units, program, agent_of(stamps), strong)
+    other = (other | order.read_by_others(units, program)).any(1)
     if other.any() and not same_bits(view[index[other]], data[other]):
         S.report(reports.FOREIGN_WRITE, line)
-    memory.writer[units] = of_program
-    memory.stamp[units] = stamps[:, None]
+    order.note_write(units, program, stamps, strong)
     view[index] = data
+    memory.version += 1
     if not same_bits(view[index], data):
         S.report(reports.LANES_DIFFER, line)
 
@@ -108,7 +104,7 @@ def load_shared(S, address, size, count, mask, line):
     offsets = shared_offsets(S, address, total, mask, line)
     counts.count_banks(S, "ld_shared", offsets, total, mask)
     note_access(S, "read", offsets, total, mask, line)
-    return _elements(S.shared.gather(offsets, total), size, count)
+    return as_elements(S.shared.gather(offsets, total), size, count)
 
 
 def store_shared(S, address, size, values, mask, line):
@@ -116,7 +112,7 @@ def store_shared(S, address, size, values, mask, line):
     offsets = shared_offsets(S, address, total, mask, line)
     counts.count_banks(S, "st_shared", offsets, total, mask)
     note_access(S, "write", offsets, total, mask, line)
-    scatter(S, offsets, total, _joined(S, values, size), mask, line)
+    scatter(S, offsets, total, as_one(S, values, size), mask, line)
 
 
 def shared_offsets(S, address, size, mask, line):
@@ -161,14 +157,14 @@ def scatter(S, offsets, size, data, mask, line):
         S.report(reports.LANES_DIFFER, line)
 
 
-def _elements(data, size, count):
+def as_elements(data, size, count):
     if count == 1:
         return (data,)
     parts = np.ascontiguousarray(data).view(UNSIGNED[size]).reshape(*data.shape, count)
     return tuple(np.ascontiguousarray(parts[..., i]) for i in range(count))
 
 
-def _joined(S, values, size):
+def as_one(S, values, size):
     data = np.empty((*S.shape, len(values)), UNSIGNED[size])
     for place, value in enumerate(values):
         data[..., place] = value

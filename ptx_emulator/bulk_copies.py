@@ -72,7 +72,7 @@ def bulk_load(S, target, mbarrier, descriptor, coordinates, mask, line):
         counts.count_bulk(S, "read", S.all_programs(index), size, inside)
         program = np.broadcast_to(S.batch.names, inside.shape)
         units = S.memory.units(S.all_programs(index)[inside], size)
-        note_program_read(S, units, program[inside][:, None], line)
+        note_program_read(S, units, program[inside][:, None], of.warp[:, None], line)
         data = S.memory.views[size][index]
         data = np.where(inside, data, data.dtype.type(0))
         offsets = of.tile(tensor, target)

@@ -26,6 +26,8 @@ def unit_of(instruction: Instruction) -> str | None:
         return "special"
     if opcode in ("ldmatrix", "stmatrix"):
         return "shared_load" if opcode == "ldmatrix" else "shared_store"
+    if opcode in ("atom", "red"):
+        return "global_store"
     if opcode in ("ld", "st"):
         if "param" in parts:
             return None

@@ -73,7 +73,9 @@ def _fence(t: Translator, i: Instruction) -> list[str]:
     if i.parts[1:4] == ("proxy", "tensormap::generic", "acquire"):
         address = t.read(i.operands[0].split("+")[0].strip("[] "), "u64")
         return [f"acquire_descriptor(S, {address}, {t.mask(i)})"]
-    return []  # of the generic proxy or of global memory: every write is seen at once here
+    if i.parts[1] != "proxy" and i.parts[-1] in ("gpu", "gl", "sys"):
+        return [f"fence(S, {t.mask(i)})"]
+    return []  # within a program, or a cluster: every write is seen at once here
 
 
 # --- memory ---------------------------------------------------------------------------------------------
@@ -97,8 +99,9 @@ def _ld(t: Translator, i: Instruction) -> list[str]:
     targets = vector(i.operands[0])
     space, address, type, size = _access(t, i, i.operands[1])
     loaded = f"u{8 * size}"
-    call = f"v = load_{space}(S, {address}, {size}, {len(targets)}, {t.mask(i)}, {i.line})"
-    lines = [call]
+    kind, order = _strength(i, space)
+    tail = f"{size}, {len(targets)}, {t.mask(i)}{order}, {i.line}"
+    lines = [f"v = load_{kind}(S, {address}, {tail})"]
     for place, register in enumerate(targets):
         value = f"v[{place}]"
         if plain(type) != loaded:
@@ -113,7 +116,34 @@ def _st(t: Translator, i: Instruction) -> list[str]:
     values = vector(i.operands[1])
     space, address, _, size = _access(t, i, i.operands[0])
     values = "".join(f"{t.read(x, f'u{8 * size}')}, " for x in values)
-    return [f"store_{space}(S, {address}, {size}, ({values}), {t.mask(i)}, {i.line})"]
+    kind, order = _strength(i, space)
+    return [f"store_{kind}(S, {address}, {size}, ({values}), {t.mask(i)}{order}, {i.line})"]
+
+
+def _strength(i: Instruction, space: str) -> tuple[str, str]:
+    """How the function for a load or store is called, and its argument for the order."""
+    return ("strong", f", {i.memory_order!r}") if i.memory_order else (space, "")
+
+
+def _atom(t: Translator, i: Instruction) -> list[str]:
+    if "global" not in i.parts:
+        raise ValueError("an atomic that is not of global memory")
+    what = next(x for x in i.parts if x in ("add", "min", "max", "and", "or", "xor", "exch", "cas"))
+    type = i.parts[-1]
+    size = 4 if type.endswith("x2") else int(type.lstrip("busf")) // 8
+    target, address, *values = i.operands if i.opcode == "atom" else (None, *i.operands)
+    values = (
+        "(" + "".join(f"{t.read(x, f'u{8 * size}')}, " for x in vector(value)) + ")"
+        for value in values
+    )
+    call = (
+        f"v = atomic(S, {what!r}, {type!r}, {t.address(address, 'u64')}, ({', '.join(values)},),"
+        f" {t.mask(i)}, {i.memory_order!r}, {i.line})"
+    )
+    lines = [call]
+    for place, register in enumerate(vector(target) if target else ()):
+        lines.append(t.write(register, f"v[{place}]", f"u{8 * size}", i))
+    return lines
 
 
 def _ldmatrix(t: Translator, i: Instruction) -> list[str]:
@@ -303,6 +333,8 @@ EMITTERS = {
     "prefetch": _nothing,
     "fence": _fence,
     "membar": _fence,
+    "atom": _atom,
+    "red": _atom,
     "ld": _ld,
     "st": _st,
     "ldmatrix": _ldmatrix,

@@ -1,8 +1,8 @@
 """Which forms of an instruction are known: all modifiers and types that its emitter reads or may leave aside.
 
 Whatever else stands in an opcode would be dropped without a word, and may change the result (`add.rz.f32`),
-so that it is refused. Left aside is what an emulator cannot notice: cache hints, `uni`, `aligned`, memory
-orders and scopes of single accesses, and how near `approx` or `full` comes to the quotient.
+so that it is refused. Left aside is what an emulator cannot notice: cache hints, `uni`, `aligned`, and how
+near `approx` or `full` comes to the quotient.
 """
 
 import functools
@@ -18,6 +18,7 @@ _SUM = rf"(rn\.)?((ftz\.)?(sat\.)?f32|f32x2|{_HALF})"
 _EXTREME = rf"{_INTEGER}|relu\.s32|[us]16x2|(ftz\.)?(NaN\.)?(xorsign\.abs\.)?f32|(NaN\.)?{_HALF}"
 _ORDERED = r"(eq|ne|lt|le|gt|ge)"
 _SCOPE = r"(cta|cluster|gpu|sys)"
+_STRONG = r"(relaxed|acquire|release|acq_rel|gpu|sys)"
 _HINTS = rf"((volatile|weak|nc|relaxed|acquire|release|{_SCOPE}|c[agsv]|lu|wb|wt|L[12]::\w+)\.)*"
 _SHARED = r"shared(::cta)?"
 _ACCESS = rf"{_HINTS}({_SHARED}|global)\.{_HINTS}(v[24]\.)?([bus](8|16|32|64)|f32)"
@@ -56,6 +57,9 @@ _MBARRIERS = [
     rf"(expect_tx|arrive(\.expect_tx)?)(\.release)?(\.{_SCOPE})?\.{_SHARED}\.b64",
     rf"(try|test)_wait\.parity(\.acquire)?(\.{_SCOPE})?\.{_SHARED}\.b64",
 ]
+_ATOMICS = rf"(({_STRONG}|global)\.)*"
+_ADDED = r"([us]|f)32|u64|noftz\.b?f16(x2)?|v[24]\.f32|noftz\.v[248]\.b?f16|noftz\.v[24]\.b?f16x2"
+_REDUCTIONS = rf"{_ATOMICS}(add\.({_ADDED})|(min|max)\.[us](32|64)|(and|or|xor)\.b(32|64))"
 _MAPS = [
     r"replace\.tile\.\w+\.shared::cta\.b1024\.b(32|64)",
     rf"cp_fenceproxy\.global\.shared::cta\.tensormap::generic\.release\.{_SCOPE}\.sync\.aligned",
@@ -89,6 +93,7 @@ _FORMS = {
     "cvt": "|".join(_CONVERSIONS),
     "ld": rf"{_ACCESS}|param\.([bus](8|16|32|64)|f32)", "st": rf"{_ACCESS}|param\..*",
     "ldmatrix": _MATRICES, "stmatrix": _MATRICES, "cp": "|".join(_COPIES),
+    "atom": rf"{_REDUCTIONS}|{_ATOMICS}(exch\.b(32|64)|cas\.b(16|32|64))", "red": _REDUCTIONS,
     "tensormap": "|".join(_MAPS), "mbarrier": "|".join(_MBARRIERS),
     "shfl": r"sync\.(up|down|bfly|idx)\.b32", "vote": r"sync\.ballot\.b32", "elect": r"sync",
     "redux": r"sync\.((add|min|max)\.[us]32|(and|or|xor)\.b32)",

@@ -1,19 +1,17 @@
 """Global memory of one launch: what its tensors cover in one arena, with gaps between them.
 
 For each byte `owner` tells whether it is in no tensor, between the elements of a tensor (such as between the
-rows of a slice), or in an element. Programs of one launch run in any order, so what one writes no other may
-read or overwrite: for each unit, the narrowest store of the kernel, `writer` and `reader` tell which program
-was the last one to write it and which has read it. `stamp` is the time of the write for the warps of
-that program: see order.py.
+rows of a slice), or in an element. For each unit, the narrowest store of the kernel, `order` keeps who has
+written and read it: see program_order.py.
 """
 
 import ctypes
-import mmap
 
 import numpy as np
 from torch import Tensor
 
 from ptx_emulator.counts import SECTOR
+from ptx_emulator.program_order import Ordered, Unordered, zeros
 from ptx_emulator.types import UNSIGNED
 
 BASE = 0x7F00_0000_0000
@@ -22,11 +20,13 @@ GAP = (
 )  # so far beyond a tensor an access is seen to be so: zeros that nobody touches cost nothing
 ALIGNMENT = 256
 NOWHERE, BETWEEN_ELEMENTS, IN_ELEMENT = 0, 1, 2
-NOBODY, SEVERAL = 0, -1  # instead of a program, which are counted from 1 here
 
 
 class GlobalMemory:
     """Of a launch on CPU tensors. `write_back` copies to the tensors what the programs changed."""
+
+    order: Unordered | Ordered
+    version: int = 0  # counts writes
 
     def __init__(self, tensors: list[Tensor], unit: int):
         self.unit = unit
@@ -44,10 +44,10 @@ class GlobalMemory:
             # The alignment of the real pointer, which Triton has specialised on, is kept.
             self._spans.append((start, size + start % ALIGNMENT, stop - start))
             size = -(-(size + stop - start + GAP + ALIGNMENT) // ALIGNMENT) * ALIGNMENT
-        words = _zeros(size // 16, np.complex128)
+        words = zeros(size // 16, np.complex128)
         self.bytes = words.view(np.uint8)
         self.views = {n: words.view(dtype) for n, dtype in UNSIGNED.items()}
-        owner = _zeros(size, np.uint8)
+        owner = zeros(size, np.uint8)
         for address, offset, length in self._spans:
             self.bytes[offset : offset + length] = _memory_at(address, length)
             owner[offset : offset + length] = BETWEEN_ELEMENTS
@@ -58,8 +58,7 @@ class GlobalMemory:
             )
             elements[...] = IN_ELEMENT
         self._owners = {1: owner}
-        self.writer, self.reader, self.stamp = (_zeros(size // unit, np.int32) for _ in range(3))
-        self.touched = {verb: _zeros(size // SECTOR + 1, np.bool_) for verb in ("read", "written")}
+        self.touched = {verb: zeros(size // SECTOR + 1, np.bool_) for verb in ("read", "written")}
         self._before = [self.bytes[offset : offset + n].copy() for _, offset, n in self._spans]
 
     def _offset(self, tensor: Tensor) -> int:
@@ -78,7 +77,7 @@ class GlobalMemory:
     def owners(self, size: int) -> np.ndarray:
         """For each `size` bytes in a row: the least owner among them."""
         if size not in self._owners:
-            owners = self._owners[size] = _zeros(len(self.bytes) // size, np.uint8)
+            owners = self._owners[size] = zeros(len(self.bytes) // size, np.uint8)
             for _, offset, length in self._spans:
                 first, stop = offset // 16 * 16, -(-(offset + length) // 16) * 16
                 part = self._owners[1][first:stop].reshape(-1, size)
@@ -94,12 +93,6 @@ class GlobalMemory:
             now = self.bytes[offset : offset + length]
             if not np.array_equal(now, before):
                 _memory_at(address, length)[:] = now
-
-
-def _zeros(number: int, dtype: type) -> np.ndarray:
-    """As of NumPy, which would ask for pages of 2 MiB: one byte among zeros would cost as many."""
-    size = number * np.dtype(dtype).itemsize
-    return np.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), dtype)
 
 
 def _extent(tensor: Tensor) -> int:

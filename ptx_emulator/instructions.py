@@ -1,12 +1,15 @@
 """What the translator asks about an instruction, and its emitter, found by the opcode in EMITTERS."""
 
+import functools
+import re
+
 from ptx_emulator import emit_arithmetic, emit_memory
 from ptx_emulator.parser import Instruction
 
 EMITTERS = emit_arithmetic.EMITTERS | emit_memory.EMITTERS
 WITHOUT_RESULT = {
     "st", "bra", "brx", "bar", "barrier", "ret", "exit", "trap", "stmatrix", "fence", "membar", "cp",
-    "tensormap", "setmaxnreg", "griddepcontrol", "prefetch",
+    "tensormap", "red", "setmaxnreg", "griddepcontrol", "prefetch",
 }  # fmt: skip
 
 
@@ -17,6 +20,21 @@ def has_result(instruction: Instruction) -> bool:
     if instruction.opcode == "mbarrier":
         return kind != ("init",) and kind != ("inval",) and kind != ("expect_tx",)
     return instruction.opcode not in WITHOUT_RESULT and bool(instruction.operands)
+
+
+def written_registers(instruction: Instruction) -> list[str]:
+    """The operands that an instruction gives a value."""
+    return _written(instruction.operands[0]) if has_result(instruction) else []
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _written(operand: str) -> list[str]:
+    return [x for x in re.split(r"[{},|\s]+", operand) if x and x != "_"]
+
+
+def may_poll(instruction: Instruction) -> bool:
+    """Whether a loop may wait in this way for what another program does."""
+    return instruction.opcode in ("ld", "atom") and instruction.memory_order is not None
 
 
 def result_kind(instruction: Instruction) -> str:

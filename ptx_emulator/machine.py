@@ -4,7 +4,8 @@ A *batch* is a number of programs (CTAs) that have taken the same way so far; wh
 batch is split, and the parts go on one after the other. A *strand* is a number of warps of every program of
 a batch with one program counter. A kernel starts as one strand of all warps; where a branch parts
 warps, as in kernels whose warps have different jobs, the strand is split. A batch runs one strand until it
-ends or waits for others, then the next.
+ends or waits for others, then the next. A batch that waits for other programs (see polls.py) gives way to
+the others; those of programs that have begun come before new ones.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
+import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -27,7 +30,9 @@ from ptx_emulator.errors import (
 )
 from ptx_emulator.global_memory import GlobalMemory
 from ptx_emulator.order import MAX_AGENTS, Clocks
+from ptx_emulator.polls import Polls
 from ptx_emulator.program import Program
+from ptx_emulator.program_order import Acquired, Ordered, Unordered
 from ptx_emulator.reports import Report
 from ptx_emulator.shared_memory import SharedMemory
 from ptx_emulator.translator import BLOCKED, ENDED
@@ -41,6 +46,7 @@ class Options:
     max_iterations: int = 100_000  # jumps back that one strand may make
     memory_counts: bool = False  # sectors and bank conflicts, too
     stop_at_report: bool = False  # for whoever asks only whether there is one
+    resident_programs: int | None = None  # that a device holds at once; None for all
 
 
 class Launch:
@@ -60,16 +66,53 @@ class Launch:
         self.shared_bytes = -(-max(shared_bytes, 16) // 16) * 16
         self.counts: collections.Counter[str] = collections.Counter()
         self.reports: dict[tuple[str, int], Report] = {}
+        self.num_programs = math.prod(grid)
+        num_units, num_warps = len(memory.bytes) // memory.unit, program.kernel.num_threads // 32
+        memory.order = (
+            Ordered(num_units, self.num_programs, num_warps)
+            if program.orders_programs
+            else Unordered(num_units)
+        )
 
     def run(self) -> None:
-        total = int(np.prod(self.grid))
-        at_once = max(1, self.options.threads_per_batch // self.program.kernel.num_threads)
+        starts = self._starts()
+        todo: list[Batch] = []
+        waiting: list[Batch] = []
         with np.errstate(all="ignore"):
-            for start in range(0, total, at_once):
-                ids = np.arange(start, min(start + at_once, total), dtype=np.int32)
-                todo = [Batch.of_programs(self, ids)]
-                while todo:
-                    todo += todo.pop().run()
+            while True:
+                if not todo:
+                    todo = [batch for batch in waiting if batch.wake()]
+                    waiting = [batch for batch in waiting if batch.waits]
+                if not todo:
+                    todo = self._start(starts, waiting)
+                if not todo:
+                    return
+                batch = todo.pop()
+                todo += batch.run()
+                if batch.waits:
+                    waiting.append(batch)
+
+    def _starts(self) -> Iterator[np.ndarray]:
+        """The programs of each batch."""
+        at_once = max(1, self.options.threads_per_batch // self.program.kernel.num_threads)
+        at_once = min(at_once, self.options.resident_programs or at_once)
+        for start in range(0, self.num_programs, at_once):
+            yield np.arange(start, min(start + at_once, self.num_programs), dtype=np.int32)
+
+    def _start(self, starts: Iterator[np.ndarray], waiting: list[Batch]) -> list[Batch]:
+        """A batch that begins while these wait; none if all have begun and ended."""
+        resident = sum(len(batch.ids) for batch in waiting)
+        ids = next(starts, None)
+        if waiting and (
+            ids is None or resident + len(ids) > (self.options.resident_programs or math.inf)
+        ):
+            strand = waiting[0].strands[0]
+            places = "; ".join(batch.places for batch in waiting[:5])
+            no_more = (
+                "no program goes on" if ids is None else f"no program begins beside {resident}"
+            )
+            strand.fail(Deadlock, strand.line, f"{no_more}, and these wait: {places}")
+        return [] if ids is None else [Batch.of_programs(self, ids)]
 
     def report(self, kind: str, line: int, example: str) -> None:
         if (kind, line) in self.reports:
@@ -94,6 +137,7 @@ class Batch:
     fenced: np.ndarray  # time of the last proxy fence by all threads of each warp
     partly_fenced: np.ndarray  # by any thread
     unacquired_descriptors: set[int]  # addresses of tensor maps, see tensormap.py
+    acquired: Acquired | None = None  # from other programs
     barriers: dict  # those that somebody waits at
     mbarriers: dict  # by their place in shared memory
     strands: list[Strand]
@@ -128,18 +172,36 @@ class Batch:
         self.program = [p.astype(np.uint32)[:, None] for p in places]
         self.num_programs = [np.array([[n]], np.uint32) for n in self.launch.grid]
 
+    @property
+    def places(self) -> str:
+        """Where who waits for what."""
+        strands = "; ".join(f"{s.name} at line {s.line} for {s.waits_for}" for s in self.strands)
+        return f"program {self.ids[0]} ({strands})"
+
+    @property
+    def waits(self) -> bool:
+        """Whether it can only go on when other programs have."""
+        return any(strand.polls.awaited is not None for strand in self.strands)
+
+    def wake(self) -> bool:
+        """Those that wait for other programs, if these have written anything since."""
+        woken = [s for s in self.strands if s.polls.awaited not in (None, s.memory.version)]
+        for strand in woken:
+            strand.wake()
+        return bool(woken)
+
     def run(self) -> list[Batch]:
-        """Run to the end: []; or up to where programs part, and return the parts."""
+        """Run to the end, or until it `waits`: []; or up to where programs part, and return the parts."""
         while self.strands:
             strand = next((s for s in self.strands if s.waits_for is None), None)
+            if strand is None and self.waits:
+                return []
             if strand is None:
-                places = "; ".join(
-                    f"{s.name} at line {s.line} for {s.waits_for}" for s in self.strands
-                )
                 first = self.strands[0]
-                first.fail(Deadlock, first.line, f"nobody is left to wake who waits: {places}")
+                first.fail(Deadlock, first.line, f"nobody is left to wake who waits: {self.places}")
             parts = strand.run()
             if parts is not None:
+                self.strands = []
                 return parts
             if strand.block == ENDED:
                 self.strands.remove(strand)
@@ -162,6 +224,7 @@ class Batch:
         batch._set_places()
         choose = Chooser(len(self.ids), index)
         batch.mbarriers = choose(self.mbarriers)
+        batch.acquired = choose(self.acquired)
         batch.strands = [strand.part(batch, choose) for strand in self.strands]
         return batch
 
@@ -215,6 +278,10 @@ class Strand:
         self.id, self.registers = id, registers
         self.block = 0  # that it runs or runs next; ENDED
         self.iterations = 0
+        self.executed: collections.Counter[int] = (
+            collections.Counter()
+        )  # blocks, not yet in the counts
+        self.polls = Polls()
         self.waits_for: str | None = None
         self.condition: tuple[int, int] | None = None  # place and parity of an mbarrier
         self.line = 0  # where it waits
@@ -247,10 +314,10 @@ class Strand:
     def run(self) -> list[Batch] | None:
         """Run until the strand ends or waits: None; or until programs part: the parts of the batch."""
         program = self.batch.launch.program
-        executed: collections.Counter[int] = collections.Counter()
+        self.polls.begin_turn(self.batch.launch.counts)
         try:
             while self.block >= 0:
-                executed[self.block] += 1
+                self.executed[self.block] += 1
                 result = program.blocks[self.block](self.registers, self)
                 if result == BLOCKED and isinstance(result, int):
                     return None
@@ -270,7 +337,7 @@ class Strand:
             self._report_unfinished()
             return None
         finally:
-            self._count(executed)
+            self._end_turn()
 
     def _count_iteration(self, line: int) -> None:
         self.iterations += 1
@@ -284,16 +351,23 @@ class Strand:
         for store in (*self.open_stores, *sum(self.store_groups, [])):
             self.report(reports.STORE_AT_END, store.line)
 
-    def _count(self, executed: collections.Counter[int]) -> None:
+    def _end_turn(self) -> None:
+        self.count()
+        self.polls.end_turn(self.batch.launch.counts)
+
+    def count(self) -> None:
+        """What has been executed since it was counted last."""
         launch = self.batch.launch
-        for block, times in executed.items():
+        for block, times in self.executed.items():
             for unit, number in launch.program.unit_counts[block].items():
                 launch.counts[unit] += number * times * self.num_programs * len(self.warps)
+        self.executed.clear()
 
     def _part_ways(
         self, choice: np.ndarray, blocks: tuple[int, ...], line: int
     ) -> list[Batch] | None:
         """Split by programs first, then by warps; threads of one warp stay together or it is an error."""
+        self._end_turn()
         lanes = self.all_threads(choice).reshape(self.num_programs, -1, 32)
         warps = lanes[..., 0]
         if (lanes != warps[..., None]).any():
@@ -337,12 +411,15 @@ class Strand:
             )
         choose = Chooser(self.num_programs, None, threads)
         self._choose(choose)
+        self.executed, self.polls = collections.Counter(), Polls()
         self._attach(self.batch, self.warps[places])
 
     def part(self, batch: Batch, choose: Chooser) -> Strand:
         """The same strand with some of the programs."""
         strand = copy.copy(self)
         strand._choose(choose)
+        strand.executed = collections.Counter()
+        strand.polls = self.polls.part(choose, len(batch.ids) / self.num_programs)
         strand._attach(batch, self.warps)
         return strand
 
@@ -359,8 +436,15 @@ class Strand:
         """Wait for `what`, to go on at `block`."""
         self.waits_for, self.block, self.line = what, block, line
 
+    def idles(self, block: int, live: tuple[int, ...], line: int) -> bool:
+        """Whether to wait for other programs at a poll: see polls.py."""
+        if not self.polls.repeats(block, [self.registers[place] for place in live], self):
+            return False
+        self.block_on("another program to write", block, line)
+        return True
+
     def wake(self) -> None:
-        self.waits_for = self.condition = None
+        self.waits_for = self.condition = self.polls.awaited = None
         self.update_settled()
 
     def update_settled(self) -> None:

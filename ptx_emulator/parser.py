@@ -37,6 +37,21 @@ class Instruction:
     def opcode(self) -> str:
         return self.parts[0]
 
+    @property
+    def memory_order(self) -> str | None:
+        """How an access of global memory orders the programs of a launch; None for one that does not.
+
+        An order among the threads of one program, or of a cluster, is none of programs.
+        """
+        atomic = self.opcode in ("atom", "red")
+        if not (atomic or self.opcode in ("ld", "st") and "global" in self.parts):
+            return None
+        if "cta" in self.parts or "cluster" in self.parts:
+            return None
+        orders = [x for x in ("acquire", "release", "acq_rel") if x in self.parts]
+        strong = atomic or "volatile" in self.parts or "relaxed" in self.parts
+        return orders[0] if orders else "relaxed" if strong else None
+
     def __str__(self) -> str:
         source = f" ({self.source})" if self.source else ""
         return f"line {self.line}{source}: {shortened(self.text)}"

@@ -9,6 +9,7 @@ import numpy as np
 from ptx_emulator import (
     accesses,
     arithmetic,
+    atomics,
     barriers,
     bulk_copies,
     copies,
@@ -25,7 +26,7 @@ from ptx_emulator.types import NEVER_WRITTEN
 # The names that translated code calls.
 _FUNCTIONS = {"np": np, "where": np.where, "ENDED": ENDED, "BLOCKED": BLOCKED}
 for _module in (
-    arithmetic, accesses, copies, bulk_copies, tensormap, barriers, warps, matrix, wgmma,
+    arithmetic, accesses, atomics, copies, bulk_copies, tensormap, barriers, warps, matrix, wgmma,
 ):  # fmt: skip
     _FUNCTIONS |= {k: v for k, v in vars(_module).items() if callable(v) and not k.startswith("_")}
 
@@ -54,6 +55,7 @@ class Program:
             counts.pop(None, None)
             self.unit_counts.append(counts)
         self.last_lines = [code[block.stop - 1].line for block in translator.blocks]
+        self.orders_programs = any(i.memory_order for i in code)
         # How finely order is kept: the narrowest stores.
         self.shared_unit = min([4, *(_store_bytes(i, "shared") for i in code)])
         self.global_unit = min([4, *(_store_bytes(i, "global") for i in code)])
@@ -75,7 +77,8 @@ def _compiled(source: str, kernel: str) -> types.CodeType:
 
 def _store_bytes(instruction: Instruction, space: str) -> int:
     """The bytes that one thread stores there; 4 where the instruction is no such store."""
-    if instruction.opcode == "st" and any(x.startswith(space) for x in instruction.parts):
-        count = instruction.operands[1].count(",") + 1
-        return count * int(instruction.parts[-1][1:]) // 8
+    opcode, parts = instruction.opcode, instruction.parts
+    if opcode in ("st", "atom", "red") and any(x.startswith(space) for x in parts):
+        count = instruction.operands[-1].count(",") + 1
+        return count * int(parts[-1].removesuffix("x2").lstrip("busf")) // 8
     return 4

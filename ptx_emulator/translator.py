@@ -21,6 +21,8 @@ import numpy as np
 from ptx_emulator import instructions, reports
 from ptx_emulator.errors import UnsupportedInstruction
 from ptx_emulator.forms import check_form
+from ptx_emulator.instructions import written_registers
+from ptx_emulator.liveness import live_before
 from ptx_emulator.parser import Instruction, Kernel, number, vector
 from ptx_emulator.shared_memory import SHARED_BASE
 from ptx_emulator.types import DTYPES, numpy_name, plain, size_of
@@ -33,11 +35,13 @@ _REGISTER = re.compile(r"%?[a-zA-Z]\w*")
 @dataclasses.dataclass(frozen=True)
 class Block:
     """Instructions `first` up to `stop`. A gate has none: it skips the block after it where no thread
-    of a program executes that one's single, predicated instruction."""
+    of a program executes that one's single, predicated instruction. A poll has one, which may be what a loop
+    waits by for other programs."""
 
     first: int
     stop: int
     gate: bool = False
+    poll: bool = False
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -62,6 +66,8 @@ class Translator:
         self._kinds = _kinds_of_registers(kernel, self.registers)
         self.constants: dict[str, np.ndarray] = {}
         self.blocks = _cut_into_blocks(kernel)
+        polls = [block.first for block in self.blocks if block.poll]
+        self._live = live_before(kernel, self.registers, polls)
         self._block_at = {b.first: i for i, b in reversed(list(enumerate(self.blocks)))}
         self.current = 0  # the block that is being written
         self.sources = [self._translate(i) for i in range(len(self.blocks))]
@@ -77,6 +83,9 @@ class Translator:
             instruction = self.kernel.instructions[block.first]
             condition = f"S.some_thread({self.mask(instruction)})"
             lines = [f"return {condition}, ({index + 2}, {index + 1}), {instruction.line}"]
+        if block.poll:
+            line = self.kernel.instructions[block.first].line
+            lines = [f"if S.idles({index}, {self._live[block.first]}, {line}): return BLOCKED"]
         # Registers written since the last wgmma.fence; None before the first one of the block.
         unfenced: set[str] | None = None
         for instruction in self.kernel.instructions[block.first : 0 if block.gate else block.stop]:
@@ -222,7 +231,8 @@ def _cut_into_blocks(kernel: Kernel) -> list[Block]:
     code = kernel.instructions
     starts = {0} | {kernel.labels[x.operands[0]] for x in code if x.opcode == "bra"}
     starts |= {kernel.labels[x] for labels in kernel.branch_targets.values() for x in labels}
-    gates = set()
+    gates, polls = set(), set()
+    loops = _loops(kernel)
     for i, instruction in enumerate(code):
         if instructions.ends_block(instruction):
             starts.add(i + 1)
@@ -231,24 +241,21 @@ def _cut_into_blocks(kernel: Kernel) -> list[Block]:
         if instructions.needs_gate(instruction):
             starts |= {i, i + 1}
             gates.add(i)
+        if instructions.may_poll(instruction) and any(i in loop for loop in loops):
+            starts |= {i, i + 1}
+            polls.add(i)
     blocks, ordered = [], sorted(x for x in starts if x < len(code))
     for first, stop in zip(ordered, [*ordered[1:], len(code)]):
         if first in gates:
             blocks.append(Block(first, stop, gate=True))
-        blocks.append(Block(first, stop))
+        blocks.append(Block(first, stop, poll=first in polls))
     return blocks
 
 
-def written_registers(instruction: Instruction) -> list[str]:
-    """The operands that an instruction gives a value."""
-    if not instructions.has_result(instruction):
-        return []
-    return _written(instruction.operands[0])
-
-
-@functools.lru_cache(maxsize=1 << 14)
-def _written(operand: str) -> list[str]:
-    return [x for x in re.split(r"[{},|\s]+", operand) if x and x != "_"]
+def _loops(kernel: Kernel) -> list[range]:
+    """From the target of each jump back up to the jump."""
+    jumps = [(i, x.operands[0]) for i, x in enumerate(kernel.instructions) if x.opcode == "bra"]
+    return [range(kernel.labels[label], i + 1) for i, label in jumps if kernel.labels[label] <= i]
 
 
 def _kinds_of_registers(kernel: Kernel, registers: dict[str, int]) -> dict[str, str]:

@@ -579,7 +579,6 @@ UNKNOWN = [
     "add.f64 %rd9, %rd2, %rd3;",
     "setp.lt.and.s32 %p9, %r2, %r3, %p2;",
     "mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%rd9}, {%rd2}, {%rd3}, {%rd4};",
-    "atom.global.add.s32 %r9, [%rd10], 1;",
     "no.such.instruction %r9, %r2;",
     "add.rz.f32 %r9, %r2, %r3;",
     "mul.rz.ftz.f32 %r9, %r2, %r3;",
