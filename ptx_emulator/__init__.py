@@ -12,8 +12,8 @@ from ptx_emulator.errors import (
     StoppedAtReport,
     UnsupportedInstruction,
 )
+from ptx_emulator.launch import Options
 from ptx_emulator.launcher import Emulation, LaunchRecord, Reported, emulate
-from ptx_emulator.machine import Options
 from ptx_emulator.reports import Report
 from ptx_emulator.tensormap import TensorMapArgument
 

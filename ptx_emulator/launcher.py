@@ -28,7 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ptx_emulator.compiler import Compiled, compiler_for
 from ptx_emulator.errors import EmulatorError, UnsupportedInstruction
 from ptx_emulator.global_memory import GlobalMemory
-from ptx_emulator.machine import Launch, Options
+from ptx_emulator.launch import Launch, Options
 from ptx_emulator.program import Program
 from ptx_emulator.reports import Report
 from ptx_emulator.tensormap import NUM_BYTES, TensorMapArgument
