@@ -4,6 +4,7 @@
 python -m benchmarks.instruction_counts                                  # everything, minutes
 python -m benchmarks.instruction_counts --arch 90 --op window_attn --json counts.jsonl
 python -m benchmarks.instruction_counts --attention 128 8192 4096        # of D, T and W; may be repeated
+python -m benchmarks.instruction_counts --fast-weights 128 1536 512      # of D, T and chunk size, likewise
 ```
 
 Whole launches run in the PTX emulator, on one head of real size (`points.py`). Each pass prints a table with
@@ -11,7 +12,9 @@ a row for each kernel and their total, and below it what the mathematics needs. 
 of PTX by unit, in thousands (memory: loads, stores and asynchronous copies of global memory; rest: barriers
 and jumps); wavefronts of shared memory over the least that carry as much; MB of global memory as threads
 request them, as sectors of 32 bytes for each access of a warp, and with each sector once a launch; MFLOP of
-matrix instructions. What torch launches besides (copies, norms, products of its libraries) is not counted.
+matrix instructions. What torch launches besides (copies, norms, products of its libraries) is in no row;
+the lines below the table have its FLOPs, and its bytes as if nothing were fused: the inputs of each operation
+and its results. There, too, is what is kept for the backward besides the inputs.
 
 Then two bounds in microseconds, computed from the counts and the rates in `rates.py`: nobody has taken the
 time of anything. "overlap" assumes that all units of a multiprocessor work at once, so that the slowest one,
@@ -20,9 +23,10 @@ equally busy, which one head does not make them, that memory moves each sector o
 And machine code has not the instructions of PTX, one for one: compare bounds with each other.
 
 Beside `window_attn` run FlexAttention, and flash-linear-attention where it can be imported; beside
-`block_causal_ttt` the LaCT authors' kernels with a checkout of theirs: the forward, as the emulator has no
-atomics. What they compute has to be what ours do. Exit status: 0, 1
-when a kernel of ours fails, 2 for bad arguments or where Triton interprets kernels, 130 after Ctrl-C.
+`block_causal_ttt` the LaCT authors' kernels with a checkout of theirs. What they compute has to be what ours
+do. Of the configurations that a kernel is tuned among, each launch takes the largest tile that fits into
+shared memory and spills no registers; lines below the table say which. Exit status: 0, 1 when a kernel of
+ours fails, 2 for bad arguments or where Triton interprets kernels, 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -112,6 +116,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar=("D", "T", "W"),
         help="window_attn alone, of this head dim, length and window",
     )
+    parser.add_argument(
+        "--fast-weights",
+        type=int,
+        nargs=3,
+        action="append",
+        metavar=("D", "T", "CHUNK"),
+        help="block_causal_ttt alone with momentum, of these widths, this length and chunk size",
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes, to try the command")
     parser.add_argument(
         "--lact-checkout", type=Path, metavar="PATH", help="of github.com/a1600012888/LaCT"
@@ -123,8 +135,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def _works(options: argparse.Namespace) -> list[Work]:
     from benchmarks.instruction_counts import points
 
-    if options.attention:
-        return [points.attention(*sizes) for sizes in options.attention]
+    chosen = [points.attention(*sizes) for sizes in options.attention or ()]
+    for sizes in options.fast_weights or ():
+        chosen.append(points.fast_weights(*sizes, momentum=True))
+    if chosen:
+        return chosen
     works = points.QUICK_WORKS if options.quick else points.WORKS
     return [work for work in works if work.op in options.op]
 
@@ -166,25 +181,44 @@ def _append(file: Path | None, rows: list[CountRow]) -> None:
 def table(rows: list[CountRow]) -> list[str]:
     """Lines for the screen: the kernels of a pass, their total, and what is needed."""
     total = rows[-1]
-    requested = total.requested_bytes / total.least_bytes
-    needs = f"{total.least_bytes / 1e6:.3f} MB ({requested:.2f} times that requested)"
-    libraries = total.torch_matrix_flops
+    lines = [total.part, HEADER, *map(_line, rows)]
+    for row in rows:
+        if row.configurations:
+            lines.append(f"  {row.kernel}: {'; '.join(row.configurations)}")
+    lines += [_executed(total), _needed(total)]
+    if total.kept_bytes:
+        lines.append(f"  kept for the backward besides the inputs: {total.kept_bytes / 1e6:.3f} MB")
+    return lines
+
+
+def _executed(total: CountRow) -> str:
+    """What stands in the rows, and what torch did besides."""
+    mflop = total.matrix_flops / 1e6
+    here = (
+        f"{total.instructions / mflop:.0f} warp-instructions per MFLOP" if mflop else "no products"
+    )
+    libraries = f"{total.torch_matrix_flops / 1e6:.1f} MFLOP"
+    return (
+        f"  executed: {here} of the rows above; besides by torch's own operations {libraries} and"
+        f" {total.torch_bytes / 1e6:.3f} MB"
+    )
+
+
+def _needed(total: CountRow) -> str:
+    least = total.least_bytes
+    both = total.requested_bytes + total.torch_bytes
+    needs = (
+        f"{least / 1e6:.3f} MB ({total.requested_bytes / least:.2f} times that requested,"
+        f" {both / least:.2f} with torch's own operations)"
+    )
     if total.needed_flops:
         mflop = total.needed_flops / 1e6
-        needs += (
-            f" and {mflop:.1f} MFLOP"
-            f" ({(total.matrix_flops + libraries) / total.needed_flops:.2f} times that executed"
-        )
-        if not libraries:  # otherwise kernels here do not do all that is needed
+        executed = (total.matrix_flops + total.torch_matrix_flops) / total.needed_flops
+        needs += f" and {mflop:.1f} MFLOP ({executed:.2f} times that executed"
+        if not total.torch_matrix_flops:  # otherwise kernels here do not do all that is needed
             needs += f", {total.instructions / mflop:.0f} warp-instructions per MFLOP"
         needs += ")"
-    bound = f"bound of that alone {total.needed_bound_us:.3f} us"
-    lines = [total.part, HEADER, *map(_line, rows), f"  needed: {needs}; {bound}"]
-    if libraries:
-        lines.append(
-            f"  of that executed by torch's libraries, in no row above: {libraries / 1e6:.1f} MFLOP"
-        )
-    return lines
+    return f"  needed: {needs}; bound of that alone {total.needed_bound_us:.3f} us"
 
 
 def _line(row: CountRow) -> str:

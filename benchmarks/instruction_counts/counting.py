@@ -6,16 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from unittest import mock
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from benchmarks.emulation import emulated_device
 from benchmarks.instruction_counts import rates
-from benchmarks.instruction_counts.points import DTYPE, Work
-from ptx_emulator import Emulation, LaunchRecord, Options
+from benchmarks.instruction_counts.points import DTYPE, FORWARD, Work
+from benchmarks.instruction_counts.torch_work import Kept, TorchWork
+from ptx_emulator import LaunchRecord, Options
 from ptx_emulator.counts import SECTOR
 
 TOTAL = "total"
@@ -44,6 +42,9 @@ class CountRow:
     overlapped_bound_us: float  # launch by launch, the unit that takes longest
     serial_bound_us: float
     torch_matrix_flops: int | None = None  # of torch's own products, in no other figure
+    torch_bytes: int | None = None  # of torch's own operations, in no other figure
+    kept_bytes: int | None = None  # for the backward, besides the inputs
+    configurations: list[str] | None = None  # of an autotuned kernel, that were chosen here
     needed_flops: int | None = None
     least_bytes: int | None = None
     needed_bound_us: float | None = None
@@ -63,40 +64,6 @@ class CountRow:
         return SECTOR * sum(self.counts.get(f"{prefix}sectors_{verb}", 0) for verb in verbs)
 
 
-class TorchProducts(TorchDispatchMode):
-    """FLOPs of the matrix products of torch but for those that the emulator makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.flops, self._launching = 0, False
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        return True  # or torch.compile does nothing within
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if not self._launching and func._overloadpacket in flop_registry:
-            self.flops += flop_registry[func._overloadpacket](
-                *args, **(kwargs or {}), out_val=result
-            )
-        return result
-
-    @contextlib.contextmanager
-    def outside_of_launches(self) -> Iterator[None]:
-        launch = Emulation.run
-
-        def run(*args, **kwargs):
-            self._launching = True
-            try:
-                return launch(*args, **kwargs)
-            finally:
-                self._launching = False
-
-        with mock.patch.object(Emulation, "run", run), self:
-            yield
-
-
 def count(
     work: Work,
     variant: str,
@@ -104,17 +71,20 @@ def count(
     arch: int,
     setting: Callable[[], AbstractContextManager] = contextlib.nullcontext,
 ) -> Iterator[tuple[list[CountRow], dict[str, Tensor]]]:
-    """For each pass: rows of its kernels in the order of their first launch, the total; and its results."""
+    """For each pass: rows of its kernels in the order of their first launch, the total; and its results.
+
+    `setting` may give the configurations that it has chosen for kernels, by their names.
+    """
     gpu = rates.GPUS[arch]
     for part in work.passes(function):
         with (
-            setting(),
+            setting() as chosen,
             emulated_device(
                 arch, gpu.multiprocessors, options=Options(memory_counts=True)
             ) as emulation,
         ):
-            products = TorchProducts()
-            with products.outside_of_launches():
+            torch_work, kept = TorchWork(), Kept(part.inputs)
+            with torch_work.outside_of_launches(), kept.counting():
                 results = part.run()
         names = dict.fromkeys(launch.kernel for launch in emulation.launches)
         common = {
@@ -127,12 +97,18 @@ def count(
             "part": part.name,
         }
         rows = [
-            CountRow(**common, kernel=name, **_summary(launches, gpu))
+            CountRow(
+                **common,
+                kernel=name,
+                **_summary(launches, gpu),
+                configurations=(chosen or {}).get(name),
+            )
             for name in names
             for launches in [[x for x in emulation.launches if x.kernel == name]]
         ]
         total = CountRow(**common, kernel=TOTAL, **_summary(emulation.launches, gpu))
-        total.torch_matrix_flops = products.flops
+        total.torch_matrix_flops, total.torch_bytes = torch_work.flops, torch_work.bytes
+        total.kept_bytes = kept.bytes if part.name == FORWARD else None
         total.needed_flops, total.least_bytes = part.needed_flops, part.least_bytes
         needed = rates.needed_seconds(part.needed_flops, part.least_bytes, MATRIX_KIND, gpu)
         total.needed_bound_us = 1e6 * needed

@@ -2,7 +2,8 @@
 
 Autotuning needs a GPU, so none is done. flash-linear-attention chooses the blocks of its attention by the
 size of shared memory, and Inductor those of FlexAttention by head dim, dtype and compute capability; of the
-configurations that the LaCT authors' kernels are tuned among, each takes the largest tile that fits.
+configurations that the LaCT authors' kernels are tuned among, each takes the largest tile that fits into
+shared memory and spills no registers, as one that spills would not be the fastest.
 """
 
 import contextlib
@@ -10,14 +11,20 @@ import dataclasses
 import functools
 import importlib
 import math
+import os
+import re
+import subprocess
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
+from triton import knobs
 
 from benchmarks.compile_report.architectures import ARCHITECTURES
 from benchmarks.instruction_counts.points import Work
@@ -35,7 +42,7 @@ class Implementation:
 
     name: str
     build: Callable[[Work, int], Callable[..., Tensor]]
-    setting: Callable[[int], AbstractContextManager] = contextlib.nullcontext
+    setting: Callable[[int], AbstractContextManager] = lambda arch: contextlib.nullcontext()
     note: str = ""  # how it was set up
 
 
@@ -58,7 +65,7 @@ def implementations(work: Work, lact_checkout: Path | None = None) -> list[Imple
         "LaCT authors' fused kernels",
         functools.partial(_lact, lact_checkout),
         _lact_setting,
-        "without torch.compile; of the configurations to tune among the largest tile that fits",
+        "without torch.compile; of the configurations to tune among the largest that fits and does not spill",
     )
     if work.op == BlockCausalTTT.op and lact_checkout:
         return [ours, lact]
@@ -132,20 +139,56 @@ def _lact(checkout: Path, work: Work, arch: int) -> Callable[..., Tensor]:
 
 
 @contextlib.contextmanager
-def _lact_setting(arch: int) -> Iterator[None]:
+def _lact_setting(arch: int) -> Iterator[dict[str, list[str]]]:
+    """Gives the configurations that have been chosen for each kernel so far."""
     from triton.runtime.autotuner import Autotuner
 
-    def run(self, *args, **kwargs):
-        def size(config) -> tuple[int, int, int]:
-            return math.prod(config.kwargs.values()), config.num_warps, config.num_stages
+    chosen: dict[str, list[str]] = {}
 
-        for config in sorted(self.configs, key=size, reverse=True):
-            options = {**kwargs, **config.all_kwargs()}
-            given = {name: x for name, x in options.items() if name not in ("grid", "warmup")}
-            compiled, _ = compiler_for(arch)(self.fn, args, given)
-            if compiled.metadata["shared"] <= ARCHITECTURES[arch].shared_per_block:
-                return self.fn.run(*args, **options)
-        raise Unavailable("no configuration fits into shared memory")
+    def run(self, *args, **kwargs):
+        config, spilled = _largest(self, arch, args, kwargs)
+        sizes = {**config.kwargs, "num_warps": config.num_warps, "num_stages": config.num_stages}
+        text = ", ".join(f"{name}={x}" for name, x in sizes.items())
+        text += f" (spills {spilled} bytes)" if spilled else ""
+        texts = chosen.setdefault(self.base_fn.__name__, [])
+        if text not in texts:
+            texts.append(text)
+        return self.fn.run(*args, **kwargs, **config.all_kwargs())
 
     with mock.patch.object(Autotuner, "run", run), torch.compiler.set_stance("force_eager"):
-        yield
+        yield chosen
+
+
+def _largest(autotuner, arch: int, args, kwargs) -> tuple[Any, int]:
+    """The configuration with the largest tile that fits and spills nothing, or the least; and how much."""
+
+    def size(config) -> tuple[int, int, int]:
+        return math.prod(config.kwargs.values()), config.num_warps, config.num_stages
+
+    least = None
+    for config in sorted(autotuner.configs, key=size, reverse=True):
+        options = {**kwargs, **config.all_kwargs()}
+        given = {name: x for name, x in options.items() if name not in ("grid", "warmup")}
+        compiled, _ = compiler_for(arch)(autotuner.fn, args, given)
+        if compiled.metadata["shared"] > ARCHITECTURES[arch].shared_per_block:
+            continue
+        spilled = spilled_bytes(compiled.ptx, arch)
+        if least is None or spilled < least[1]:
+            least = config, spilled
+        if not spilled:
+            break
+    if least is None:
+        raise Unavailable("no configuration fits into shared memory")
+    return least
+
+
+@functools.lru_cache(maxsize=256)
+def spilled_bytes(ptx: str, arch: int) -> int:
+    """What a thread stores to and loads from local memory for want of registers, as ptxas says."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        name = f"sm_{arch}{'a' if arch >= 90 else ''}"
+        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={name}", file.name, "-o", os.devnull]
+        result = subprocess.run(command, check=True, capture_output=True, text=True)
+    return sum(map(int, re.findall(r"(\d+) bytes spill", result.stderr)))

@@ -35,6 +35,7 @@ class Pass:
     run: Callable[[], dict[str, Tensor]]
     needed_flops: int
     least_bytes: int
+    inputs: tuple[Tensor, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,12 +73,13 @@ class PointWork:
         size, flops = num_bytes(inputs.values()), point.flops("fwd")
         out = num_bytes([empty_output(point, DTYPE, CPU)])
         kept = point.B * point.T * point.Hq * FLOAT32_BYTES if point.op == WindowAttn.op else 0
+        given = tuple(inputs.values())
         if not leaves:
-            return [Pass(FORWARD, forward, flops, point.needed_bytes(DTYPE))]
+            return [Pass(FORWARD, forward, flops, point.needed_bytes(DTYPE), given)]
         back = 2 * size + out + (out + kept if kept else 0)
         return [
-            Pass(FORWARD, forward, flops, size + out + kept),
-            Pass(BACKWARD, backward, point.flops("fwd_bwd") - flops, back),
+            Pass(FORWARD, forward, flops, size + out + kept, given),
+            Pass(BACKWARD, backward, point.flops("fwd_bwd") - flops, back, given),
         ]
 
 
@@ -109,7 +111,11 @@ class BranchWork:
             return {f"d{name}": x for name, x in zip(leaves, gradients)}
 
         size, both = (branches.needed_bytes(inputs, douts, mode) for mode in ("fwd", "fwd_bwd"))
-        return [Pass(FORWARD, forward, 0, size), Pass(BACKWARD, backward, 0, both - size)]
+        given = tuple(inputs.values())
+        return [
+            Pass(FORWARD, forward, 0, size, given),
+            Pass(BACKWARD, backward, 0, both - size, given),
+        ]
 
 
 Work = PointWork | BranchWork
@@ -123,7 +129,7 @@ def attention(D: int, T: int, W: int) -> Work:
     return PointWork(WindowAttn(T=T, window_size=W, Hq=1, Hkv=1, D=D, Dv=D))
 
 
-def _fast_weights(D: int, T: int, chunk_size: int, **options: bool) -> Work:
+def fast_weights(D: int, T: int, chunk_size: int, **options: bool) -> Work:
     sizes = {"T": T, "chunk_size": chunk_size, "H": 1, "Dk": D, "Dv": D, "Dh": D}
     return PointWork(BlockCausalTTT(**sizes, **options))
 
@@ -137,15 +143,15 @@ WORKS: tuple[Work, ...] = (
     attention(64, 2048, 512),
     attention(128, 2048, 512),
     _cache(1024, 8),
-    _fast_weights(256, 1536, 512, momentum=True),
-    _fast_weights(256, 1536, 512, momentum=True, muon=True),
+    fast_weights(256, 1536, 512, momentum=True),
+    fast_weights(256, 1536, 512, momentum=True, muon=True),
     *(BranchWork(op, {"B": 1, "T": 2048, "C": 1024, "Hq": 16, "Hf": 4}) for op in branches.OPS),
 )
 # For tests: whole launches of every kernel, in seconds.
 QUICK_WORKS: tuple[Work, ...] = (
     attention(64, 160, 48),
     _cache(96, 2),
-    _fast_weights(32, 96, 32, momentum=True, muon=True),
+    fast_weights(32, 96, 32, momentum=True, muon=True),
     *(BranchWork(op, {"B": 1, "T": 16, "C": 64, "Hq": 2, "Hf": 1}) for op in branches.OPS),
 )
 OPS = tuple(dict.fromkeys(work.op for work in WORKS))

@@ -1,5 +1,6 @@
 """Counts of kernels small enough to work out by hand, and the command that sums them up."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -15,8 +16,9 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.instruction_counts import peers, points, rates
-from benchmarks.instruction_counts.__main__ import main
-from benchmarks.instruction_counts.counting import TorchProducts, count
+from benchmarks.instruction_counts.__main__ import _works, main, parse, table
+from benchmarks.instruction_counts.counting import CountRow, count
+from benchmarks.instruction_counts.torch_work import Kept, TorchWork
 from benchmarks.measure import DIFFERENCE_LIMITS, difference_of
 from benchmarks.peers import Unavailable
 from ptx_emulator import Options, counts, emulate
@@ -53,6 +55,13 @@ def _matmul_kernel(a_ptr, b_ptr, c_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.
 def _exponentials_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     tl.store(y_ptr + i, tl.exp2(tl.load(x_ptr + i)))
+
+
+@triton.jit
+def _square_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    x = tl.load(x_ptr + i[:, None] * 512 + i)
+    tl.store(y_ptr + i[:, None] * N + i, tl.dot(x, x))
 
 
 def counts_of(arch: int, kernel, grid: tuple[int, ...], *args, **options) -> dict[str, int]:
@@ -123,12 +132,79 @@ def test_products_of_torch_are_told_from_those_of_the_emulator():
     """The emulator itself multiplies matrices with torch."""
     M = N = K = 64
     a, b, c = torch.randn(M, K).bfloat16(), torch.randn(K, N).bfloat16(), torch.empty(M, N)
-    products = TorchProducts()
-    with products.outside_of_launches():
+    work = TorchWork()
+    with work.outside_of_launches():
         found = counts_of(80, _matmul_kernel, (1,), a, b, c, M, N, K)
         torch.bmm(c[None, :8], c[None])
-    assert products.flops == 2 * 8 * N * N
+    assert work.flops == 2 * 8 * N * N and work.bytes == 4 * (8 * N + N * N + 8 * N)
     assert rates.matrix_flops(found) == 2 * M * N * K
+
+
+X = torch.ones(8, 4)
+
+
+@pytest.mark.parametrize(
+    ("operation", "elements"),
+    [
+        pytest.param(lambda x: x + x[0], 32 + 4 + 32, id="a sum"),
+        pytest.param(lambda x: x.T[1:].unflatten(1, (2, 4)).detach(), 0, id="views"),
+        pytest.param(lambda x: x.expand(10, 8, 4).sum(0), 32 + 32, id="what stands for several"),
+        pytest.param(lambda x: x.mul_(X[0]), 32 + 4 + 32, id="in place"),
+        pytest.param(lambda x: x.zero_(), 32, id="overwritten"),
+        pytest.param(lambda x: x.copy_(X[0]), 4 + 32, id="a copy"),
+        pytest.param(lambda x: torch.cat([x, x[:1]]), 2 * 36, id="a list"),
+        pytest.param(lambda x: x.half(), 32 + 16, id="half as wide"),
+        pytest.param(lambda x: torch.empty_like(x), 0, id="without values"),
+        pytest.param(lambda x: torch.zeros_like(x), 32, id="zeros"),
+    ],
+)
+def test_bytes_of_operations_of_torch(operation, elements):
+    x, work = X.clone(), TorchWork()
+    with work.outside_of_launches():
+        operation(x)
+    assert work.bytes == 4 * elements
+
+
+def test_what_is_kept_for_a_backward():
+    x, w = X.clone().requires_grad_(), X[:, :1].clone()
+    kept = Kept([x, w])
+    with kept.counting():
+        y = (x * w).exp()  # the inputs of the product, the result of exp
+        y.sin().sum()  # and that again
+    assert kept.bytes == 4 * 32
+
+
+def test_the_configuration_that_a_peer_would_take():
+    """Of three the largest does not fit, and the next one spills: it is taken where there is no other."""
+    small, spilling, large = (
+        triton.Config({"N": n}, num_warps=warps) for n, warps in ((64, 4), (128, 1), (512, 1))
+    )
+    x, y = torch.randint(-4, 4, (512, 512)).bfloat16(), torch.zeros(64, 64)
+    with peers._lact_setting(90) as chosen, emulate(90):
+        triton.autotune([small, spilling, large], key=[])(_square_kernel)[(1,)](x, y)
+    assert chosen == {"_square_kernel": ["N=64, num_warps=4, num_stages=3"]}
+    assert torch.equal(y, x[:64, :64].float() @ x[:64, :64].float())
+    y = torch.zeros(128, 128)
+    with peers._lact_setting(90) as chosen, emulate(90):
+        triton.autotune([spilling], key=[])(_square_kernel)[(1,)](x, y)
+    (text,) = chosen["_square_kernel"]
+    assert text.startswith("N=128, num_warps=1, num_stages=3 (spills ")
+    with pytest.raises(Unavailable, match="fits"), peers._lact_setting(90), emulate(90):
+        triton.autotune([large], key=[])(_square_kernel)[(1,)](x, y)
+
+
+def test_works_of_given_sizes():
+    options = parse("--attention 64 96 32 --fast-weights 32 96 48 --fast-weights 64 8 4".split())
+    attention, *fast_weights = _works(options)
+    assert (attention.op, attention.point.D, attention.point.T, attention.point.window_size) == (
+        "window_attn", 64, 96, 32,
+    )  # fmt: skip
+    assert [work.op for work in fast_weights] == ["block_causal_ttt"] * 2
+    sizes = [
+        (w.point.Dk, w.point.Dv, w.point.Dh, w.point.T, w.point.chunk_size) for w in fast_weights
+    ]
+    assert sizes == [(32, 32, 32, 96, 48), (64, 64, 64, 8, 4)]
+    assert all(work.point.momentum for work in fast_weights)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -304,6 +380,34 @@ def test_flex_attention():
         assert difference_of(results, part.run()) <= DIFFERENCE_LIMITS[points.DTYPE]
         assert rows[-1].matrix_flops >= part.needed_flops and not rows[-1].torch_matrix_flops
     assert [len(rows) for rows, _ in counted] == [2, 3]  # the sum of o * do is a kernel of its own
+
+
+def test_lines_below_a_table():
+    """In round numbers: 4 MFLOP in kernels, 6 in torch, of 5 that are needed."""
+    found = {"matrix": 6_000, "integer": 2_000, "bytes_read": 3_000_000, "bytes_written": 1_000_000}
+    common = dict.fromkeys(
+        ("op", "variant", "shape", "dtype", "gpu", "launches", "programs", "warps"), 1
+    )
+    row = CountRow(
+        **common,
+        arch=90, part="forward", kernel="k", counts=found, matrix_flops=4_000_000, instructions=8_000,
+        bound_us={"matrix": 1.0}, overlapped_bound_us=1.0, serial_bound_us=2.0,
+        configurations=["N=64", "N=32"],
+    )  # fmt: skip
+    total = dataclasses.replace(
+        row, kernel="total", configurations=None, torch_matrix_flops=6_000_000, torch_bytes=5_000_000,
+        kept_bytes=7_000_000, needed_flops=5_000_000, least_bytes=2_000_000, needed_bound_us=0.5,
+    )  # fmt: skip
+    assert table([row, total])[4:] == [
+        "  k: N=64; N=32",
+        "  executed: 2000 warp-instructions per MFLOP of the rows above; besides by torch's own operations"
+        " 6.0 MFLOP and 5.000 MB",
+        "  needed: 2.000 MB (2.00 times that requested, 4.50 with torch's own operations) and 5.0 MFLOP"
+        " (2.00 times that executed); bound of that alone 0.500 us",
+        "  kept for the backward besides the inputs: 7.000 MB",
+    ]
+    alone = dataclasses.replace(total, torch_matrix_flops=0, torch_bytes=0, kept_bytes=None)
+    assert "(0.80 times that executed, 1600 warp-instructions per MFLOP)" in table([row, alone])[-1]
 
 
 def test_command_refuses_to_count_what_is_interpreted():
