@@ -14,7 +14,7 @@ class InvalidAccess(EmulatorError):
 
 
 class Divergence(EmulatorError):
-    """Threads of one warp that go different ways, which the emulator does not follow."""
+    """Threads of one warp that go different ways and do more there than compute, which is not followed."""
 
 
 class Deadlock(EmulatorError):

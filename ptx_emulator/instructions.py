@@ -32,6 +32,11 @@ def _written(operand: str) -> list[str]:
     return [x for x in re.split(r"[{},|\s]+", operand) if x and x != "_"]
 
 
+def only_computes(instruction: Instruction) -> bool:
+    """Whether a thread may execute it without the others of its warp, as far as they can notice."""
+    return instruction.opcode == "bra" or instruction.opcode in emit_arithmetic.EMITTERS
+
+
 def may_poll(instruction: Instruction) -> bool:
     """Whether a loop may wait in this way for what another program does."""
     return instruction.opcode in ("ld", "atom") and instruction.memory_order is not None

@@ -265,21 +265,25 @@ class Strand:
 
     def count(self) -> None:
         """What has been executed since it was counted last."""
-        launch = self.batch.launch
         for block, times in self.executed.items():
-            for unit, number in launch.program.unit_counts[block].items():
-                launch.counts[unit] += number * times * self.num_programs * len(self.warps)
+            self._count_block(block, times * self.num_programs * len(self.warps))
         self.executed.clear()
+
+    def _count_block(self, block: int, times: int) -> None:
+        launch = self.batch.launch
+        for unit, number in launch.program.unit_counts[block].items():
+            launch.counts[unit] += number * times
 
     def _part_ways(
         self, choice: np.ndarray, blocks: tuple[int, ...], line: int
     ) -> list[Batch] | None:
-        """Split by programs first, then by warps; threads of one warp stay together or it is an error."""
+        """Split by programs first, then by warps, after threads of one warp have come together again."""
         self._end_turn()
-        lanes = self.all_threads(choice).reshape(self.num_programs, -1, 32)
-        warps = lanes[..., 0]
-        if (lanes != warps[..., None]).any():
-            self.fail(Divergence, line, "the threads of a warp go different ways")
+        warps = self._of_warps(self.all_threads(choice))
+        if warps is None:
+            places = self._rejoin(np.asarray(blocks)[self.all_threads(choice).astype(int)], line)
+            blocks, choice = np.unique(places, return_inverse=True)
+            blocks, warps = blocks.tolist(), self._of_warps(choice.reshape(self.shape))
         ways, way_of = np.unique(warps, axis=0, return_inverse=True)
         if len(ways) == 1:
             self._take(ways[0], blocks, line)
@@ -289,6 +293,38 @@ class Strand:
         for part, way in zip(parts, ways):
             next(s for s in part.strands if s.id == self.id)._take(way, blocks, line)
         return parts
+
+    def _of_warps(self, x: np.ndarray) -> np.ndarray | None:
+        """What the threads of each warp have in common, `[programs, warps]`; None if they differ."""
+        lanes = x.reshape(self.num_programs, -1, 32)
+        return lanes[..., 0] if (lanes == lanes[..., :1]).all() else None
+
+    def _rejoin(self, places: np.ndarray, line: int) -> np.ndarray:
+        """Where threads of one warp are at different blocks: run those until the threads of each are at one.
+
+        The first of the blocks always goes on, so that nobody passes the place where ways meet. They may
+        only compute: to what threads do in memory, or with each other, others may have to come.
+        """
+        program = self.batch.launch.program
+        while self._of_warps(places) is None:
+            lanes = places.reshape(self.num_programs, -1, 32)
+            block = int(lanes[(lanes != lanes[..., :1]).any(-1)].min())
+            if not program.only_compute[block]:
+                self.fail(Divergence, line, "the threads of a warp go different ways")
+            here, before = places == block, self.registers
+            self.registers = list(before)
+            result = program.blocks[block](self.registers, self)
+            for place, old in enumerate(before):
+                if self.registers[place] is not old:
+                    self.registers[place] = np.where(here, self.registers[place], old)
+            self._count_block(block, int(here.reshape(-1, 32).any(1).sum()))
+            if isinstance(result, tuple):
+                choice, blocks, _ = result
+                result = np.asarray(blocks)[self.all_threads(choice).astype(int)]
+            if (here & (result <= block)).any():
+                self._count_iteration(program.last_lines[block])
+            places = np.where(here, result, places)
+        return places
 
     def _take(self, way: np.ndarray, blocks: tuple[int, ...], line: int) -> None:
         """Go on at the block that `way` chooses for each warp: as one strand, or as one for each block."""

@@ -19,6 +19,7 @@ from ptx_emulator import (
     wgmma,
 )
 from ptx_emulator.counts import unit_of
+from ptx_emulator.instructions import only_computes
 from ptx_emulator.parser import Instruction, Kernel, parse
 from ptx_emulator.translator import BLOCKED, ENDED, Translator
 from ptx_emulator.types import NEVER_WRITTEN
@@ -54,6 +55,11 @@ class Program:
             )
             counts.pop(None, None)
             self.unit_counts.append(counts)
+        self.only_compute = [
+            not (block.gate or block.poll)
+            and all(map(only_computes, code[block.first : block.stop]))
+            for block in translator.blocks
+        ]
         self.last_lines = [code[block.stop - 1].line for block in translator.blocks]
         self.orders_programs = any(i.memory_order for i in code)
         # How finely order is kept: the narrowest stores.

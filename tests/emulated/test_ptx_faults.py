@@ -372,6 +372,19 @@ def test_threads_of_one_warp_that_part():
         run(body, torch.zeros(4))
 
 
+def test_threads_of_one_warp_that_store_on_their_own():
+    body = """
+        ld.param.b64 %rd1, [k_param_0];
+        mov.u32 %r1, %tid.x;
+        setp.lt.u32 %p1, %r1, 7;
+        @%p1 bra $L_end;
+        st.global.b32 [%rd1], 1;
+    $L_end:
+        """
+    with pytest.raises(Divergence, match="line .*@%p1 bra"):
+        run(body, torch.zeros(4))
+
+
 def test_a_trap():
     with pytest.raises(EmulatorError, match="called trap"):
         run("trap;", torch.zeros(4))

@@ -1,15 +1,19 @@
 """Small kernels, as Triton compiles them, against PyTorch."""
 
 import itertools
+import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ptx_emulator import emulate
 from tests.emulated import kernels
+from tests.emulated.ptx import kernel
 
 ARCHITECTURES = (80, 90)
 DTYPES = (
@@ -207,3 +211,51 @@ def test_warps_with_jobs_of_their_own(stages):
         a, b, c = specialised_matmul(100, 72, 256, 64, 64, 32, stages)
     assert torch.equal(c.double(), a.double() @ b.double())
     assert emulation.launches[0].num_warps == 8  # four that multiply, one that loads, and its group
+
+
+# --- threads of one warp that part ----------------------------------------------------------------------
+
+
+@triton.jit
+def _functions_kernel(x_ptr, n_ptr, y_ptr, q_ptr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x, n = tl.load(x_ptr + i), tl.load(n_ptr + i)
+    tl.store(y_ptr + i, tl.log(x))
+    tl.store(y_ptr + tl.num_programs(0) * BLOCK + i, tl.erf(x))
+    tl.store(q_ptr + i, n // (i.to(tl.int64) + 1))
+
+
+@both
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_functions_that_take_ways_of_their_own(arch, share):
+    """Logarithms of what is not finite, large and small arguments, quotients of 64 and of 32 bits."""
+    special = torch.tensor([math.nan, math.inf, 0.0, -1.0, 20.0])
+    choose = torch.arange(512) % 10 < 10 * share
+    x = torch.where(choose, special[torch.arange(512) % 5], torch.rand(512) + 0.01)
+    n = torch.where(choose, 2**40, 1000) + torch.arange(512)
+    y, q = torch.zeros(2, 512), torch.zeros(512, dtype=torch.int64)
+    with emulate(arch):
+        _functions_kernel[(2,)](x, n, y, q, BLOCK=256, num_warps=4)
+    expected = torch.stack((x.log(), x.erf()))
+    torch.testing.assert_close(y, expected, atol=1e-6, rtol=1e-6, equal_nan=True)
+    assert torch.equal(q, n // (torch.arange(512) + 1))
+
+
+def test_a_warp_counts_what_some_of_its_threads_execute():
+    """Of two warps the second skips the addition, and one thread of the first does not."""
+    body = """
+        ld.param.b64 %rd1, [k_param_0];
+        mov.u32 %r1, %tid.x;
+        mov.b32 %r2, 0;
+        setp.ne.s32 %p1, %r1, 5;
+        @%p1 bra $JOIN;
+        add.s32 %r2, %r2, 1;
+    $JOIN:
+        mad.wide.u32 %rd2, %r1, 4, %rd1;
+        st.global.b32 [%rd2], %r2;
+        """
+    found = torch.zeros(64, dtype=torch.int32)
+    with emulate(90) as emulation:
+        emulation.run_ptx(kernel(body, 1, 64), [found], (3,))
+    assert found.tolist() == [int(i == 5) for i in range(64)]
+    assert emulation.launches[0].counts["integer"] == 3 * (2 * 2 + 1)
