@@ -136,7 +136,8 @@ def _ttt_update_kernel(
             factor = tl.div_rn(norm, row_lengths(x) + RENORM_EPS)
             weights = (x * factor[:, None]).to(dtype)
         tl.store(sums_ptr + then, x, mask=inside)
-        tl.store(weights_ptr + then, weights, mask=inside)
+        # In fours, like all else: a thread with eight of these would have every other sector of the rest.
+        tl.store(weights_ptr + tl.max_contiguous(then, [1, 4]), weights, mask=inside)
 
 
 @triton.jit(do_not_specialize=["first_chunk", "B", "T", "chunk_size", "H"])
