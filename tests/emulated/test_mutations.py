@@ -199,6 +199,10 @@ SUBJECTS = {
             (ONE_PITCH, {"descriptor leading offset off by 128": (0, 6)}),
             (UNIFORM, {"shuffle from the next lane": (0,)}),
             (
+                "the first token of the first step, which is 0 where a sum is not in parts",
+                {"shift by one more": (14,)},
+            ),
+            (
                 "another step, over no tokens, where their number is a multiple of 64: none is here",
                 {"comparison with or without equality": (8, 20)},
             ),
