@@ -5,8 +5,8 @@ python -m benchmarks.newton_schulz_accuracy                          # about a m
 python -m benchmarks.newton_schulz_accuracy --shape 768 3072 --kind well low
 ```
 
-The iteration of the Triton kernels is run in PyTorch with each of its launches replaced by products in
-float32 of the same float16 matrices, and each result rounded as the kernels round it
+The schedule of the Triton kernel is run in PyTorch with each of its operations replaced by products in
+float32 of the same float16 matrices, and each result rounded as the kernel rounds it
 (`tests/emulated/test_newton_schulz.py` holds the two against each other). Errors are relative to float64 in
 the Frobenius norm, of the result and of its gradient with respect to the matrix. The matrices are
 
@@ -30,131 +30,96 @@ from torch import Tensor
 from benchmarks.registry import NEWTON_SCHULZ
 from lact_kernels.core.newton_schulz import EPS, LACT, Coefficients, groups
 from lact_kernels.eager.newton_schulz import newton_schulz, newton_schulz_bwd
-from lact_kernels.triton.fast_weights.layout import Dims, num_tiles
-from lact_kernels.triton.fast_weights.newton_schulz import Iteration
-from lact_kernels.triton.fast_weights.newton_schulz_kernels import (
-    multiply_constexprs,
-    symmetric_constexprs,
-)
+from lact_kernels.triton.configs import ttt_config
+from lact_kernels.triton.fast_weights import newton_schulz_schedule as schedule
+from lact_kernels.triton.fast_weights.layout import Dims
+from lact_kernels.triton.fast_weights.newton_schulz import num_tiles
+from lact_kernels.triton.fast_weights.newton_schulz_schedule import Array, Form, Kind, Operation
 
 SHAPES = ((768, 1536), (1024, 2048), (1024, 4096))
 TRIPLES = {"LaCT": LACT.coefficients, "published": NEWTON_SCHULZ}
 KINDS = ("well", "ill", "low", "silu", "dominated")
-CPU = torch.device("cpu")
 
 Matrices = tuple[Tensor, ...]
 
 
-class Rounded(Iteration):
-    """The iteration in PyTorch, for a tuple of matrices of any shapes in place of packed ones."""
+class Rounded:
+    """The schedules in PyTorch, for a tuple of matrices of any shapes in place of packed ones."""
 
     def __init__(self, coefficients: Coefficients, dims: Dims, gram: bool = True):
-        super().__init__(1, dims, torch.float16, CPU, coefficients)
-        self.dtype = torch.float16  # of small matrices, too
-        self.runs = _runs(coefficients, dims, gram)
+        runs = _runs(coefficients, dims, gram)
+        self.schedules = {"forward": schedule.forward(runs), "backward": schedule.backward(runs)}
 
-    def _normalize(
-        self, g: Matrices, squares: None, gradient: bool, in_place: bool = False
-    ) -> Matrices:
-        result = []
-        for x in g:
-            norm = torch.linalg.matrix_norm(x)
-            x = x * (min(x.shape) ** 0.5 / norm if gradient else 1 / (norm + EPS))
-            result.append(x if in_place else _wide(x, x).half())
-        self.shapes = g
-        return tuple(result)
+    def forward(self, g: Matrices) -> Matrices:
+        """The orthogonalised g."""
+        return self._run("forward", g, None)
 
-    def _symmetric_exact(
-        self, a: Matrices, b: Matrices | None = None, add: tuple = ()
-    ) -> list[Matrices]:
-        exact = self._float32(a, b, add, 1.0, one_sided=True)
-        return [_half(exact), exact]
-
-    def _symmetric(self, a, b=None, *, add=(), factor=1.0, one_sided=False, exact=None) -> Matrices:
-        return _half(self._float32(a, b, add, factor, one_sided))
-
-    def _float32(self, a, b, add, factor, one_sided) -> Matrices:
-        result = []
-        for number, x in enumerate(a):
-            y = x if b is None else b[number]
-            acc = x.float() @ y.float().mT
-            if b is not None and not one_sided:
-                acc = acc + y.float() @ x.float().mT
-            acc = factor * acc
-            for squares, scale in add:
-                acc += scale * squares[number].float()
-            result.append(acc.tril() + acc.tril(-1).mT)
-        return tuple(result)
-
-    def _multiply(
-        self, square, x, factor, second=None, *, in_place=False, of_square=False
-    ) -> Matrices:
-        result = []
-        for number, (s, x_) in enumerate(zip(square, x)):
-            acc = s.float() @ x_.float()
-            if second is not None:
-                acc += second[0][number].float() @ second[1][number].float()
-            acc += factor * x_.float()
-            result.append(_wide(acc, self.shapes[number]) if in_place else acc.half())
-        return tuple(result)
-
-    def _inner(self, dx: Matrices, g: Matrices, *rest) -> tuple[Tensor, None, None]:
-        return torch.stack([(d * x).sum() for d, x in zip(dx, g)]), None, None
+    def backward(self, dx: Matrices, g: Matrices) -> Matrices:
+        """The gradient of g over its norm, in the units of dx over its own."""
+        return self._run("backward", g, dx)
 
     def gradient(self, dx: Matrices, g: Matrices) -> Matrices:
         """Of the orthogonalised g, with the part along g taken out, as the kernel after it does."""
-        result, inner, *_ = self.backward(dx, g, None, None)
         gradients = []
-        for d, along, x, dx_ in zip(result, inner, g, dx):
+        for d, x, dx_ in zip(self.backward(dx, g), g, dx):
             norm = torch.linalg.matrix_norm(x)
             unit = torch.linalg.matrix_norm(dx_) / min(x.shape) ** 0.5
+            along = (d * x).sum()
             gradients.append(unit * (d - x * (along / norm / (norm + EPS))) / (norm + EPS))
         return tuple(gradients)
 
+    def _run(self, direction: str, g: Matrices, dx: Matrices | None) -> Matrices:
+        values: dict[Array, Matrices] = {}
+        for operation in self.schedules[direction]:
+            if operation.kind in (Kind.NORMALIZE, Kind.NORMALIZE_GRADIENT):
+                is_gradient = operation.kind == Kind.NORMALIZE_GRADIENT
+                result = self._normalized(dx if is_gradient else g, is_gradient)
+            elif operation.kind != Kind.INNER:
+                result = _products(operation, values)
+            if operation.exact is not None:
+                values[operation.exact] = result
+            if operation.out is not None and operation.out.form != Form.RESULT:
+                values[operation.out] = tuple(x.half() for x in result)
+        return tuple(_wide(x, like) for x, like in zip(result, g))
 
-class Counted(Iteration):
-    """The iteration without any computation: `operations` of its products, in whole tiles."""
+    def _normalized(self, matrices: Matrices, is_gradient: bool) -> Matrices:
+        result = []
+        for x in matrices:
+            norm = torch.linalg.matrix_norm(x)
+            x = x * (min(x.shape) ** 0.5 / norm if is_gradient else 1 / (norm + EPS))
+            result.append(_wide(x, x))
+        return tuple(result)
 
-    def __init__(self, coefficients: Coefficients, dims: Dims, gram: bool = True):
-        super().__init__(1, dims, torch.float16, CPU, coefficients)
-        self.operations = 0
-        self.runs = _runs(coefficients, dims, gram)
 
-    def _normalize(self, *arguments, **options) -> Tensor:
-        return torch.empty(0)
-
-    def _symmetric_exact(self, a, b=None, add=()) -> list[Tensor]:
-        return [self._symmetric(a, b, add=add, one_sided=True)] * 2
-
-    def _symmetric(self, a, b=None, *, add=(), factor=1.0, one_sided=False, exact=None) -> Tensor:
-        tiles = num_tiles(symmetric_constexprs(self.dims, self.symmetric_config, bool(add)))
-        products = 1 if b is None or one_sided else 2
-        length = (min if add else max)(self.dims.sizes)
-        self.operations += tiles * self.symmetric_config.block_m**2 * 2 * length * products
-        return torch.empty(0)
-
-    def _multiply(
-        self, square, x, factor, second=None, *, in_place=False, of_square=False
-    ) -> Tensor:
-        config = self.multiply_config
-        tiles = num_tiles(multiply_constexprs(self.dims, config, in_place, of_square))
-        products = 1 if second is None else 2
-        self.operations += (
-            tiles * config.block_m * config.block_n * 2 * min(self.dims.sizes) * products
-        )
-        return torch.empty(0)
-
-    def _inner(self, *arguments) -> tuple[None, None, None]:
-        return None, None, None
+def _products(operation: Operation, values: dict[Array, Matrices]) -> Matrices:
+    """What a product and all that is added to it come to, in float32."""
+    result = []
+    for number in range(len(values[operation.terms[0][0]])):
+        acc = 0
+        for pair in operation.terms:
+            a, b = (values[array][number].float() for array in pair)
+            acc = acc + a @ (b if operation.kind == Kind.COLUMNS else b.mT)
+        acc = operation.factor * acc
+        for array, factor in operation.add:
+            acc += factor * values[array][number].float()
+        if operation.kind == Kind.SYMMETRIC:
+            acc = acc.tril() + acc.tril(-1).mT
+        result.append(acc)
+    return tuple(result)
 
 
 def operations(m: int, n: int, gram: bool) -> tuple[int, int]:
     """Forward and backward, of one head's three matrices `[n, m]`, `[m, n]` and `[n, m]`."""
+    runs = _runs(LACT.coefficients, Dims(m, m, n), gram)
+    block = ttt_config("newton_schulz", torch.float16, None).block_m
     counts = []
-    for run in (lambda x: x.forward(None, None), lambda x: x.backward(None, None, None, None)):
-        counted = Counted(LACT.coefficients, Dims(m, m, n), gram)
-        run(counted)
-        counts.append(counted.operations)
+    for recorded in (schedule.forward(runs), schedule.backward(runs)):
+        total = 0
+        for operation in recorded:
+            is_long = any(a.form == b.form == Form.LONG for a, b in operation.terms)
+            tiles = 3 * num_tiles(operation.kind, (m, n), block)
+            total += tiles * block**2 * 2 * (n if is_long else m) * len(operation.terms)
+        counts.append(total)
     return tuple(counts)
 
 
@@ -190,7 +155,7 @@ def measure(m: int, n: int, kinds: tuple[str, ...], triples: Coefficients) -> It
         row = []
         for gram in (False, True):
             rounded = Rounded(triples, Dims(m, m, n), gram)
-            found = rounded.forward((g,), None), rounded.gradient((dx,), (g,))
+            found = rounded.forward((g,)), rounded.gradient((dx,), (g,))
             row += [((x.double() - y).norm() / y.norm()).item() for (x,), y in zip(found, exact)]
         yield row
 
@@ -198,10 +163,6 @@ def measure(m: int, n: int, kinds: tuple[str, ...], triples: Coefficients) -> It
 def _runs(coefficients: Coefficients, dims: Dims, gram: bool) -> tuple[Coefficients, ...]:
     dtype = torch.float16 if gram else torch.float32
     return groups(coefficients, dims.shapes, dtype)
-
-
-def _half(x: Matrices) -> Matrices:
-    return tuple(matrix.half() for matrix in x)
 
 
 def _wide(x: Tensor, like: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ def rounded(
     iteration = Rounded(coefficients, dims, gram)
     g, dx = (tuple(matrix[0] for matrix in dims.unpack(x)) for x in (g, dx))
     results = torch.zeros(1, dims.size), torch.zeros(1, dims.size)
-    for packed, values in zip(results, (iteration.forward(g, None), iteration.gradient(dx, g))):
+    for packed, values in zip(results, (iteration.forward(g), iteration.gradient(dx, g))):
         for place, value in zip(dims.unpack(packed), values):
             place.copy_(value)
     return results

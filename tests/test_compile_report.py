@@ -21,8 +21,6 @@ WITHOUT_PRODUCTS = (
     "ttt_mean_momentum",
     "ttt_rates_bwd",
     "ttt_end",
-    "newton_schulz_inner",
-    "newton_schulz_normalize",
     "window_attn_combine",
     "silu_l2norm_rope_fwd",
     "silu_l2norm_rope_bwd",

@@ -10,16 +10,19 @@ import torch
 
 from benchmarks.compile_report.case import CompileCase, others, shipped_ttt_configs
 from benchmarks.compile_report.compiling import descriptor_type
+from lact_kernels.core.newton_schulz import LACT, groups
 from lact_kernels.triton.configs import ARCHITECTURES, TRITON, TTTConfig, kernel_of
 from lact_kernels.triton.fast_weights import (
     activations,
     activations_bwd,
     end,
+    newton_schulz,
     newton_schulz_kernels,
     products,
     update,
     update_bwd,
 )
+from lact_kernels.triton.fast_weights import newton_schulz_schedule as schedule
 from lact_kernels.triton.fast_weights.layout import ALL_MATRICES, Dims
 
 # Sizes that the tiles exceed, sizes of whole tiles, and the largest.
@@ -167,48 +170,30 @@ def _update_bwd(arch: int) -> Iterator[CompileCase]:
 
 
 def _newton_schulz(arch: int) -> Iterator[CompileCase]:
-    name, squares = "newton_schulz_symmetric", ("y_ptr", "y2_ptr")
-    tokens = ("a_ptr", "b_ptr", "y_ptr", "y2_ptr", "out_ptr")
-    for square in (False, True):
-        yield from _cases(
-            name, newton_schulz_kernels.SYMMETRIC_KERNELS, arch,
-            functools.partial(newton_schulz_kernels.symmetric_constexprs, square=square),
-            tokens=tokens, absent=("exact_ptr", *(squares[square:])),
-        )  # fmt: skip
-    # X X^T, P R and P Q of the Gram form: float32 beside what is rounded, and two terms to add.
-    for variant, float32, absent in (
-        ("exact", (), ("b_ptr", *squares)),
-        ("exact square", ("y_ptr",), ("y2_ptr",)),
-        ("two terms", (), ("exact_ptr",)),
+    sizes = ("dbuffers_ptr", "result_squares_ptr", "dbuffers_squares_ptr")
+    gradient = ("dx_ptr", "dsquares_ptr", "inner_ptr", *sizes)
+    integers = dict.fromkeys(("entries_ptr", "counters_ptr"), torch.int32)
+    for variant, absent in (
+        ("forward", (*gradient, "exact_ptr")),
+        ("backward", ("exact_ptr",)),
+        ("forward Gram", gradient),
+        ("backward Gram", ()),
     ):
-        yield from _cases(
-            name, newton_schulz_kernels.SYMMETRIC_KERNELS, arch,
-            functools.partial(
-                newton_schulz_kernels.symmetric_constexprs,
-                square="y_ptr" not in absent, one_sided="b_ptr" not in absent,
-            ),
-            tokens=tuple(x for x in tokens if x not in float32), absent=absent,
-            variant=variant, dims=ELONGATED,
-        )  # fmt: skip
-    for of_square in (False, True):
-        yield from _cases(
-            "newton_schulz_multiply", newton_schulz_kernels.MULTIPLY_KERNELS, arch,
-            functools.partial(newton_schulz_kernels.multiply_constexprs, square=of_square),
-            tokens=("square_ptr", "x_ptr", "square2_ptr", "x2_ptr", "out_ptr"),
-            absent=("square2_ptr", "x2_ptr") if of_square else (),
-            variant="square" if of_square else "",
-            dims=ELONGATED if of_square else COMPILED_DIMS,
-        )  # fmt: skip
-    yield from _row_cases(
-        "newton_schulz_inner", newton_schulz_kernels._inner_kernel, arch, ()
-    )  # fmt: skip
-    block = newton_schulz_kernels.NORMALIZE_BLOCK
-    yield from _cases(
-        "newton_schulz_normalize", {TRITON: newton_schulz_kernels._normalize_kernel}, arch,
-        lambda dims, _: newton_schulz_kernels.normalize_constexprs(dims, gradient=True),
-        tokens=("x_ptr",),
-        fixed=(torch.float16, TTTConfig(block, block, 1, update.NUM_WARPS, 3)), dims=(LARGEST, LONGEST),
-    )  # fmt: skip
+        for case in _cases(
+            "newton_schulz", newton_schulz_kernels.KERNELS, arch,
+            functools.partial(_iteration_constexprs, "backward" in variant),
+            tokens=("arrays_ptr",), absent=absent, variant=variant,
+            dims=ELONGATED if "Gram" in variant else COMPILED_DIMS,
+        ):  # fmt: skip
+            if case.dtype == torch.float16 or "Gram" not in variant:
+                yield replace(case, pointers=case.pointers | integers)
+
+
+def _iteration_constexprs(backward: bool, dims: Dims, config: TTTConfig) -> dict[str, Any]:
+    runs = groups(LACT.coefficients, dims.shapes, torch.float16)
+    operations = (schedule.backward if backward else schedule.forward)(runs)
+    entries = newton_schulz.Tables(operations, dims, config.block_m).entries
+    return newton_schulz.iteration_constexprs(dims, config, len(entries))
 
 
 def _given_weights_cases(*arguments: Any, **keywords: Any) -> Iterator[CompileCase]:

@@ -243,8 +243,7 @@ _TTT_PASSES = (
     "ttt_hidden_bwd",
     "ttt_outer",
     "ttt_project",
-    "newton_schulz_symmetric",
-    "newton_schulz_multiply",
+    "newton_schulz",
 )
 # block_m, block_n, block_k, warps, stages, by pass, architecture and width of the input dtype. The fast
 # weights' sizes do not decide it: their matrices are cut into tiles like any other.
@@ -271,12 +270,9 @@ _TTT_TABLE: dict[tuple[str, int, int], TTTConfig] = {
     ("ttt_project", 80, 16): TTTConfig(128, 128, 32, 8, 3),
     ("ttt_project", 90, 16): TTTConfig(128, 128, 64, 8, 3),
     ("ttt_project", 100, 16): TTTConfig(128, 128, 64, 8, 3),
-    ("newton_schulz_symmetric", 80, 16): TTTConfig(128, 128, 32, 8, 3),
-    ("newton_schulz_symmetric", 90, 16): TTTConfig(128, 128, 64, 8, 3),
-    ("newton_schulz_symmetric", 100, 16): TTTConfig(128, 128, 64, 8, 3),
-    ("newton_schulz_multiply", 80, 16): TTTConfig(128, 128, 32, 8, 3),
-    ("newton_schulz_multiply", 90, 16): TTTConfig(128, 128, 64, 8, 3),
-    ("newton_schulz_multiply", 100, 16): TTTConfig(128, 128, 64, 8, 3),
+    ("newton_schulz", 80, 16): TTTConfig(128, 128, 32, 8, 3),
+    ("newton_schulz", 90, 16): TTTConfig(128, 128, 64, 8, 3),
+    ("newton_schulz", 100, 16): TTTConfig(128, 128, 64, 8, 3),
     ("ttt_hidden", DESCRIBED, 16): TTTConfig(128, 128, 64, 8, 4, True),
     ("ttt_hidden_given", DESCRIBED, 16): TTTConfig(128, 128, 64, 8, 4, True),
     ("ttt_hidden_grad", DESCRIBED, 16): TTTConfig(128, 128, 64, 8, 2, True),

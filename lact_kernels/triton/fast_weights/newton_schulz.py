@@ -38,56 +38,41 @@ all values into the range of float16. Gradients, whose scale is arbitrary, are d
 values, and rounding noise with them, about 490 times, which is why bfloat16 would not do. For the same
 reason R and T of the Gram form are kept in float32 beside float16, for the terms a R and a T of what comes
 next: small singular values are in these alone. `benchmarks/newton_schulz_accuracy.py` shows the errors.
+
+All of it is one launch in each direction: `newton_schulz_schedule` lists the operations, here they become
+a table of tiles, and the kernel (`newton_schulz_kernels`) goes through that.
 """
 
-from collections.abc import Iterator
+import functools
+import math
+from collections import Counter
 from typing import NamedTuple
 
+import numpy as np
 import torch
+import triton
 from torch import Tensor
 
 from lact_kernels.core.newton_schulz import LACT, Coefficients, groups
-from lact_kernels.triton.configs import capability_of, ttt_config
-from lact_kernels.triton.fast_weights.layout import Dims, num_tiles
+from lact_kernels.triton.configs import TTTConfig, capability_of, ttt_config
+from lact_kernels.triton.fast_weights import newton_schulz_schedule as schedule
+from lact_kernels.triton.fast_weights.layout import ALIGNMENT, Dims
 from lact_kernels.triton.fast_weights.newton_schulz_kernels import (
-    MULTIPLY_KERNELS,
-    SYMMETRIC_KERNELS,
-    _inner_kernel,
-    _normalize_kernel,
-    multiply_constexprs,
-    normalize_constexprs,
-    symmetric_constexprs,
+    AT,
+    INNER_ROWS,
+    KERNELS,
+    NOWHERE,
+    Entry,
 )
-from lact_kernels.triton.fast_weights.update import NUM_WARPS, row_programs, row_warps
+from lact_kernels.triton.fast_weights.newton_schulz_schedule import Array, Form, Kind, Operation
 from lact_kernels.triton.launch import launch
 
-SMALL = 64  # up to this size products take less time than their launches, in float32, too
-# Of the gradients of squares in the Gram form: those of a gradient in few places can be larger than X's.
-GRAM_SCALE = 2.0**-4
-
-
-class Step(NamedTuple):
-    """A step of a group, and what its gradient reads."""
-
-    triple: tuple[float, float, float]
-    r: Tensor
-    b: Tensor
-    t: Tensor | None  # None in the last step of a group
-    q: float  # Q before the step is q I + rest
-    rest: Tensor | None
-
-
-class Group(NamedTuple):
-    """Some steps at once: X <- q X + rest X."""
-
-    x: Tensor
-    steps: list[Step]
-    q: float
-    rest: Tensor
+SMALL = 64  # up to this size products take less time than all else, in float32, too
+BEYOND = 2**31 - 1  # first tile of an entry that there is not
 
 
 class Iteration:
-    """The iteration for matrices packed `[heads, SIZE]`, of one shape and dtype."""
+    """The iteration for matrices packed `[heads, SIZE]`, of one shape and dtype, one call at a time."""
 
     def __init__(
         self,
@@ -97,21 +82,26 @@ class Iteration:
         device: torch.device,
         coefficients: Coefficients = LACT.coefficients,
     ):
-        self.heads, self.dims = heads, dims
-        small = max(dims.sizes) <= SMALL
-        self.dtype = torch.float32 if small or tokens_dtype == torch.float32 else torch.float16
-        self.runs = groups(coefficients, dims.iterated, self.dtype)
-        capability = capability_of(device)
-        self.symmetric_config = ttt_config("newton_schulz_symmetric", self.dtype, capability)
-        self.multiply_config = ttt_config("newton_schulz_multiply", self.dtype, capability)
+        self.heads, self.dims, self.device = heads, dims, device
+        self.dtype = iterated_dtype(dims, tokens_dtype)
+        runs = groups(coefficients, dims.iterated, self.dtype)
+        self.config = ttt_config("newton_schulz", self.dtype, capability_of(device))
+        self._plan = functools.partial(_plan, runs, dims, self.config, device)
+        self.counters = torch.zeros(1 + 3 * heads, dtype=torch.int32, device=device)
+
+    @functools.cached_property
+    def _forward(self) -> "Plan":
+        return self._plan(backward=False)
+
+    @functools.cached_property
+    def _backward(self) -> "Plan":
+        return self._plan(backward=True)
 
     def forward(self, g: Tensor, squares: Tensor) -> Tensor:
         """The orthogonalised g, float32. `squares` `[heads, ROWS]` are those of the rows' norms."""
-        if not self.runs:
-            return self._normalize(g, squares, gradient=False, in_place=True)
-        for group in self._groups(g, squares):
-            last = group
-        return self._multiply(last.rest, last.x, last.q, in_place=True)
+        result = torch.empty_like(g)
+        self._launch(self._forward, g, squares, *(None,) * 6, result)
+        return result
 
     def backward(
         self,
@@ -127,149 +117,157 @@ class Iteration:
         Iterates are computed again. `dsquares` and `squares` are those of the norms of rows of dx and g. With
         sizes those of the result and of `dbuffers`, if there are any, are returned, too.
         """
-        iterates = list(self._groups(g, squares))
-        dx = self._normalize(dx, dsquares, gradient=True, in_place=not iterates)
-        for group in reversed(iterates):
-            dr = self._gram_gradient(group, dx)
-            first = group is iterates[0]
-            dx = self._multiply(group.rest, dx, group.q, (dr, group.x), in_place=first)
-        return dx, *self._inner(dx, g, dbuffers, squares, with_sizes)
-
-    def _groups(self, g: Tensor, squares: Tensor) -> Iterator[Group]:
-        """All groups of steps, each with the X that it begins with."""
-        group = None
-        for triples in self.runs:
-            if group is None:
-                x = self._normalize(g, squares, gradient=False)
-            else:
-                x = self._multiply(group.rest, group.x, group.q)
-            group = self._group(x, triples)
-            yield group
-
-    def _group(self, x: Tensor, triples: Coefficients) -> Group:
-        several = len(triples) > 1
-        r, exact = self._symmetric_exact(x) if several else [self._symmetric(x)] * 2
-        q, rest, steps = 1.0, None, []
-        for number, triple in enumerate(triples, start=1):
-            a, b, c = triple
-            polynomial = self._symmetric(r, add=((exact, b),), factor=c)
-            now = (triple, r, polynomial)
-            t = None
-            if number < len(triples):
-                t, exact = self._symmetric_exact(polynomial, r, ((exact, a),))
-                r, exact = self._symmetric_exact(polynomial, t, ((exact, a),))
-            steps.append(Step(*now, t, q, rest))
-            if rest is None:
-                rest = polynomial
-            else:
-                add = ((rest, a), (polynomial, q))
-                rest = self._symmetric(polynomial, rest, add=add, one_sided=True)
-            q *= a
-        return Group(x, steps, q, rest)
-
-    def _gram_gradient(self, group: Group, dx: Tensor) -> Tensor:
-        """dR of the group's X X^T, twice."""
-        scale = GRAM_SCALE if len(group.steps) > 1 else 1.0
-        dq, dr = self._symmetric(group.x, dx, factor=scale), None
-        for step in reversed(group.steps):
-            a, b, c = step.triple
-            dp = dq
-            if step.rest is not None:
-                dp = self._symmetric(step.rest, dq, add=((dq, step.q),), factor=0.5)
-                dq = self._symmetric(step.b, dq, add=((dq, a),), factor=0.5)
-            if dr is not None:
-                dp = self._symmetric(step.t, dr, add=((dp, 1.0),))
-            own = self._symmetric(step.r, dp, add=((dp, b),), factor=c)
-            if dr is None:
-                dr = own
-            else:
-                half = self._multiply(step.b, dr, a, of_square=True)  # P dR, which is not symmetric
-                back = 1.0 / scale if step is group.steps[0] else 1.0
-                add = ((half, back * a), (own, back))
-                dr = self._symmetric(half, step.b, add=add, factor=back, one_sided=True)
-        return dr
-
-    def _inner(
-        self, dx: Tensor, g: Tensor, dbuffers: Tensor | None, squares: Tensor, with_sizes: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         dbuffers = dbuffers if with_sizes else None
+        result, inner = torch.empty_like(dx), torch.empty_like(squares)
         size = torch.empty_like(squares) if with_sizes else None
         dbuffers_size = None if dbuffers is None else torch.empty_like(squares)
-        inner = torch.empty_like(squares)
-        programs, constexprs = row_programs(self.dims)
-        _inner_kernel[(self.heads * programs,)](
-            dx,
-            g,
-            dbuffers,
-            inner,
-            size,
-            dbuffers_size,
-            **constexprs,
-            num_warps=row_warps(self.dims),
-        )
-        return inner, size, dbuffers_size
+        rows = inner, size, dbuffers_size
+        self._launch(self._backward, g, squares, dx, dsquares, dbuffers, *rows, result)
+        return result, *rows
 
-    def _normalize(
-        self, g: Tensor, squares: Tensor, gradient: bool, in_place: bool = False
-    ) -> Tensor:
-        """`in_place`: float32, in the shape of the matrix."""
-        x = torch.empty_like(g, dtype=torch.float32 if in_place else self.dtype)
-        constexprs = normalize_constexprs(self.dims, gradient, in_place)
-        _normalize_kernel[(self.heads * num_tiles(constexprs),)](
-            g, squares, x, **constexprs, num_warps=NUM_WARPS
-        )
-        return x
-
-    def _symmetric_exact(self, a: Tensor, b: Tensor | None = None, add: tuple = ()) -> list[Tensor]:
-        """`a b^T`, or `a a^T`, plus what is to be added; and the same in float32."""
-        exact = a.new_empty(self.heads, self.dims.squares[-1], dtype=torch.float32)
-        return [self._symmetric(a, b, add=add, one_sided=True, exact=exact), exact]
-
-    def _symmetric(
-        self,
-        a: Tensor,
-        b: Tensor | None = None,
-        *,
-        add: tuple[tuple[Tensor, float], ...] = (),
-        factor: float = 1.0,
-        one_sided: bool = False,
-        exact: Tensor | None = None,
-    ) -> Tensor:
-        """`factor (a b^T + b a^T)` plus up to two squares y, given with their factors.
-
-        Without b the product is `a a^T`; `one_sided`: it is `a b^T`. Without y a and b are like X, with
-        one they are squares. `exact` receives the result in float32.
-        """
-        one_sided = one_sided and b is not None
-        constexprs = symmetric_constexprs(self.dims, self.symmetric_config, bool(add), one_sided)
-        out = a.new_empty(self.heads, self.dims.squares[-1])
-        (y, y_factor), (y2, y2_factor) = (*add, (None, 0.0), (None, 0.0))[:2]
+    def _launch(self, plan: "Plan", *arguments: Tensor | None) -> None:
+        heads = self.heads
+        arrays = torch.empty(heads, plan.arrays_size, dtype=self.dtype, device=self.device)
+        exact = None
+        if plan.exact_size:
+            exact = torch.empty(heads, plan.exact_size, dtype=torch.float32, device=self.device)
         launch(
-            SYMMETRIC_KERNELS, self.symmetric_config, (self.heads * num_tiles(constexprs),),
-            a, b, y, y2, out, exact, factor, y_factor, y2_factor, *self.dims.sizes,
-            **constexprs,
+            KERNELS, self.config, (heads * plan.num_tiles,), *arguments,
+            arrays, exact, plan.table, self.counters, heads, *plan.sizes, **plan.constexprs,
         )  # fmt: skip
-        return out
 
-    def _multiply(
-        self,
-        square: Tensor,
-        x: Tensor,
-        factor: float,
-        second: tuple[Tensor, Tensor] | None = None,
-        *,
-        in_place: bool = False,
-        of_square: bool = False,
-    ) -> Tensor:
-        """`factor x + square x`, plus the second product; `in_place`: float32, in the shape of the matrix.
 
-        `of_square`: x is a square, too.
-        """
-        constexprs = multiply_constexprs(self.dims, self.multiply_config, in_place, of_square)
-        out = torch.empty_like(x, dtype=torch.float32 if in_place else self.dtype)
-        launch(
-            MULTIPLY_KERNELS, self.multiply_config, (self.heads * num_tiles(constexprs),),
-            square, x, *(second or (None, None)), out, factor, *self.dims.sizes,
-            **constexprs,
+def iterated_dtype(dims: Dims, tokens_dtype: torch.dtype) -> torch.dtype:
+    """Of the matrices that are multiplied."""
+    small = max(dims.sizes) <= SMALL
+    return torch.float32 if small or tokens_dtype == torch.float32 else torch.float16
+
+
+class Plan(NamedTuple):
+    """A schedule for matrices of certain sizes, as the kernel takes it."""
+
+    table: Tensor
+    num_tiles: int  # of one head
+    arrays_size: int  # elements of one head
+    exact_size: int
+    sizes: tuple[int, int, int, int]  # the kernel's arguments of these names
+    constexprs: dict[str, int]
+
+
+@functools.cache
+def _plan(
+    runs: tuple[Coefficients, ...],
+    dims: Dims,
+    config: TTTConfig,
+    device: torch.device,
+    backward: bool,
+) -> Plan:
+    operations = (schedule.backward if backward else schedule.forward)(runs)
+    tables = Tables(operations, dims, config.block_m)
+    constexprs = iteration_constexprs(dims, config, len(tables.entries))
+    fill = constexprs["ENTRIES"] - len(tables.entries)
+    rows = [*tables.entries, *[Entry(BEYOND, *(0,) * (len(Entry._fields) - 1))] * fill]
+    sizes = (dims.size, tables.arrays_size, tables.exact_size)
+    return Plan(
+        torch.tensor(rows, dtype=torch.int32).to(device),
+        tables.num_tiles,
+        tables.arrays_size,
+        tables.exact_size,
+        (*(size // ALIGNMENT for size in sizes), dims.rows),
+        constexprs,
+    )
+
+
+def iteration_constexprs(dims: Dims, config: TTTConfig, num_entries: int) -> dict[str, int]:
+    return {
+        "AT": AT,
+        "ENTRIES": triton.next_power_of_2(num_entries),
+        "DIVISOR": math.gcd(*dims.sizes, ALIGNMENT),
+        "BLOCK": config.block_m,
+        "BLOCK_K": config.block_k,
+        "CHECK": any(size % config.block_m for size in dims.sizes),
+        "CHECK_K": any(size % config.block_k for size in dims.sizes),
+    }
+
+
+class Tables:
+    """The entries of a schedule, and where its arrays lie."""
+
+    def __init__(self, operations: list[Operation], dims: Dims, block: int):
+        self.dims, self.block = dims, block
+        self.divisor = math.gcd(*dims.sizes, ALIGNMENT)
+        levels = schedule.by_levels(operations)
+        self.places = schedule.places(levels)
+        forms = Counter()
+        for array, place in self.places.items():
+            forms[array.form] = max(forms[array.form], place + 1)
+        squares = dims.squares[-1]
+        self.first_long = forms[Form.SQUARE] * squares
+        self.arrays_size = self.first_long + forms[Form.LONG] * dims.size
+        self.exact_size = forms[Form.EXACT] * squares
+        self.entries, self.num_tiles = self._entries(levels)
+
+    def _entries(self, levels: list[list[Operation]]) -> tuple[list[Entry], int]:
+        matrices = [number for number, on in enumerate(self.dims.matrices) if on]
+        entries, first, done = [], 0, Counter()
+        for level in levels:
+            needed = done.copy()
+            for operation in level:
+                for matrix in matrices:
+                    entries.append(self._entry(operation, matrix, first, needed[matrix]))
+                    tiles = num_tiles(operation.kind, self.dims.shapes[matrix], self.block)
+                    first += tiles
+                    done[matrix] += tiles
+        return [entry._replace(total=done[entry.matrix]) for entry in entries], first
+
+    def _entry(self, operation: Operation, matrix: int, first: int, needed: int) -> Entry:
+        shape = self.dims.shapes[matrix]
+        m, n = sorted(shape)
+        width = n if operation.kind == Kind.COLUMNS else m
+        length = n if any(a.form == Form.LONG for a, _ in operation.terms) else m
+        sizes = *shape, m, width, length
+        place = functools.partial(self._place, matrix=matrix)
+        arrays = [place(array) for pair in operation.terms for array in pair]
+        added = [(place(y), _bits(x)) for y, x in operation.add if y.form != Form.EXACT]
+        exact = [(place(y), _bits(x)) for y, x in operation.add if y.form == Form.EXACT]
+        return Entry(
+            first, needed, 0, operation.kind, matrix, self.dims.offsets[matrix] // ALIGNMENT,
+            sum(rows for rows, _ in self.dims.shapes[:matrix]),
+            *(size // self.divisor for size in sizes),
+            num_terms=len(operation.terms),
+            factor=_bits(operation.factor),
+            out=place(operation.out),
+            num_added=len(added),
+            exact=place(operation.exact),
+            **dict(zip(("a", "b", "a2", "b2"), arrays)),
+            **dict(zip(("y", "y_factor", "y2", "y2_factor"), sum(added, ()))),
+            **dict(zip(("exact_y", "exact_y_factor"), sum(exact, ()))),
         )  # fmt: skip
-        return out
+
+    def _place(self, array: Array | None, matrix: int) -> int:
+        """Where an array has this matrix, in units of ALIGNMENT."""
+        if array is None or array.form == Form.RESULT:
+            return NOWHERE
+        place = self.places[array]
+        if array.form == Form.LONG:
+            element = self.first_long + place * self.dims.size + self.dims.offsets[matrix]
+        else:
+            element = place * self.dims.squares[-1] + self.dims.squares[matrix]
+        return element // ALIGNMENT
+
+
+def num_tiles(kind: Kind, shape: tuple[int, int], block: int) -> int:
+    """Of the output of an operation, for a matrix of this shape."""
+    side, length = (triton.cdiv(size, block) for size in sorted(shape))
+    if kind == Kind.SYMMETRIC:
+        return side * (side + 1) // 2
+    if kind == Kind.ROWS:
+        return side * side
+    if kind == Kind.INNER:
+        return triton.cdiv(shape[0], INNER_ROWS.value)
+    return side * length
+
+
+def _bits(x: float) -> int:
+    """Of x as a float32 number."""
+    return int(np.float32(x).view(np.int32))
