@@ -22,7 +22,7 @@ are the operations that the kernels execute for three matrices of it, in whole t
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ class Rounded:
         return tuple(gradients)
 
     def _run(self, direction: str, g: Matrices, dx: Matrices | None) -> Matrices:
-        values: dict[Array, Matrices] = {}
+        values = self._memory()
         for operation in self.schedules[direction]:
             if operation.kind in (Kind.NORMALIZE, Kind.NORMALIZE_GRADIENT):
                 is_gradient = operation.kind == Kind.NORMALIZE_GRADIENT
@@ -82,6 +82,10 @@ class Rounded:
                 values[operation.out] = tuple(x.half() for x in result)
         return tuple(_wide(x, like) for x, like in zip(result, g))
 
+    def _memory(self) -> MutableMapping[Array, Matrices]:
+        """For what the operations write."""
+        return {}
+
     def _normalized(self, matrices: Matrices, is_gradient: bool) -> Matrices:
         result = []
         for x in matrices:
@@ -91,7 +95,7 @@ class Rounded:
         return tuple(result)
 
 
-def _products(operation: Operation, values: dict[Array, Matrices]) -> Matrices:
+def _products(operation: Operation, values: MutableMapping[Array, Matrices]) -> Matrices:
     """What a product and all that is added to it come to, in float32."""
     result = []
     for number in range(len(values[operation.terms[0][0]])):

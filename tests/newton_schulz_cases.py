@@ -61,8 +61,8 @@ def iterate(
 ) -> tuple[Tensor, Tensor]:
     """The orthogonalised g, and dx times the gradient of that without the part along g; float32, packed."""
     iteration = Iteration(len(g), dims, dtype, g.device, coefficients)
-    result = iteration.forward(g, _squares(g, dims))
-    dresult, inner, *_ = iteration.backward(dx, g, _squares(dx, dims), _squares(g, dims))
+    result = iteration.forward(g, squares_of(g, dims))
+    dresult, inner, *_ = iteration.backward(dx, g, squares_of(dx, dims), squares_of(g, dims))
     gradient, g, dx, dresult = (x.double() for x in (torch.zeros_like(g), g, dx, dresult))
     for out, d, g_, dx_, rows in zip(
         *(dims.unpack(x) for x in (gradient, dresult, g, dx)), dims.unpack_rows(inner)
@@ -96,5 +96,13 @@ def errors(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], dims: Dims)
     ]
 
 
-def _squares(x: Tensor, dims: Dims) -> Tensor:
+def squares_of(x: Tensor, dims: Dims) -> Tensor:
+    """`[heads, ROWS]`: of the norms of the rows."""
     return torch.cat([matrix.square().sum(dim=-1) for matrix in dims.unpack(x)], dim=-1)
+
+
+def matrices_of(packed: Tensor, dims: Dims) -> Tensor:
+    """Of `[heads, SIZE]` all but what is between the matrices; `[heads, ROWS]` as it is."""
+    if packed.shape[-1] == dims.rows:
+        return packed
+    return torch.cat([matrix.flatten(1) for matrix in dims.unpack(packed)], dim=-1)

@@ -3,22 +3,31 @@
 The kernels of the Gram form are float16, and are emulated.
 """
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.accuracy import compare
+from benchmarks.launches import count_launches
 from benchmarks.newton_schulz_accuracy import Rounded, measure, operations
 from lact_kernels import NewtonSchulz
 from lact_kernels.core.newton_schulz import LACT, groups
 from lact_kernels.eager.newton_schulz import newton_schulz, newton_schulz_bwd
+from lact_kernels.triton.fast_weights import newton_schulz_schedule as schedule
 from lact_kernels.triton.fast_weights.layout import Dims
+from lact_kernels.triton.fast_weights.newton_schulz import Iteration, Tables, num_tiles
+from lact_kernels.triton.fast_weights.newton_schulz_schedule import Form, Kind
+from tests.cases import filled_with_nan
 from tests.newton_schulz_cases import (
     TRIPLES,
     exact,
     gram_form_of_small_matrices,  # noqa: F401
     iterate,
     matrices,
+    matrices_of,
+    squares_of,
 )
 
 ELONGATED = Dims(8, 6, 13)  # taller than wide, and wider than tall
@@ -35,10 +44,10 @@ def test_eager_with_any_number_of_triples(number):
         torch.testing.assert_close(found, gradient, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.parametrize("number", [0, 1, 2, 7])
 def test_triton_interpreted(number):
     dims, triples = ELONGATED, TRIPLES[number]
-    g, dx = matrices(dims, 1), matrices(dims, 1)
+    g, dx = matrices(dims, 2), matrices(dims, 2)
     eager = torch.zeros_like(g), torch.zeros_like(g)
     for g_, dx_, *outs in zip(*map(dims.unpack, (g, dx, *eager))):
         outs[0].copy_(newton_schulz(g_, triples))
@@ -48,6 +57,62 @@ def test_triton_interpreted(number):
         for results in zip(*map(dims.unpack, packed)):
             comparison = compare(*results)
             assert comparison.ok, comparison
+
+
+def test_one_launch_in_each_direction_and_no_zeroing():
+    """The counters are zeros again after a launch: an iteration is used for chunk after chunk."""
+    dims = ELONGATED
+    g, dx = matrices(dims, 2), matrices(dims, 2)
+    iteration = Iteration(2, dims, torch.float32, g.device)
+    squares, dsquares = squares_of(g, dims), squares_of(dx, dims)
+    results = []
+    for _ in range(2):
+        forward = count_launches(lambda: results.append([iteration.forward(g, squares)]))
+        backward = count_launches(
+            lambda: results[-1].extend(iteration.backward(dx, g, dsquares, squares, dx, True))
+        )
+        for launches in (forward, backward):
+            assert launches.kernel_names == {"_newton_schulz_kernel": 1}
+            assert not launches.op_names and not launches.sync_names
+        assert not iteration.counters.any()
+    assert all(map(torch.equal, *([matrices_of(x, dims) for x in result] for result in results)))
+
+
+def test_heads_and_matrices_do_not_depend_on_each_other():
+    """Each head alone, and without its w1, is what it is among others; of w1 nothing is written then."""
+    dims, triples = ELONGATED, TRIPLES[2]
+    g, dx = matrices(dims, 3), matrices(dims, 3)
+    together = iterate(g, dx, dims, torch.float32, triples)
+    for head in range(3):
+        own = slice(head, head + 1)
+        alone = iterate(g[own], dx[own], dims, torch.float32, triples)
+        for x, y in zip(together, alone):
+            assert torch.equal(matrices_of(x[own], dims), matrices_of(y, dims))
+    without = dims.having(True, False, True)
+    iteration = Iteration(3, without, torch.float32, g.device, triples)
+    with filled_with_nan():
+        result = iteration.forward(g, squares_of(g, dims))
+        gradient, inner, *_ = iteration.backward(dx, g, squares_of(dx, dims), squares_of(g, dims))
+    for matrix, expected in zip(dims.unpack(result), dims.unpack(together[0])):
+        assert torch.equal(matrix, expected) != (matrix.shape == (3, 6, 13))
+    for packed in (dims.unpack(gradient), dims.unpack_rows(inner)):
+        assert [x.isnan().all().item() for x in packed] == [False, True, False]
+
+
+def test_sizes_of_the_result_and_of_the_buffers():
+    dims = ELONGATED
+    g, dx, buffers = (matrices(dims, 2) for _ in range(3))
+    iteration = Iteration(2, dims, torch.float32, g.device, TRIPLES[1])
+    squares = squares_of(dx, dims), squares_of(g, dims)
+    result, inner, size, buffers_size = iteration.backward(dx, g, *squares, buffers, True)
+    for found, (a, b) in {
+        inner: (result, g),
+        size: (result,) * 2,
+        buffers_size: (buffers,) * 2,
+    }.items():
+        expected = [(x * y).sum(dim=-1) for x, y in zip(dims.unpack(a), dims.unpack(b))]
+        torch.testing.assert_close(found, torch.cat(expected, dim=-1))
+    assert iteration.backward(dx, g, *squares, buffers)[2:] == (None, None)
 
 
 def test_the_gram_form_is_as_exact_as_single_steps():
@@ -110,6 +175,95 @@ def test_coefficients_become_tuples_of_floats():
     assert {given: 1}[NewtonSchulz(((2, -1.5, 0.5),))]
     assert NewtonSchulz([]).coefficients == ()
     assert NewtonSchulz([(np.int64(2), np.float32(-1.5), np.float64(0.5))]) == given
+
+
+class Shared(dict):
+    """Memory in which arrays have the places that the schedule gives them, and overwrite each other."""
+
+    def __init__(self, places):
+        self.places = places
+
+    def __setitem__(self, array, value):
+        super().__setitem__((array.form, self.places[array]), value)
+
+    def __getitem__(self, array):
+        return super().__getitem__((array.form, self.places[array]))
+
+
+class Placed(Rounded):
+    """The iteration with arrays in their places, and the operations of a level in either order."""
+
+    def __init__(self, *arguments, backwards):
+        super().__init__(*arguments)
+        self.places = {}
+        for direction, recorded in self.schedules.items():
+            levels = schedule.by_levels(recorded)
+            self.places |= schedule.places(levels)
+            in_order = [level[::-1] if backwards else level for level in levels]
+            self.schedules[direction] = sum(in_order, [])
+
+    def _memory(self):
+        return Shared(self.places)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("number", [1, 5, 7])
+@pytest.mark.usefixtures("gram_form_of_small_matrices")
+def test_places_and_levels(number, backwards):
+    """Nothing is overwritten that is still to be read, and nothing is read that its own level writes."""
+    g, dx = (torch.randn(6, 9),), (torch.randn(6, 9),)
+    for gram in (False, True):
+        arguments = TRIPLES[number], Dims(6, 6, 9), gram
+        expected, placed = Rounded(*arguments), Placed(*arguments, backwards=backwards)
+        assert torch.equal(placed.forward(g)[0], expected.forward(g)[0])
+        assert torch.equal(placed.backward(dx, g)[0], expected.backward(dx, g)[0])
+
+
+def test_places_are_taken_again():
+    """Of two steps and of seven the forward has two of X; of R and B there are three at most."""
+    for number in (2, 7):
+        runs = groups(TRIPLES[number], [(8, 8)], torch.float32)
+        places = schedule.places(schedule.by_levels(schedule.forward(runs)))
+        taken = Counter(
+            array.form for array in {(x.form, p): x for x, p in places.items()}.values()
+        )
+        assert taken == {Form.LONG: 2, Form.SQUARE: 2, Form.RESULT: 1}
+
+
+def test_independent_operations_share_a_level():
+    """Both divisions by a norm, and in the last step D and R, dR and B: 3 of 32 take no time."""
+    runs = groups(LACT.coefficients, [(8, 8)], torch.float32)
+    operations = schedule.backward(runs)
+    assert len(operations) == 32 and len(schedule.by_levels(operations)) == 29
+    assert len(schedule.forward(runs)) == len(schedule.by_levels(schedule.forward(runs))) == 16
+
+
+def test_a_tile_waits_for_all_of_the_levels_before_it():
+    """Of its own matrix; these have unlike numbers of tiles, and one of them has none."""
+    dims = Dims(40, 300, 170, (True, True, False))
+    operations = schedule.backward(groups(TRIPLES[2], dims.iterated, torch.float16))
+    levels = schedule.by_levels(operations)
+    entries = iter(Tables(operations, dims, 128).entries)
+    first, done = 0, [0, 0]
+    for level in levels:
+        before = done.copy()
+        for operation in level:
+            for matrix in (0, 1):
+                entry = next(entries)
+                assert (entry.first, entry.needed) == (first, before[matrix])
+                assert (entry.kind, entry.matrix) == (operation.kind, matrix)
+                tiles = num_tiles(operation.kind, dims.shapes[matrix], 128)
+                first, done[matrix] = first + tiles, done[matrix] + tiles
+                assert entry.total == [29, 73][matrix]
+    assert next(entries, None) is None and done == [29, 73]
+
+
+def test_tiles_of_an_output():
+    shape = (300, 130)  # three tiles by two, and 19 blocks of rows
+    found = {kind.name: num_tiles(kind, shape, 128) for kind in Kind}
+    assert found == {
+        "NORMALIZE": 6, "NORMALIZE_GRADIENT": 6, "SYMMETRIC": 3, "ROWS": 4, "COLUMNS": 6, "INNER": 19,
+    }  # fmt: skip
 
 
 def test_operations_of_both_forms():
