@@ -66,16 +66,19 @@ def test_one_launch_in_each_direction_and_no_zeroing():
     iteration = Iteration(2, dims, torch.float32, g.device)
     squares, dsquares = squares_of(g, dims), squares_of(dx, dims)
     results = []
-    for _ in range(2):
-        forward = count_launches(lambda: results.append([iteration.forward(g, squares)]))
-        backward = count_launches(
-            lambda: results[-1].extend(iteration.backward(dx, g, dsquares, squares, dx, True))
-        )
-        for launches in (forward, backward):
-            assert launches.kernel_names == {"_newton_schulz_kernel": 1}
-            assert not launches.op_names and not launches.sync_names
+    for run in 2 * (
+        lambda: [iteration.forward(g, squares)],
+        lambda: iteration.backward(dx, g, dsquares, squares, dx, True),
+    ):
+        launches = count_launches(lambda run=run: results.append(run()))
+        assert launches.kernel_names == {"_newton_schulz_kernel": 1}
+        assert not launches.op_names and not launches.sync_names
         assert not iteration.counters.any()
-    assert all(map(torch.equal, *([matrices_of(x, dims) for x in result] for result in results)))
+    first, again = (
+        [matrices_of(x, dims) for part in parts for x in part]
+        for parts in (results[:2], results[2:])
+    )
+    assert all(map(torch.equal, first, again))
 
 
 def test_heads_and_matrices_do_not_depend_on_each_other():
