@@ -5,12 +5,12 @@ matrix products are rounded to the tokens' dtype, the products accumulated and r
 float32 (float64 for float64 tokens), and all between two products is float32. What an update and its
 backward round keeps float32's range: Muon divides a step by its norm, however small, and the gradient of
 that is beyond float16. Products run over blocks of the tokens, small enough that what lies between them
-stays in a CPU's cache.
+stays in a CPU's cache, and from block to block it lies in the same memory (`_Scratch`).
 
 Names, for a key k and a value v: gate = w0 k, up = w2 k, hidden = silu(gate) * up, dhidden = w1^T v.
 """
 
-import functools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -21,10 +21,11 @@ from torch import Tensor
 from lact_kernels.core.fast_weights import Triple
 from lact_kernels.core.tokens import Tokens
 
-silu_backward = torch.ops.aten.silu_backward  # (grad, x) -> grad * silu'(x)
+silu_out = torch.ops.aten.silu.out  # (x, out)
+silu_backward_out = torch.ops.aten.silu_backward.grad_input  # (grad, x, out): grad * silu'(x)
 
-CPU_BLOCK, DEVICE_BLOCK = 1 << 18, 1 << 26  # hidden activations of one block, over all its heads
-MIN_BLOCK_TOKENS = 64
+CPU_BLOCK, DEVICE_BLOCK = 1 << 17, 1 << 26  # hidden activations of one block, over all its heads
+MIN_BLOCK_TOKENS = 128  # with fewer a product is mostly the reading of its weights
 
 
 class _Block(NamedTuple):
@@ -57,6 +58,27 @@ class _Block(NamedTuple):
         view = self.view(x)
         view.copy_(result.view(view.shape))
 
+    def write_sums(self, x: Tensor, terms: Tensor) -> None:
+        """Store the sums of `[count * B * H, length, D]` over D as these tokens of `[B, T, H]`."""
+        self.write(x[..., None], terms.sum(dim=-1, keepdim=True))
+
+
+class _Scratch:
+    """Memory for what lies between two products, the same in every block.
+
+    New memory costs more than the arithmetic on it: the system clears its pages, and no cache has them.
+    """
+
+    def __init__(self, like: Tensor, number: int):
+        self._memory = like.new_empty(number, 0)
+
+    def take(self, *shape: int) -> tuple[Tensor, ...]:
+        """Uninitialised tensors of this shape, in the place of those of the block before."""
+        size = math.prod(shape)
+        if size > self._memory.shape[1]:
+            self._memory = self._memory.new_empty(len(self._memory), size)
+        return self._memory[:, :size].unflatten(1, shape).unbind()
+
 
 def apply(q: Tensor, borders: Sequence[int], weights: Triple) -> Tensor:
     """f(q), each token through the weights of its chunk, which are `[chunks, B, H, ...]`.
@@ -65,10 +87,14 @@ def apply(q: Tensor, borders: Sequence[int], weights: Triple) -> Tensor:
     """
     o = q.new_empty(*q.shape[:3], weights[1].shape[-2])
     weights = [_rounded(w, q.dtype) for w in weights]
+    scratch = _Scratch(weights[0], 2)
     for block in _blocks(q, weights[0].shape[-2], borders):
         w0, w1, w2 = (block.weights(w) for w in weights)
         x = block.tokens(q)
-        hidden = F.silu(x @ w0.mT, inplace=True).mul_(x @ w2.mT)
+        gate, up = scratch.take(*x.shape[:2], w0.shape[1])
+        torch.bmm(x, w0.mT, out=gate)
+        torch.bmm(x, w2.mT, out=up)
+        hidden = F.silu(gate, inplace=True).mul_(up)
         block.write(o, _rounded(hidden, q.dtype) @ w1.mT)
     return o
 
@@ -81,14 +107,19 @@ def apply_bwd(
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dweights = _zeros_like(weights)
     weights = [_rounded(w, dtype) for w in weights]
+    scratch = _Scratch(weights[0], 5)
     for block in _blocks(q, weights[0].shape[-2], borders):
         w0, w1, w2 = (block.weights(w) for w in weights)
         dw0, dw1, dw2 = (block.weights(dw) for dw in dweights)
         x, dy = block.tokens(q), block.tokens(do)
-        gate, up, dhidden = x @ w0.mT, x @ w2.mT, dy @ w1
-        silu = F.silu(gate)
-        dup = _rounded(silu * dhidden, dtype)
-        dgate = _rounded(silu_backward(dhidden.mul_(up), gate), dtype)
+        gate, up, dhidden, silu, dup = scratch.take(*x.shape[:2], w0.shape[1])
+        torch.bmm(x, w0.mT, out=gate)
+        torch.bmm(x, w2.mT, out=up)
+        torch.bmm(dy, w1, out=dhidden)
+        silu_out(gate, out=silu)
+        dup = _rounded(torch.mul(silu, dhidden, out=dup), dtype)
+        dgate = silu_backward_out(dhidden.mul_(up), gate, grad_input=gate)
+        dgate = _rounded(dgate, dtype)
         dw0.baddbmm_(dgate.mT, x)
         dw1.baddbmm_(dy.mT, _rounded(silu.mul_(up), dtype))
         dw2.baddbmm_(dup.mT, x)
@@ -108,19 +139,22 @@ def gradients(tokens: Tokens, weights: Triple) -> tuple[Tensor | None, ...]:
     sums = _zeros_like(trained)
     weights = [_rounded(w, dtype)[None] for w in weights]
     g0, g1, g2 = (None if g is None else g.flatten(0, 1) for g in sums)
+    scratch = _Scratch(weights[0], 5)
     for block in _blocks(k, weights[0].shape[-2]):
         w0, w1, w2 = (block.weights(w) for w in weights)
         lr0, lr1, lr2 = (None if lr is None else block.scalars(lr) for lr in rates)
         x, y = block.tokens(k), block.tokens(v)
-        gate = x @ w0.mT
-        silu = F.silu(gate)
-        up = None if g0 is None and g1 is None else x @ w2.mT
-        dhidden = None if g0 is None and g2 is None else y @ w1
+        gate, up, dhidden, silu, dup = scratch.take(*x.shape[:2], w0.shape[1])
+        silu_out(torch.bmm(x, w0.mT, out=gate), out=silu)
+        if g0 is not None or g1 is not None:
+            torch.bmm(x, w2.mT, out=up)
+        if g0 is not None or g2 is not None:
+            torch.bmm(y, w1, out=dhidden)
         if g2 is not None:
-            dup = (silu * dhidden).mul_(lr2)
+            torch.mul(silu, dhidden, out=dup).mul_(lr2)
             g2.baddbmm_(_rounded_gradient(dup, dtype).mT, x)
         if g0 is not None:
-            dgate = silu_backward(dhidden.mul_(up), gate).mul_(lr0)
+            dgate = silu_backward_out(dhidden.mul_(up), gate, grad_input=gate).mul_(lr0)
             g0.baddbmm_(_rounded_gradient(dgate, dtype).mT, x)
         if g1 is not None:
             lr1_v, hidden = y * lr1, silu.mul_(up)
@@ -147,70 +181,71 @@ def gradients_bwd(
     weights = [_rounded(w, dtype)[None] for w in weights]
     cotangents = [None if g is None else _rounded_gradient(g, dtype)[None] for g in dsums]
     dw0, dw1, dw2 = (dw.flatten(0, 1) for dw in dweights)
+    scratch = _Scratch(weights[0], 11)
     for block in _blocks(k, weights[0].shape[-2]):
         w0, w1, w2 = (block.weights(w) for w in weights)
         dg0, dg1, dg2 = (None if g is None else block.weights(g) for g in cotangents)
         lr0, lr1, lr2 = (None if lr is None else block.scalars(lr) for lr in rates)
         x, y = block.tokens(k), block.tokens(v)
+        dx, dy = x.new_zeros(x.shape), y.new_zeros(y.shape)
+        gate, up, dhidden, silu, slope, *rest = scratch.take(*x.shape[:2], w0.shape[1])
+        factor, reached, product, *through = rest
+        through_silu, through_up, through_dhidden = (t.zero_() for t in through)
 
-        gate, up, dhidden = x @ w0.mT, x @ w2.mT, y @ w1
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
-        slope = sigmoid * (1 + gate - silu)  # silu'
+        torch.bmm(x, w0.mT, out=gate)
+        torch.bmm(x, w2.mT, out=up)
+        torch.bmm(y, w1, out=dhidden)
+        sigmoid = torch.sigmoid(gate, out=product)
+        torch.mul(gate, sigmoid, out=silu)
+        fall = torch.sub(sigmoid, 1, out=factor)
+        torch.addcmul(sigmoid, silu, fall, value=-1, out=slope)  # silu'
+        bend = torch.sub(silu, slope, alpha=2, out=gate).mul_(fall)  # silu''
 
-        # What the left factors dgate, hidden and dup pass on, in terms; and dk and dv, in products.
-        through_gate, through_silu, through_up, through_dhidden = [], [], [], []
-        dx, dy = [], []
+        # Each of the three: a factor of an outer product, what reaches it, and what that passes on.
         if dg0 is not None:
-            bend = sigmoid * (1 - sigmoid) * (2 + gate - 2 * silu)  # silu''
-            dgate, dgate_k = dhidden * up * slope, x @ dg0.mT
-            block.write(drates[0][..., None], (dgate_k * dgate).sum(dim=-1, keepdim=True))
-            dx.append((_rounded_gradient(lr0 * dgate, dtype), dg0))
-            dgate_k = dgate_k * lr0
-            through_gate.append(dgate_k * dhidden * up * bend)
-            through_up.append(dgate_k * dhidden * slope)
-            through_dhidden.append(dgate_k * up * slope)
+            dgate_k = torch.bmm(x, dg0.mT, out=reached)
+            torch.mul(dhidden, up, out=factor)
+            torch.mul(dgate_k, factor, out=product)
+            bend.mul_(product).mul_(lr0)
+            block.write_sums(drates[0], product.mul_(slope))
+            dx.baddbmm_(_rounded_gradient(factor.mul_(slope).mul_(lr0), dtype), dg0)
+            dgate_k.mul_(lr0).mul_(slope)
+            through_up.addcmul_(dgate_k, dhidden)
+            through_dhidden.addcmul_(dgate_k, up)
         if dg2 is not None:
-            dup, dup_k = dhidden * silu, x @ dg2.mT
-            block.write(drates[2][..., None], (dup_k * dup).sum(dim=-1, keepdim=True))
-            dx.append((_rounded_gradient(lr2 * dup, dtype), dg2))
-            dup_k = dup_k * lr2
-            through_silu.append(dup_k * dhidden)
-            through_dhidden.append(dup_k * silu)
+            dup_k = torch.bmm(x, dg2.mT, out=reached)
+            torch.mul(dhidden, silu, out=factor)
+            block.write_sums(drates[2], torch.mul(dup_k, factor, out=product))
+            dx.baddbmm_(_rounded_gradient(factor.mul_(lr2), dtype), dg2)
+            dup_k.mul_(lr2)
+            through_silu.addcmul_(dup_k, dhidden)
+            through_dhidden.addcmul_(dup_k, silu)
         if dg1 is not None:
-            hidden, hidden_v = silu * up, y @ dg1
-            block.write(drates[1][..., None], (hidden_v * hidden).sum(dim=-1, keepdim=True))
-            dy.append((_rounded_gradient(lr1 * hidden, dtype), dg1.mT))
-            hidden_v = hidden_v * lr1
-            through_silu.append(hidden_v * up)
-            through_up.append(hidden_v * silu)
-        if through_silu:
-            through_gate.append(_sum(through_silu) * slope)
+            hidden_v = torch.bmm(y, dg1, out=reached)
+            torch.mul(silu, up, out=factor)
+            block.write_sums(drates[1], torch.mul(hidden_v, factor, out=product))
+            dy.baddbmm_(_rounded_gradient(factor.mul_(lr1), dtype), dg1.mT)
+            hidden_v.mul_(lr1)
+            through_silu.addcmul_(hidden_v, up)
+            through_up.addcmul_(hidden_v, silu)
+        through_gate = through_silu.mul_(slope)
+        if dg0 is not None:
+            through_gate.add_(bend)
 
-        for through, w, dw in ((through_gate, w0, dw0), (through_up, w2, dw2)):
-            if through:
-                through = _rounded_gradient(_sum(through), dtype)
-                dx.append((through, w))
-                dw.baddbmm_(through.mT, x)
-        if through_dhidden:
-            through = _rounded_gradient(_sum(through_dhidden), dtype)
-            dy.append((through, w1.mT))
-            dw1.baddbmm_(y.mT, through)
-        block.write(dk, _sum_of_products(dx))
-        block.write(dv, _sum_of_products(dy))
+        through_gate = _rounded_gradient(through_gate, dtype)
+        dw0.baddbmm_(through_gate.mT, x)
+        dx.baddbmm_(through_gate, w0)
+        if dg0 is not None or dg1 is not None:
+            through_up = _rounded_gradient(through_up, dtype)
+            dw2.baddbmm_(through_up.mT, x)
+            dx.baddbmm_(through_up, w2)
+        if dg0 is not None or dg2 is not None:
+            through_dhidden = _rounded_gradient(through_dhidden, dtype)
+            dw1.baddbmm_(y.mT, through_dhidden)
+            dy.baddbmm_(through_dhidden, w1.mT)
+        block.write(dk, dx)
+        block.write(dv, dy)
     return dweights
-
-
-def _sum(terms: list[Tensor]) -> Tensor:
-    return functools.reduce(torch.add, terms)
-
-
-def _sum_of_products(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    (a, b), *rest = pairs
-    total = a @ b
-    for a, b in rest:
-        total.baddbmm_(a, b)
-    return total
 
 
 def _blocks(x: Tensor, hidden_dim: int, borders: Sequence[int] | None = None) -> Iterator[_Block]:
@@ -218,7 +253,10 @@ def _blocks(x: Tensor, hidden_dim: int, borders: Sequence[int] | None = None) ->
     B, T, H, _ = x.shape
     borders = [0, T] if borders is None else borders
     size = CPU_BLOCK if x.is_cpu else DEVICE_BLOCK
-    most = max(MIN_BLOCK_TOKENS, size // max(1, B * H * hidden_dim))
+    most = size // max(1, B * H * hidden_dim)
+    most = max(
+        most - most % MIN_BLOCK_TOKENS, MIN_BLOCK_TOKENS
+    )  # chunks are often a multiple of it
     chunk, chunks = 0, len(borders) - 1 if B else 0
     while chunk < chunks:
         first, length, count = borders[chunk], borders[chunk + 1] - borders[chunk], 1
