@@ -26,7 +26,7 @@ from lact_kernels.core.plan import Plan
 from lact_kernels.core.ranks import named
 from lact_kernels.core.tokens import Tokens
 from lact_kernels.eager import swiglu
-from lact_kernels.eager.newton_schulz import newton_schulz, newton_schulz_bwd
+from lact_kernels.eager.newton_schulz import Iterates, newton_schulz, newton_schulz_bwd
 
 
 class Updated(NamedTuple):
@@ -260,29 +260,23 @@ def _reverse_scan(
     betas = _betas(call, scan.keys)
     for c in reversed(range(len(updates))):
         chunk, dchunk = chunks[c], dchunks[c]
-        state, steps = states[c], updates[c].steps
+        state = states[c]
 
-        # renorm and the sum before it
+        # renorm, the sum before it, and Muon
         dpart = scan.with_apply(dpart, c + 1)
         ranks.sum_(*dpart)
         dweights = tuple(map(torch.add, dweights, dpart))
-        dsums = _of(trained, dweights)
+        dsums, dtargets, dsteps = _update_bwd(call, updates[c], state, dweights, dmasters)
         if options.weight_norm:
-            sums = updates[c].masters or _add_steps(call, state, steps)
-            dsums, dtargets = zip(*map(_renorm_bwd, dsums, sums, _of(trained, state.norms)))
             dtargets = map(torch.add, _of(trained, dnorms), dtargets)
             dnorms = _replaced(dnorms, trained, tuple(dtargets))
         if state.masters:
-            dsums = tuple(map(torch.add, _of(trained, dmasters), dsums))
             dmasters = _replaced(dmasters, trained, dsums)
             dweights = _replaced(dweights, trained, tuple(map(torch.zeros_like, dsums)))
         else:
             dweights = _replaced(dweights, trained, dsums)
 
-        # Muon and momentum
-        dsteps = dsums
-        if not options.momentum_after_muon:
-            dsteps = _orthogonalised_bwd(dsteps, steps, options)
+        # momentum, and Muon where it is before that
         if state.buffers:
             before = _of(trained, state.buffers)
             dsteps = tuple(map(torch.add, dsteps, _of(trained, dbuffers)))
@@ -290,12 +284,40 @@ def _reverse_scan(
             dbeta = sum((d * m).sum(dim=(-2, -1)) for d, m in zip(dsteps, before))  # [B, H]
             dchunk.momentum.copy_((dbeta / options.chunk_size)[:, None])
         if options.momentum_after_muon:
-            dsteps = _orthogonalised_bwd(dsteps, updates[c].gradients, options)
+            gradients = updates[c].gradients
+            dsteps = tuple(
+                newton_schulz_bwd(d, g, options.coefficients) for d, g in zip(dsteps, gradients)
+            )
 
         dsteps = _replaced((None, None, None), trained, dsteps)
         dpart = swiglu.gradients_bwd(dsteps, chunk, state.weights, out=dchunk)
 
     return FastWeights(dweights, dnorms, dmasters, dbuffers), scan.with_apply(dpart, 0)
+
+
+def _update_bwd(
+    call: Call, update: Updated, state: FastWeights, dweights: Triple, dmasters: Triple
+) -> tuple[Triple, Triple, Triple]:
+    """Gradients of the trained weights before renorm, of their target norms, and of their steps.
+
+    One weight after the other: what Newton-Schulz keeps for its gradient is several times a weight.
+    """
+    options, results = call.options, []
+    muon = options.coefficients is not None and not options.momentum_after_muon
+    for n, i in enumerate(call.trained):
+        step, dsum, dtarget = update.steps[n], dweights[i], None
+        if muon:
+            iterates = Iterates(step, options.coefficients)
+        if options.weight_norm:
+            if update.masters:
+                x = update.masters[n]
+            else:
+                x = state.weights[i] + (iterates.last() if muon else step)
+            dsum, dtarget = _renorm_bwd(dsum, x, state.norms[i])
+        if dmasters:
+            dsum = dmasters[i] + dsum
+        results.append((dsum, dtarget, iterates.backward(dsum) if muon else dsum))
+    return tuple(zip(*results))
 
 
 def _of(trained: Sequence[int], triple: Triple) -> Triple:
@@ -346,12 +368,6 @@ def _orthogonalised(steps: Triple, options: Options) -> Triple:
     if options.coefficients is None:
         return steps
     return tuple(newton_schulz(step, options.coefficients) for step in steps)
-
-
-def _orthogonalised_bwd(dsteps: Triple, steps: Triple, options: Options) -> Triple:
-    if options.coefficients is None:
-        return dsteps
-    return tuple(newton_schulz_bwd(d, x, options.coefficients) for d, x in zip(dsteps, steps))
 
 
 def _renorm(x: Tensor, norm: Tensor) -> Tensor:
