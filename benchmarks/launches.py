@@ -128,7 +128,7 @@ class _Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.paused:
             return func(*args, **kwargs)
-        devices = {x.device.type for x in _tensors((args, kwargs))}
+        devices = {x.device.type for x in tensors_of((args, kwargs))}
         if func.namespace not in LIBRARIES_OF_TORCH:
             return self._look_inside(func, args, kwargs, devices)
         with self:
@@ -136,7 +136,7 @@ class _Counter(TorchDispatchMode):
         if result is not NotImplemented:
             return result
         result = func(*args, **kwargs)
-        self._count(func, devices, {x.device.type for x in _tensors(result)}, args)
+        self._count(func, devices, {x.device.type for x in tensors_of(result)}, args)
         return result
 
     def _look_inside(self, func, args, kwargs, devices: set[str]):
@@ -156,7 +156,7 @@ class _Counter(TorchDispatchMode):
         copies_to_host = from_device and "cpu" in outputs
         if name in SYNCHRONISATIONS or copies_to_host or _is_masked_index(name, args):
             self.syncs[name] += 1
-        if _works_on_device(func):
+        if is_device_work(func):
             ops = self.device_ops if from_device or outputs - {"cpu"} else self.host_ops
             ops[name] += 1
 
@@ -174,7 +174,7 @@ class _Counter(TorchDispatchMode):
             self.paused = before
 
 
-def _works_on_device(func) -> bool:
+def is_device_work(func) -> bool:
     """False for views, allocations, and for what returns no tensor and changes none: metadata."""
     is_view = func.is_view or torch.Tag.inplace_view in func.tags
     if is_view or func._schema.name in ALLOCATIONS:
@@ -187,10 +187,10 @@ def _is_masked_index(name: str, args) -> bool:
     """`x[mask]` needs to know how many elements the mask selects."""
     if name not in ("aten::index", "aten::index_put", "aten::index_put_"):
         return False
-    return any(x.dtype in (torch.bool, torch.uint8) for x in _tensors(args[1]))
+    return any(x.dtype in (torch.bool, torch.uint8) for x in tensors_of(args[1]))
 
 
-def _tensors(tree) -> list[torch.Tensor]:
+def tensors_of(tree) -> list[torch.Tensor]:
     return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 

@@ -23,6 +23,7 @@ from lact_kernels.layers.contexts import (
 )
 from lact_kernels.layers.fast_weight import LowRankFastWeight
 from lact_kernels.layers.inputs import check_input
+from lact_kernels.layers.joint_linear import joint_linear
 from lact_kernels.layers.padding import Padding, checked_mask
 from lact_kernels.layers.rotary import rotary_tables
 from lact_kernels.layers.temporal_reduction import TemporalReduction
@@ -345,39 +346,47 @@ class LaCTLayer(nn.Module):
         )
         v = v.unflatten(-1, (self.num_attn_heads, self.head_dim))
         attn = context.window_attn(q, k, v, self.window_size, backend=self.backend)
-        ttt = self._train_fast_weights(x, fast_q, fast_k, fast_v, wide, context)
-        scale = None
-        if self.ttt_scale_proj is not None:
-            scale = F.silu(self.ttt_scale_proj(x)).to(v.dtype)
-        o = self.o_proj(self.ttt_norm(ttt, attn, scale, self.backend))
-        return o if self.temporal_conv is None else self.temporal_conv.expand(o, T, slots)
-
-    def _train_fast_weights(self, x, q, k, v, wide: torch.dtype, context: Context) -> Tensor:
-        """The outputs of the fast weights `[B, T, H, D]`, at learning rates that the tokens x choose."""
-        w0, w1, w2 = (
-            w.to(wide)
-            if isinstance(w, Tensor)
-            else w(wide)  # of a module, perhaps with another around it
-            for w in (self.w0, self.w1, self.w2)
-        )
-        rates = self.lr_proj(x).to(wide) + math.log(math.expm1(BASE_LR))
-        rates = F.softplus(rates).unflatten(-1, (self.num_lact_heads, 3))
-        momentum = None
-        if self.momentum_proj is not None:
-            momentum = self.momentum_proj[0](x).to(wide).sigmoid()
-        return context.block_causal_ttt(
-            q,
-            k,
-            v,
-            w0,
-            w1,
-            w2,
-            *rates.unbind(-1),
+        rates, momentum, scale = self._choices_of_tokens(x, wide)
+        weights = self._initial_fast_weights(wide)
+        ttt = context.block_causal_ttt(
+            fast_q,
+            fast_k,
+            fast_v,
+            *weights,
+            *rates,
             chunk_size=self.lact_chunk_size,
             momentum=momentum,
             muon=self.use_muon,
             prenorm=self.ttt_prenorm,
             backend=self.backend,
+        )
+        if scale is not None:
+            scale = scale.to(v.dtype)
+        o = self.o_proj(self.ttt_norm(ttt, attn, scale, self.backend))
+        return o if self.temporal_conv is None else self.temporal_conv.expand(o, T, slots)
+
+    def _initial_fast_weights(self, wide: torch.dtype) -> list[Tensor]:
+        """w0, w1 and w2, `[H, out, in]`."""
+        return [
+            w.to(wide)
+            if isinstance(w, Tensor)
+            else w(wide)  # of a module, perhaps with another around it
+            for w in (self.w0, self.w1, self.w2)
+        ]
+
+    def _choices_of_tokens(
+        self, x: Tensor, wide: torch.dtype
+    ) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]:
+        """What tokens x choose for each fast head, `[B, T, H]` each: three rates, momentum, scale."""
+        momentum_proj = None if self.momentum_proj is None else self.momentum_proj[0]
+        modules = (self.lr_proj, momentum_proj, self.ttt_scale_proj)
+        given = iter(joint_linear(x, *(m for m in modules if m is not None)))
+        rates, momentum, scale = (None if m is None else next(given) for m in modules)
+        rates = F.softplus(rates.to(wide) + math.log(math.expm1(BASE_LR)))
+        return (
+            rates.unflatten(-1, (self.num_lact_heads, 3)).unbind(-1),
+            None if momentum is None else momentum.to(wide).sigmoid(),
+            None if scale is None else F.silu(scale),
         )
 
 
