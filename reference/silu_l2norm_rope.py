@@ -1,5 +1,7 @@
 """What a LaCT layer does to q, k and v before its two operations, one formula after the other."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -8,9 +10,7 @@ NORM_EPS = 1e-5
 
 
 def silu_l2norm_rope(
-    q: Tensor,  # [B, T, C]
-    k: Tensor,  # [B, T, C]
-    v: Tensor,  # [B, T, C]
+    qkv: Tensor | Sequence[Tensor],  # [B, T, 3C], or three of [B, T, C]
     qk_scale: Tensor,  # [C, 2]
     qk_offset: Tensor,  # [C, 2]
     cos: Tensor,  # [1 or B, T, D / 2]
@@ -21,11 +21,12 @@ def silu_l2norm_rope(
     silu: bool,
     silu_v: bool,
     rotate_fast: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Rotated q and k of the attention, `[B, T, Hq, D]`; q, k and v of the fast weights, `[B, T, Hf, Df]`.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k and v of the attention, `[B, T, Hq, D]`, and of the fast weights, `[B, T, Hf, Df]`.
 
     Everything is computed in the dtype of `q`.
     """
+    q, k, v = qkv.chunk(3, dim=-1) if isinstance(qkv, Tensor) else qkv
     cos, sin, qk_scale, qk_offset = (x.to(q.dtype) for x in (cos, sin, qk_scale, qk_offset))
 
     def rope(x: Tensor) -> Tensor:
@@ -41,8 +42,10 @@ def silu_l2norm_rope(
             x = rope(x.flatten(2)).flatten(2).unflatten(-1, (num_lact_heads, -1))
         return x
 
-    fast_v = v.unflatten(-1, (num_lact_heads, -1))
-    return rope(q), rope(k), fast(q, 0), fast(k, 1), F.silu(fast_v) if silu_v else fast_v
+    attn_v, fast_v = (v.unflatten(-1, (heads, -1)) for heads in (num_attn_heads, num_lact_heads))
+    if silu_v:
+        fast_v = F.silu(fast_v)
+    return rope(q), rope(k), attn_v, fast(q, 0), fast(k, 1), fast_v
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -78,20 +78,13 @@ def test_needed_bytes_are_those_of_the_formula(op, dtype):
     n = T * C * size
     if op == "silu_l2norm_rope":
         small, gradients = 4 * T * (C // Hq) + 4 * C * size, 4 * C * size
-        forward, backward = 8 * n + small, 11 * n + small + gradients
+        forward, backward = 8 * n + small, 12 * n + small + gradients
     else:
         small = (C // Hf + T * Hf) * size
         forward, backward = 3 * n + small, 3 * n + 2 * small
     inputs, douts, _ = branches.make_inputs(op, SHAPE, dtype, CPU)
     assert branches.needed_bytes(inputs, douts, "fwd") == forward
     assert branches.needed_bytes(inputs, douts, "fwd_bwd") == forward + backward
-
-
-def test_q_k_and_v_are_thirds_of_one_tensor():
-    inputs, _, _ = branches.make_inputs("silu_l2norm_rope", SHAPE, torch.float32, CPU)
-    places = [inputs[name].data_ptr() for name in "qkv"]
-    assert [x - places[0] for x in places] == [0, 4 * 24, 8 * 24]
-    assert all(inputs[name].stride() == (40 * 72, 72, 1) for name in "qkv")
 
 
 def faulty(op, fault):

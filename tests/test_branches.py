@@ -12,11 +12,11 @@ import itertools
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._pytree import tree_map
 
 from benchmarks.launches import count_launches
 from lact_kernels.autograd.rms_norm_scale_add import rms_norm_scale_add_bwd, rms_norm_scale_add_fwd
 from lact_kernels.autograd.silu_l2norm_rope import silu_l2norm_rope_bwd, silu_l2norm_rope_fwd
-from lact_kernels.eager import silu_l2norm_rope as eager
 from lact_kernels.eager import token_blocks
 from lact_kernels.ops.rms_norm_scale_add import rms_norm_scale_add
 from lact_kernels.ops.silu_l2norm_rope import silu_l2norm_rope
@@ -53,7 +53,7 @@ class Case:
         return self.reason.replace(" ", "-")
 
     def qkv(self, dtype, device=DEVICE, gradients=True):
-        """Leaves and options of `silu_l2norm_rope`; q, k and v are thirds of one projection."""
+        """Leaves and options of `silu_l2norm_rope`."""
         B, T, C, D = self.B, self.T, self.C, self.C // self.Hq
         wide = torch.float64 if dtype == torch.float64 else self.parameter_dtype
         tensors = {
@@ -115,8 +115,13 @@ EAGER_ONLY = [Case("fast heads inside attention heads", Hq=2, Hf=4, rows_of_angl
 
 
 def call_qkv(fn, tensors, options):
-    q, k, v = tensors["projection"].chunk(3, dim=-1)
-    return fn(q, k, v, tensors["qk_scale"], tensors["qk_offset"], **options)
+    return fn(tensors["projection"], tensors["qk_scale"], tensors["qk_offset"], **options)
+
+
+def call_three(fn, tensors, options):
+    """With q, k and v as tensors of their own."""
+    qkv = tensors["projection"].chunk(3, dim=-1)
+    return fn(qkv, tensors["qk_scale"], tensors["qk_offset"], **options)
 
 
 def call_sum(fn, tensors, options):
@@ -294,13 +299,13 @@ def test_any_strides(backend):
     def run(copy):
         leaves = [copy(x).requires_grad_() for x in (q, k, v, attn, ttt, scale)]
         turn = {name: copy(x) for name, x in angles.items()}
-        outputs = silu_l2norm_rope(*leaves[:3], **tensors, **turn, **options, backend=backend)
+        outputs = silu_l2norm_rope(leaves[:3], **tensors, **turn, **options, backend=backend)
         out = rms_norm_scale_add(
             *leaves[3:5], x["norm_weight"], leaves[5], eps=EPS, backend=backend
         )
         # A transposed gradient with heads apart, an expanded one, and contiguous ones.
         cotangents = [y.detach().transpose(1, 2).contiguous().transpose(1, 2) for y in outputs]
-        cotangents[2:] = [y.detach()[:1, :1].expand_as(y) for y in outputs[2:]]
+        cotangents[3:] = [y.detach()[:1, :1].expand_as(y) for y in outputs[3:]]
         cotangents = [copy(c) for c in (*cotangents, out.detach().mT.contiguous().mT)]
         return [*outputs, out, *torch.autograd.grad((*outputs, out), leaves, cotangents)]
 
@@ -308,43 +313,58 @@ def test_any_strides(backend):
         torch.testing.assert_close(strided, dense, rtol=1e-5, atol=1e-5)
 
 
-def test_thirds_of_a_projection_are_not_copied():
+def test_nothing_is_copied_before_or_joined_after_the_kernels():
     tensors, options = Case("").qkv(torch.float32)
-    outputs = []
-    forward = count_launches(
-        lambda: outputs.extend(
-            call_qkv(functools.partial(silu_l2norm_rope, backend="triton"), tensors, options)
-        )
-    )
+    outputs, x = [], Case("").sum(torch.float32)
+    ours = functools.partial(silu_l2norm_rope, backend="triton")
+    forward = count_launches(lambda: outputs.extend(call_qkv(ours, tensors, options)))
     assert forward.total == forward.kernels == 1
-    x = Case("").sum(torch.float32)
+    cotangents = [torch.ones_like(y) for y in outputs]
+    backward = count_launches(
+        lambda: torch.autograd.grad(outputs, list(tensors.values()), cotangents)
+    )
+    assert backward.kernels == 1
+    assert backward.op_names == {"aten::sum": 2}  # over programs, of the parameters' gradients
     forward = count_launches(lambda: rms_norm_scale_add(**x, eps=EPS, backend="triton"))
     assert forward.total == forward.kernels == 1
 
 
-def test_v_stays_itself_without_silu(monkeypatch):
-    given, fn = [], eager.silu_l2norm_rope_fwd
-    monkeypatch.setattr(
-        eager, "silu_l2norm_rope_fwd", lambda *args: given.extend(args) or fn(*args)
-    )
-    tensors, options = Case("", silu_v=False).qkv(torch.float32)
-    q, k, v = tensors["projection"].chunk(3, dim=-1)
-    scale, offset = tensors["qk_scale"], tensors["qk_offset"]
-    fast_v = silu_l2norm_rope(q, k, v, scale, offset, **options, backend="eager")[-1]
-    assert fast_v.data_ptr() == v.data_ptr()
-    assert given[0].v is None  # no work for it
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+@pytest.mark.parametrize("silu_v", [True, False])
+def test_one_tensor_and_three_are_the_same(backend, silu_v, small_blocks):
+    tensors, options = Case("", silu_v=silu_v).qkv(torch.float32)
+    leaves, results = list(tensors.values()), []
+    for call in (call_qkv, call_three):
+        torch.manual_seed(0)
+        outputs = call(functools.partial(silu_l2norm_rope, backend=backend), tensors, options)
+        cotangents = [torch.randn_like(y) for y in outputs]
+        results.append([*outputs, *torch.autograd.grad(outputs, leaves, cotangents)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_values_are_views_where_no_gradient_comes_back(backend):
+    for silu_v, views in ((True, 1), (False, 2)):
+        tensors, options = Case("", silu_v=silu_v).qkv(torch.float32, gradients=False)
+        outputs = call_qkv(functools.partial(silu_l2norm_rope, backend=backend), tensors, options)
+        place = tensors["projection"].untyped_storage().data_ptr()
+        assert [x.untyped_storage().data_ptr() for x in outputs].count(place) == views
+        expected = call_qkv(plain_silu_l2norm_rope, tensors, options)
+        for x, y in zip(outputs, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
 
 
 def test_some_gradients_alone():
     """Outputs that nobody uses, inputs that need no gradient."""
     tensors, options = Case("").qkv(torch.float32, "cpu")
-    q, k, v = (x.detach().requires_grad_() for x in tensors["projection"].chunk(3, dim=-1))
+    thirds = tensors["projection"].detach().chunk(3, dim=-1)
     scale, offset = tensors["qk_scale"].detach(), tensors["qk_offset"].detach()
-    for index, used in ((0, q), (3, k), (4, v)):
+    for index, needed in ((0, 0), (2, 2), (4, 1), (5, 2)):
         results = []
         for fn in (silu_l2norm_rope, plain_silu_l2norm_rope):
-            output = fn(q, k, v, scale, offset, **options)[index]
-            results.append(torch.autograd.grad(output.square().sum(), used)[0])
+            qkv = [x.clone().requires_grad_(n == needed) for n, x in enumerate(thirds)]
+            output = fn(qkv, scale, offset, **options)[index]
+            results.append(torch.autograd.grad(output.square().sum(), qkv[needed])[0])
         torch.testing.assert_close(*results)
 
 
@@ -355,15 +375,16 @@ OPCHECK = [Case("all", T=5), Case("v as it is and no scale", T=5, silu_v=False, 
 @pytest.mark.parametrize("case", OPCHECK, ids=str)
 def test_opcheck(case, backend):
     tensors, options = case.qkv(torch.float32)
-    q, k, v = (x.detach().requires_grad_() for x in tensors.pop("projection").chunk(3, dim=-1))
-    silu_v = options.pop("silu_v")
-    args = (q, k, v if silu_v else None, *tensors.values(), *options.values(), backend)
-    torch.library.opcheck(silu_l2norm_rope_fwd, args)
-    *outputs, fast_v = silu_l2norm_rope_fwd(*args)
-    grads = [torch.ones_like(x) for x in outputs], [torch.ones_like(x) for x in fast_v]
-    args = [x.detach() if isinstance(x, torch.Tensor) else x for x in args]
-    backward = {"test_utils": BACKWARD_OPCHECKS}
-    torch.library.opcheck(silu_l2norm_rope_bwd, (*grads[0], grads[1], *args), **backward)
+    one = tensors.pop("projection")
+    three = [x.detach().requires_grad_() for x in one.chunk(3, dim=-1)]
+    for qkv in ([one], three):
+        for attn_v in (True, False):
+            args = [qkv, *tensors.values(), *options.values(), attn_v, backend]
+            torch.library.opcheck(silu_l2norm_rope_fwd, args)
+            grads = tree_map(torch.ones_like, silu_l2norm_rope_fwd(*args))
+            args = tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, args)
+            backward = {"test_utils": BACKWARD_OPCHECKS}
+            torch.library.opcheck(silu_l2norm_rope_bwd, (*grads, *args), **backward)
 
     attn, *rest = case.sum(torch.float32).values()
     torch.library.opcheck(rms_norm_scale_add_fwd, (attn, *rest, EPS, backend))
@@ -374,8 +395,8 @@ def test_opcheck(case, backend):
 
 def layer(tensors, options, x):
     """Both operations, with something between them."""
-    attn_q, attn_k, fast_q, fast_k, fast_v = call_qkv(silu_l2norm_rope, tensors, options)
-    attn, ttt = attn_q * attn_k, fast_q * fast_k * fast_v
+    q, k, v, fast_q, fast_k, fast_v = call_qkv(silu_l2norm_rope, tensors, options)
+    attn, ttt = q * k * v, fast_q * fast_k * fast_v
     return rms_norm_scale_add(attn, ttt, x["norm_weight"], x["scale"], eps=EPS)
 
 
@@ -450,8 +471,7 @@ def test_nothing_is_kept_beside_the_inputs():
 
 def qkv_arguments(**changed):
     tensors, options = Case("", T=3, B=2).qkv(torch.float32, "cpu", gradients=False)
-    q, k, v = tensors.pop("projection").chunk(3, dim=-1)
-    return {"q": q, "k": k, "v": v, **tensors, **options, **changed}
+    return {"qkv": tensors.pop("projection"), **tensors, **options, **changed}
 
 
 def sum_arguments(**changed):
@@ -462,15 +482,26 @@ def meta(*shape):
     return torch.empty(*shape, device="meta")
 
 
+ROWS = torch.ones(3, 2, 3, 24).unbind()
 BAD_QKV = [
-    ({"q": [1.0]}, TypeError, r"q must be a tensor \[B, T, C\], got list"),
-    ({"q": torch.ones(2, 3, 24).int()}, TypeError, "q must have one of the dtypes .*torch.int32"),
-    ({"q": torch.ones(3, 24)}, ValueError, r"q must have the shape .*got \(3, 24\)"),
-    ({"q": torch.ones(2, 3, 0)}, ValueError, r"q .* C > 0, got \(2, 3, 0\)"),
-    ({"k": torch.ones(2, 3, 24).half()}, TypeError, "k .*float32.*float16"),
-    ({"k": torch.ones(2, 3, 23)}, ValueError, r"k .*\(2, 3, 24\), got \(2, 3, 23\)"),
-    ({"v": meta(2, 3, 24)}, ValueError, "v must be on cpu like q, got meta"),
-    ({"v": None}, TypeError, "v must be a tensor .* got NoneType"),
+    ({"qkv": 1.0}, TypeError, r"qkv must be a tensor \[B, T, 3C\] or three .*, got float"),
+    ({"qkv": ROWS[:2]}, TypeError, r"qkv must be .* three of \[B, T, C\], got 2"),
+    (
+        {"qkv": torch.ones(2, 3, 72).int()},
+        TypeError,
+        "qkv must have one of the dtypes .*torch.int32",
+    ),
+    ({"qkv": torch.ones(3, 72)}, ValueError, r"qkv must have the shape .*got \(3, 72\)"),
+    ({"qkv": torch.ones(2, 3, 0)}, ValueError, r"qkv .* C > 0, got \(2, 3, 0\)"),
+    ({"qkv": torch.ones(2, 3, 71)}, ValueError, r"qkv .*3C.*, got \(2, 3, 71\)"),
+    ({"qkv": [1.0, *ROWS[:2]]}, TypeError, r"q must be a tensor \[B, T, C\], got float"),
+    ({"qkv": [ROWS[0].int(), *ROWS[1:]]}, TypeError, "q must have one of the dtypes .*torch.int32"),
+    ({"qkv": [ROWS[0][0], *ROWS[1:]]}, ValueError, r"q must have the shape .*got \(3, 24\)"),
+    ({"qkv": [torch.ones(2, 3, 0)] * 3}, ValueError, r"q .* C > 0, got \(2, 3, 0\)"),
+    ({"qkv": [ROWS[0], ROWS[1].half(), ROWS[2]]}, TypeError, "k .*float32.*float16"),
+    ({"qkv": [ROWS[0], ROWS[1][..., 1:], ROWS[2]]}, ValueError, r"k .*24\), got \(2, 3, 23\)"),
+    ({"qkv": [*ROWS[:2], meta(2, 3, 24)]}, ValueError, "v must be on cpu like q, got meta"),
+    ({"qkv": [*ROWS[:2], None]}, TypeError, "v must be a tensor .* got NoneType"),
     ({"qk_scale": torch.ones(24)}, ValueError, r"qk_scale .*\(24, 2\), got \(24,\)"),
     ({"qk_scale": None}, TypeError, "qk_scale must be a tensor"),
     ({"qk_offset": torch.ones(24, 2).int()}, TypeError, "qk_offset .*torch.int32"),
@@ -538,7 +569,7 @@ def test_triton_refuses_what_it_cannot_run(arguments):
     if fn is silu_l2norm_rope:
         x, angles = torch.ones(1, 2, C), torch.ones(1, 2, 1)
         arguments = qkv_arguments(
-            q=x, k=x, v=x, qk_scale=torch.ones(C, 2), qk_offset=torch.ones(C, 2),
+            qkv=(x, x, x), qk_scale=torch.ones(C, 2), qk_offset=torch.ones(C, 2),
             cos=angles, sin=angles, **wide,
         )  # fmt: skip
     else:

@@ -32,7 +32,7 @@ def randn(*shape):
 
 
 def op_calls():
-    """The arguments of every registered op, the first one floating-point."""
+    """The arguments of every registered op, the first one floating-point or a list of one that is."""
     ops = torch.ops.lact_kernels
     q, k, v = randn(3, B, T, H, 4)
     window = (3, 0.5, None, None, "eager")
@@ -52,24 +52,36 @@ def op_calls():
     yield "ttt_apply_fwd", (q, *weights, "eager")
     yield "ttt_apply_bwd", (randn(B, T, H, 3), q, *weights, "eager")
 
-    x, table = randn(3, B, T, 8), randn(2, 1, T, 2)
-    qkv = (*x, randn(8, 2), randn(8, 2), *table, 2, 2, True, True, "eager")
-    *parts, fast_v = ops.silu_l2norm_rope_fwd(*qkv)
+    table = randn(2, 1, T, 2)
+    qkv = (
+        [randn(B, T, 24)],
+        randn(8, 2),
+        randn(8, 2),
+        *table,
+        2,
+        2,
+        True,
+        True,
+        True,
+        True,
+        "eager",
+    )
     yield "silu_l2norm_rope_fwd", qkv
-    yield "silu_l2norm_rope_bwd", (*parts, fast_v, *qkv)
+    yield "silu_l2norm_rope_bwd", (*ops.silu_l2norm_rope_fwd(*qkv), *qkv)
     parts = (q, k, randn(4), randn(B, T, H), 1e-5, "eager")
     yield "rms_norm_scale_add_fwd", parts
     yield "rms_norm_scale_add_bwd", (ops.rms_norm_scale_add_fwd(*parts), *parts[1:])
 
 
 def of_first(name, args):
-    """The op as a function of its first argument, to one number."""
+    """The op as a function of its first argument, to one number, and this argument."""
 
     def fn(x):
-        outputs = getattr(torch.ops.lact_kernels, name)(x, *args[1:])
+        first = [x] if isinstance(args[0], list) else x
+        outputs = getattr(torch.ops.lact_kernels, name)(first, *args[1:])
         return sum(o.sum() for o in tree_leaves(outputs))
 
-    return fn
+    return fn, tree_leaves(args[0])[0]
 
 
 def test_no_op_has_forward_mode_derivatives():
@@ -80,8 +92,8 @@ def test_no_op_has_forward_mode_derivatives():
     names = {prefix + name for name in (*calls, "packed_plan")}  # which is of integers
     assert names == {x for x in registered if x.startswith(prefix)}
     for name, args in calls.items():
-        fn = of_first(name, args)
-        for x in (args[0], args[0].clone().requires_grad_()):
+        fn, first = of_first(name, args)
+        for x in (first, first.clone().requires_grad_()):
             for transform in (lambda x: jvp(fn, (x,), (x,)), jacfwd(fn)):  # noqa: B023
                 with pytest.raises(NotImplementedError, match=f"{name} has no forward-mode"):
                     transform(x)
@@ -95,9 +107,10 @@ def test_a_backward_has_no_backward():
     for name, args in op_calls():
         if name in HAVE_NO_BACKWARD:
             for derivative in (lambda f, x: torch.autograd.grad(f(x), x), lambda f, x: grad(f)(x)):
-                x = args[0].clone().requires_grad_()
+                fn, first = of_first(name, args)
+                x = first.clone().requires_grad_()
                 with pytest.raises(NotImplementedError, match=f"{name} has no second derivatives"):
-                    derivative(of_first(name, args), x)
+                    derivative(fn, x)
 
 
 # The public functions as `fn(q, *others)`, with arguments that have rows `[B, ...]`

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lact_kernels.core.silu_l2norm_rope import Inputs, Options, Outputs
+from lact_kernels.core.silu_l2norm_rope import Gradients, Inputs, Options, Outputs, thirds
 from lact_kernels.eager.token_blocks import compute_dtype, token_blocks
 
 NORM_EPS = 1e-5
@@ -17,13 +17,15 @@ silu_backward = torch.ops.aten.silu_backward  # (grad, x) -> grad * silu'(x)
 
 def silu_l2norm_rope_fwd(inputs: Inputs, options: Options) -> Outputs:
     """The inputs of both branches."""
-    q, k, v, qk_scale, qk_offset, cos, sin = inputs
-    num_attn_heads, num_lact_heads, silu, rotate_fast = options
+    qkv, qk_scale, qk_offset, cos, sin = inputs
+    num_attn_heads, num_lact_heads, silu, silu_v, rotate_fast, with_attn_v = options
+    q, k, v = thirds(qkv)
     dtype = compute_dtype(q)
     scales, offsets = _columns(qk_scale, dtype), _columns(qk_offset, dtype)
     attn = [_empty_heads(x, num_attn_heads) for x in (q, k)]
     fast = [_empty_heads(x, num_lact_heads) for x in (q, k)]
-    fast_v = [] if v is None else [_empty_heads(v, num_lact_heads)]
+    attn_v = [_empty_heads(v, num_attn_heads)] if with_attn_v else []
+    fast_v = [_empty_heads(v, num_lact_heads)] if silu_v else []
     for tokens in token_blocks(q):
         angles = cos[:, tokens, None], sin[:, tokens, None]
         for x, scale, offset, attn_x, fast_x in zip((q, k), scales, offsets, attn, fast):
@@ -40,23 +42,24 @@ def silu_l2norm_rope_fwd(inputs: Inputs, options: Options) -> Outputs:
                 _rotate(a, *angles, out=fast_x)
             else:
                 fast_x.copy_(a)
+        for out in attn_v:
+            out[:, tokens].flatten(2).copy_(v[:, tokens])
         for out in fast_v:
             out[:, tokens].flatten(2).copy_(F.silu(v[:, tokens].to(dtype)))
-    return Outputs(*attn, *fast, fast_v)
+    return Outputs(*attn, attn_v, *fast, fast_v)
 
 
-def silu_l2norm_rope_bwd(
-    grads: Outputs, inputs: Inputs, options: Options
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor]:
-    """Gradients of q, k, v (with v), qk_scale and qk_offset."""
-    dattn_q, dattn_k, dfast_q, dfast_k, dfast_v = grads
-    q, k, v, qk_scale, qk_offset, cos, sin = inputs
-    num_attn_heads, num_lact_heads, silu, rotate_fast = options
+def silu_l2norm_rope_bwd(grads: Outputs, inputs: Inputs, options: Options) -> Gradients:
+    """Those of q, k and v laid out as they are, so that they need not be joined afterwards."""
+    dattn_q, dattn_k, dattn_v, dfast_q, dfast_k, dfast_v = grads
+    qkv, qk_scale, qk_offset, cos, sin = inputs
+    num_attn_heads, num_lact_heads, silu, _, rotate_fast, _ = options
+    q, k, v = thirds(qkv)
     dtype = compute_dtype(q)
     scales, offsets = _columns(qk_scale, dtype), _columns(qk_offset, dtype)
     dscale, doffset = (x.new_zeros(x.shape, dtype=dtype) for x in (qk_scale, qk_offset))
-    dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
-    dv = [] if v is None else [v.new_empty(v.shape)]
+    dqkv = [x.new_empty(x.shape) for x in qkv]
+    dq, dk, dv = thirds(dqkv)
     dattn, dfast = (dattn_q, dattn_k), (dfast_q, dfast_k)
     parts = list(enumerate(zip((q, k), (dq, dk), dattn, dfast, scales, offsets)))
     as_attn, as_fast = (-1, (num_attn_heads, -1)), (-1, (num_lact_heads, -1))
@@ -80,10 +83,13 @@ def silu_l2norm_rope_bwd(
             dattn = dattn[:, tokens].to(dtype)
             total = _rotate(dattn, cos_t, minus_sin_t).flatten(2)
             dx[:, tokens] = total.addcmul_(dz, scale)
-        for dx in dv:
-            x, dy = v[:, tokens].to(dtype), dfast_v[0][:, tokens].to(dtype).flatten(2)
-            dx[:, tokens] = silu_backward(dy, x)
-    return dq, dk, dv, dscale.to(qk_scale.dtype), doffset.to(qk_offset.dtype)
+        total = 0
+        for dy in dfast_v:
+            total = silu_backward(dy[:, tokens].to(dtype).flatten(2), v[:, tokens].to(dtype))
+        for dy in dattn_v:
+            total += dy[:, tokens].flatten(2)
+        dv[:, tokens] = total
+    return Gradients(dqkv, dscale.to(qk_scale.dtype), doffset.to(qk_offset.dtype))
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:

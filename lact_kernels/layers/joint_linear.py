@@ -23,12 +23,11 @@ def joint_linear(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
 
 
 def can_be_joined(modules: tuple[nn.Module, ...]) -> bool:
-    """Whether nobody could tell that several modules were not called: their call is their class's, and no more.
+    """Whether nobody can tell that these were not called: a call is that of their class, and no more.
 
-    Not so where a module is of another class (LoRA, quantised, wrapped, parametrised), has hooks (weight norm,
-    FSDP, offloading) or a forward of its own (accelerate), or a parameter that computes products in a way of
-    its own (a DTensor, a quantised weight). Where weights differ in dtype or device, or some have no bias,
-    there is no joint product.
+    Not so where a module is of another class (LoRA, quantised, wrapped, parametrised), has hooks (weight
+    norm, FSDP) or a forward of its own (accelerate), or a parameter with products of its own (a DTensor, a
+    quantised weight). There is no joint product where dtypes or devices differ, or some have no bias.
     """
     return (
         len(modules) > 1

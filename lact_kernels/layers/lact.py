@@ -325,15 +325,10 @@ class LaCTLayer(nn.Module):
         if self.temporal_conv is not None:
             x, context, slots = self.temporal_conv(x, context)
 
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        if self.q_norm is not None:
-            dtype = self.q_norm.weight.dtype  # wider than that of q under autocast
-            q, k = self.q_norm(q.to(dtype)).to(v.dtype), self.k_norm(k.to(dtype)).to(v.dtype)
-        wide = wide_dtype(v)
-        q, k, fast_q, fast_k, fast_v = silu_l2norm_rope(
-            q,
-            k,
-            v,
+        qkv = self.qkv(x)
+        dtype, wide = qkv.dtype, wide_dtype(qkv)
+        q, k, v, fast_q, fast_k, fast_v = silu_l2norm_rope(
+            qkv if self.q_norm is None else self._norm_queries_and_keys(qkv),
             self.qk_scale,
             self.qk_offset,
             *rotary_tables(context.positions(x), self.head_dim, self.rope_theta, wide),
@@ -344,7 +339,6 @@ class LaCTLayer(nn.Module):
             rotate_fast=not self.ttt_nope,
             backend=self.backend,
         )
-        v = v.unflatten(-1, (self.num_attn_heads, self.head_dim))
         attn = context.window_attn(q, k, v, self.window_size, backend=self.backend)
         rates, momentum, scale = self._choices_of_tokens(x, wide)
         weights = self._initial_fast_weights(wide)
@@ -361,9 +355,15 @@ class LaCTLayer(nn.Module):
             backend=self.backend,
         )
         if scale is not None:
-            scale = scale.to(v.dtype)
+            scale = scale.to(dtype)
         o = self.o_proj(self.ttt_norm(ttt, attn, scale, self.backend))
         return o if self.temporal_conv is None else self.temporal_conv.expand(o, T, slots)
+
+    def _norm_queries_and_keys(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of `[B, T, 3C]`."""
+        q, k, v = qkv.chunk(3, dim=-1)
+        dtype = self.q_norm.weight.dtype  # wider than that of q under autocast
+        return self.q_norm(q.to(dtype)).to(v.dtype), self.k_norm(k.to(dtype)).to(v.dtype), v
 
     def _initial_fast_weights(self, wide: torch.dtype) -> list[Tensor]:
         """w0, w1 and w2, `[H, out, in]`."""

@@ -111,7 +111,7 @@ CALLS = {
     ),
     "silu_l2norm_rope": lambda: (
         silu_l2norm_rope,
-        {name: torch.randn(2, 5, 16) for name in "qkv"}
+        {"qkv": torch.randn(2, 5, 48)}
         | {"qk_scale": torch.randn(16, 2), "qk_offset": torch.randn(16, 2)}
         | {"cos": torch.randn(1, 5, 4), "sin": torch.randn(1, 5, 4)}
         | {"num_attn_heads": 2, "num_lact_heads": 1, "silu": True, "silu_v": True}

@@ -200,17 +200,18 @@ def layer_branches(draw: Draw) -> None:
     inputs["norm_weight"] = draw.normal(C // Hf, dtype=wide)
     if draw.chance(0.7):
         inputs["scale"] = draw.normal(B, T, Hf, dtype=dtype)
-    draw.note(dtype=dtype, backend=backend, B=B, T=T, D=D, **options)
+    joint = draw.chance(0.7)
+    draw.note(dtype=dtype, backend=backend, B=B, T=T, D=D, joint=joint, **options)
     gradients = draw.gradients(dtype, inputs)
 
     def call(before, after, **backend):
         def run(x):
-            qkv = x["projection"].chunk(3, dim=-1)
+            qkv = x["projection"] if joint else x["projection"].chunk(3, dim=-1)
             tables = {n: t.to(x["qk_scale"].dtype) for n, t in angles.items()}
             outputs = before.silu_l2norm_rope(
-                *qkv, x["qk_scale"], x["qk_offset"], **tables, **options, **backend
+                qkv, x["qk_scale"], x["qk_offset"], **tables, **options, **backend
             )
-            names = ("attn_q", "attn_k", "fast_q", "fast_k", "fast_v")
+            names = ("attn_q", "attn_k", "attn_v", "fast_q", "fast_k", "fast_v")
             results = dict(zip(names, outputs))
             results["sum"] = after.rms_norm_scale_add(
                 results["attn_q"], x["ttt"], x["norm_weight"], x.get("scale"), eps=1e-5, **backend

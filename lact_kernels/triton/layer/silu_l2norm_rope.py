@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lact_kernels.core.silu_l2norm_rope import Inputs, Options, Outputs
+from lact_kernels.core.silu_l2norm_rope import Gradients, Inputs, Options, Outputs, thirds
 from lact_kernels.triton.configs import (
     TRITON,
     RowConfig,
@@ -124,16 +124,17 @@ def row_lengths(a1, a2):
 def _silu_l2norm_rope_fwd_kernel(
     q_ptr,
     k_ptr,
-    v_ptr,  # or None
+    v_ptr,
     scale_ptr,  # [C, 2], contiguous
     offset_ptr,  # likewise
     cos_ptr,  # [T, D / 2] or [B * T, D / 2], contiguous
     sin_ptr,  # likewise
     attn_q_ptr,  # [B * T, C], contiguous, like all results
     attn_k_ptr,
+    attn_v_ptr,  # or None
     fast_q_ptr,
     fast_k_ptr,
-    fast_v_ptr,  # with v_ptr
+    fast_v_ptr,  # or None
     num_tokens,  # B * T
     T,
     Hf,
@@ -181,35 +182,39 @@ def _silu_l2norm_rope_fwd_kernel(
             if ROTATE_FAST:
                 y1, y2 = rotated(y1, y2, cos, sin)
             store_pair(fast_ptr, out_offsets, y1, y2, inside, HALF)
-    elif v_ptr is not None:
+    else:
         for block in range(first_block, num_blocks, step):
             rows = block * BLOCK_T + tl.arange(0, BLOCK_T)
             inside = (rows < num_tokens)[:, None] & exists[None, :]
             v_offsets = tile_offsets(rows, T, v_token_strides, channels)
             out_offsets = rows.to(tl.int64)[:, None] * (Hf * FAST_DIM) + channels[None, :]
             v1, v2 = load_pair(v_ptr, v_offsets, inside, HALF)
-            y1, _ = activated(v1, True)
-            y2, _ = activated(v2, True)
-            store_pair(fast_v_ptr, out_offsets, y1, y2, inside, HALF)
+            if attn_v_ptr is not None:
+                store_pair(attn_v_ptr, out_offsets, v1, v2, inside, HALF)
+            if fast_v_ptr is not None:
+                y1, _ = activated(v1, True)
+                y2, _ = activated(v2, True)
+                store_pair(fast_v_ptr, out_offsets, y1, y2, inside, HALF)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "T", "Hf", "angle_rows"])
 def _silu_l2norm_rope_bwd_kernel(
     dattn_q_ptr,
     dattn_k_ptr,
+    dattn_v_ptr,  # or None
     dfast_q_ptr,
     dfast_k_ptr,
-    dfast_v_ptr,  # with v_ptr
+    dfast_v_ptr,  # or None
     q_ptr,
     k_ptr,
-    v_ptr,  # or None
+    v_ptr,
     scale_ptr,  # [C, 2], contiguous
     offset_ptr,  # likewise
     cos_ptr,  # [T, D / 2] or [B * T, D / 2], contiguous
     sin_ptr,  # likewise
-    dq_ptr,  # [B * T, C], contiguous, like the next
+    dq_ptr,
     dk_ptr,
-    dv_ptr,  # with v_ptr
+    dv_ptr,
     dscale_ptr,  # [splits, C, 2], contiguous: the sums over the tokens of some programs
     doffset_ptr,  # likewise
     num_tokens,  # B * T
@@ -218,12 +223,14 @@ def _silu_l2norm_rope_bwd_kernel(
     angle_rows,  # of each batch entry: T, or 0 where all have the same
     dattn_q_token_strides,  # of batch row and token, like the others
     dattn_k_token_strides,
+    dattn_v_token_strides,
     dfast_q_token_strides,
     dfast_k_token_strides,
     dfast_v_token_strides,
     q_token_strides,
     k_token_strides,
     v_token_strides,
+    dx_token_strides,  # of dq, dk and dv
     HEAD_DIM: tl.constexpr,
     FAST_DIM: tl.constexpr,
     SILU: tl.constexpr,
@@ -259,7 +266,7 @@ def _silu_l2norm_rope_bwd_kernel(
             x_offsets = tile_offsets(rows, T, x_strides, channels)
             dattn_offsets = tile_offsets(rows, T, dattn_strides, channels)
             dfast_offsets = tile_offsets(rows, T, dfast_strides, channels)
-            dx_offsets = rows.to(tl.int64)[:, None] * (Hf * FAST_DIM) + channels[None, :]
+            dx_offsets = tile_offsets(rows, T, dx_token_strides, channels)
             x1, x2 = load_pair(x_ptr, x_offsets, inside, HALF)
             du1, du2 = load_pair(dfast_ptr, dfast_offsets, inside, HALF)
             if ROTATE_FAST:
@@ -283,18 +290,27 @@ def _silu_l2norm_rope_bwd_kernel(
         place = first_block.to(tl.int64) * (Hf * FAST_DIM * 2)
         store_sums(dscale_ptr + place, channels, part, dscale1, dscale2, exists, HALF)
         store_sums(doffset_ptr + place, channels, part, doffset1, doffset2, exists, HALF)
-    elif v_ptr is not None:
+    else:
         for block in range(first_block, num_blocks, step):
             rows = block * BLOCK_T + tl.arange(0, BLOCK_T)
             inside = (rows < num_tokens)[:, None] & exists[None, :]
-            v_offsets = tile_offsets(rows, T, v_token_strides, channels)
-            dfast_offsets = tile_offsets(rows, T, dfast_v_token_strides, channels)
-            dv_offsets = rows.to(tl.int64)[:, None] * (Hf * FAST_DIM) + channels[None, :]
-            v1, v2 = load_pair(v_ptr, v_offsets, inside, HALF)
-            dv1, dv2 = load_pair(dfast_v_ptr, dfast_offsets, inside, HALF)
-            _, slope1 = activated(v1, True)
-            _, slope2 = activated(v2, True)
-            store_pair(dv_ptr, dv_offsets, dv1 * slope1, dv2 * slope2, inside, HALF)
+            dv1 = tl.zeros([BLOCK_T, BLOCK_PAIRS], tl.float32)
+            dv2 = dv1
+            if dattn_v_ptr is not None:
+                dattn_offsets = tile_offsets(rows, T, dattn_v_token_strides, channels)
+                dv1, dv2 = load_pair(dattn_v_ptr, dattn_offsets, inside, HALF)
+            if dfast_v_ptr is not None:
+                v1, v2 = load_pair(
+                    v_ptr, tile_offsets(rows, T, v_token_strides, channels), inside, HALF
+                )
+                dfast_offsets = tile_offsets(rows, T, dfast_v_token_strides, channels)
+                dy1, dy2 = load_pair(dfast_v_ptr, dfast_offsets, inside, HALF)
+                _, slope1 = activated(v1, True)
+                _, slope2 = activated(v2, True)
+                dv1 += dy1 * slope1
+                dv2 += dy2 * slope2
+            dx_offsets = tile_offsets(rows, T, dx_token_strides, channels)
+            store_pair(dv_ptr, dx_offsets, dv1, dv2, inside, HALF)
 
 
 FWD_KERNELS = {TRITON: _silu_l2norm_rope_fwd_kernel}
@@ -303,13 +319,13 @@ BWD_KERNELS = {TRITON: _silu_l2norm_rope_bwd_kernel}
 
 def silu_l2norm_rope_fwd(inputs: Inputs, options: Options) -> Outputs:
     """The inputs of both branches."""
-    q, k, v, qk_scale, qk_offset, cos, sin = inputs
-    Hq, Hf, silu, rotate_fast = options
+    qkv, qk_scale, qk_offset, cos, sin = inputs
+    Hq, Hf, silu, silu_v, rotate_fast, with_attn_v = options
+    q, k, v = thirds(qkv)
     B, T, C = q.shape
-    attn_q, attn_k = (q.new_empty(B, T, Hq, C // Hq) for _ in range(2))
-    fast_q, fast_k = (q.new_empty(B, T, Hf, C // Hf) for _ in range(2))
-    fast_v = None if v is None else q.new_empty(B, T, Hf, C // Hf)
-    outputs = Outputs(attn_q, attn_k, fast_q, fast_k, [] if v is None else [fast_v])
+    attn_q, attn_k, *attn_v = (q.new_empty(B, T, Hq, C // Hq) for _ in range(2 + with_attn_v))
+    fast_q, fast_k, *fast_v = (q.new_empty(B, T, Hf, C // Hf) for _ in range(2 + silu_v))
+    outputs = Outputs(attn_q, attn_k, attn_v, fast_q, fast_k, fast_v)
     if q.numel() == 0:
         return outputs
     config = row_config("silu_l2norm_rope_fwd", C // Hf // 2, q.dtype)
@@ -317,42 +333,43 @@ def silu_l2norm_rope_fwd(inputs: Inputs, options: Options) -> Outputs:
     splits = num_splits(B * T, config.block_m, 2 * Hf, q.device, FORWARD_PROGRAMS)
     with on_device(q):
         launch(
-            FWD_KERNELS, config, (splits * Hf, 2 if v is None else 3),
-            q, k, v, qk_scale.contiguous(), qk_offset.contiguous(),
-            cos.contiguous(), sin.contiguous(), attn_q, attn_k, fast_q, fast_k, fast_v,
+            FWD_KERNELS, config, (splits * Hf, 3 if attn_v or fast_v else 2),
+            q, k, v, qk_scale.contiguous(), qk_offset.contiguous(), cos.contiguous(), sin.contiguous(),
+            attn_q, attn_k, _only(attn_v), fast_q, fast_k, _only(fast_v),
             B * T, T, Hf, _angle_rows(cos), *outer_strides(q, k, v),
             **constexprs(C // Hq, C // Hf, silu, rotate_fast, config),
         )  # fmt: skip
     return outputs
 
 
-def silu_l2norm_rope_bwd(
-    grads: Outputs, inputs: Inputs, options: Options
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor, Tensor]:
-    """Gradients of q, k, v (with v), qk_scale and qk_offset."""
-    dattn_q, dattn_k, dfast_q, dfast_k, dfast_v = grads
-    q, k, v, qk_scale, qk_offset, cos, sin = inputs
-    Hq, Hf, silu, rotate_fast = options
+def silu_l2norm_rope_bwd(grads: Outputs, inputs: Inputs, options: Options) -> Gradients:
+    """Those of q, k and v laid out as they are, so that they need not be joined afterwards."""
+    qkv, qk_scale, qk_offset, cos, sin = inputs
+    Hq, Hf, silu, _, rotate_fast, _ = options
+    q, k, v = thirds(qkv)
     B, T, C = q.shape
-    dq, dk = q.new_empty(B, T, C), k.new_empty(B, T, C)
-    dv = None if v is None else v.new_empty(B, T, C)
+    dqkv = [x.new_empty(x.shape) for x in qkv]
     config = row_config("silu_l2norm_rope_bwd", C // Hf // 2, q.dtype)
     splits = num_splits(B * T, config.block_m, 2 * Hf, q.device, BACKWARD_PROGRAMS)
     dscale, doffset = (q.new_empty(splits, C, 2, dtype=torch.float32) for _ in range(2))
     if q.numel():
-        grads = [x.flatten(2) for x in (dattn_q, dattn_k, dfast_q, dfast_k, *dfast_v)]
-        tensors = _readable(*grads, *([None] if v is None else []), q, k, v)
+        dq, dk, dv = thirds(dqkv)
+        grads = (_only(x) if isinstance(x, list) else x for x in grads)
+        tensors = _readable(*(x if x is None else x.flatten(2) for x in grads), q, k, v)
         with on_device(q):
             launch(
-                BWD_KERNELS, config, (splits * Hf, 2 if v is None else 3),
+                BWD_KERNELS, config, (splits * Hf, 3),
                 *tensors, qk_scale.contiguous(), qk_offset.contiguous(),
                 cos.contiguous(), sin.contiguous(), dq, dk, dv, dscale, doffset,
-                B * T, T, Hf, _angle_rows(cos), *outer_strides(*tensors),
+                B * T, T, Hf, _angle_rows(cos), *outer_strides(*tensors, dq),
                 **constexprs(C // Hq, C // Hf, silu, rotate_fast, config),
             )  # fmt: skip
     dscale, doffset = dscale.sum(dim=0), doffset.sum(dim=0)
-    dv = [] if v is None else [dv]
-    return dq, dk, dv, dscale.to(qk_scale.dtype), doffset.to(qk_offset.dtype)
+    return Gradients(dqkv, dscale.to(qk_scale.dtype), doffset.to(qk_offset.dtype))
+
+
+def _only(tensors: list[Tensor]) -> Tensor | None:
+    return tensors[0] if tensors else None
 
 
 def _readable(*tensors: Tensor | None) -> list[Tensor | None]:
