@@ -18,7 +18,7 @@ tensor once. With n bytes in `[B, T, C]`, and in brackets what is small beside i
 
 where p is cos, sin, qk_scale and qk_offset, or norm_weight and scale. The attention's v is a sixth output,
 a part of qkv, which needs no bytes. The yardstick is the rate at which a large tensor is copied, in turn with
-the variants: bytes read and written. "x base" is the time of ours over that of the row, so that less than 1 is
+the variants: bytes read and written. "x base" is the time of ours over that of the row: less than 1 is
 slower than ours.
 
 Correctness first: outputs and gradients of a few tokens are held against float64 by the rule of
