@@ -9,6 +9,9 @@ They are counted of one call on the meta device, which needs no memory and no GP
 out of each torch operation, views and allocations apart, and of each kernel of the layer, which reads and
 writes every tensor once. `window_attn` and `block_causal_ttt` are left out. The table is for each token and
 channel: what grows with the number of tokens, and so not the reading of weights.
+
+Two bytes of `silu_l2norm_rope_fwd` are a copy of v, which is made where calls are compiled, transformed or
+counted as here. Otherwise there is a view in its place.
 """
 
 import argparse

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.launches import count_launches
 from lact_kernels.autograd.rms_norm_scale_add import rms_norm_scale_add_bwd, rms_norm_scale_add_fwd
@@ -343,15 +344,41 @@ def test_one_tensor_and_three_are_the_same(backend, silu_v, small_blocks):
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_values_are_views_where_no_gradient_comes_back(backend):
+@pytest.mark.parametrize("gradients", [True, False])
+def test_values_are_views(backend, gradients):
     for silu_v, views in ((True, 1), (False, 2)):
-        tensors, options = Case("", silu_v=silu_v).qkv(torch.float32, gradients=False)
+        tensors, options = Case("", silu_v=silu_v).qkv(torch.float32, gradients=gradients)
         outputs = call_qkv(functools.partial(silu_l2norm_rope, backend=backend), tensors, options)
         place = tensors["projection"].untyped_storage().data_ptr()
         assert [x.untyped_storage().data_ptr() for x in outputs].count(place) == views
         expected = call_qkv(plain_silu_l2norm_rope, tensors, options)
         for x, y in zip(outputs, expected, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def storages(*tensors):
+    return {x.untyped_storage().data_ptr() for x in tensors}
+
+
+def test_a_view_is_for_autograd_alone():
+    """Which refuses to have it written. Compiled code and modes are told of no view, and get a copy."""
+    tensors, options = Case("").qkv(torch.float32)
+    one = storages(tensors["projection"])
+    recorded = call_qkv(silu_l2norm_rope, tensors, options)
+    assert storages(recorded[2]) == one
+    with pytest.raises(RuntimeError, match="is a view"):
+        recorded[2].add_(1)
+    with FlopCounterMode(display=False):
+        under_a_mode = call_qkv(silu_l2norm_rope, tensors, options)
+    torch._dynamo.reset()
+    compiled = torch.compile(call_qkv, fullgraph=True, backend="aot_eager")
+    traced = compiled(silu_l2norm_rope, tensors, options)
+    with torch.no_grad():  # where the public function, in the graph, makes the view
+        inference = compiled(silu_l2norm_rope, tensors, options)
+    for outputs in (under_a_mode, traced):
+        assert not storages(*outputs) & one
+    for outputs in (under_a_mode, traced, inference):
+        assert all(torch.equal(a, b) for a, b in zip(outputs, recorded, strict=True))
 
 
 def test_some_gradients_alone():

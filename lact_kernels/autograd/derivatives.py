@@ -6,6 +6,7 @@ once for each of their levels, as they reach those of PyTorch's own ops. `FirstO
 no registered op, as it talks to other processes.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -40,16 +41,19 @@ def first_derivatives(
     backward: Callable | None,
     setup_context: Callable | None,
     without_backward: str,
+    recorded: Callable | None = None,
 ) -> Callable:
-    """The kernel of an op for the key Autograd. Without a `backward` it says so where one is called for."""
+    """The kernel of an op for the key Autograd, of arguments as in `register_op`.
+
+    Without a `backward` it says so where one is called for.
+    """
     name = overload._schema.name
 
     def below(keyset, *args):
-        keyset = keyset & torch._C._after_ADInplaceOrView_keyset
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            if keyset.raw_repr() in PLAIN:  # as redispatch would, which takes as long as all else
+            if _is_plain(keyset):  # as redispatch would, which takes as long as all else
                 return implementation(*args)
-            return overload.redispatch(keyset, *args)
+            return overload.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
 
     def forward(ctx, *args):
         *args, keyset = args
@@ -57,6 +61,8 @@ def first_derivatives(
             # `apply` turns these off for all levels, where that is right for its own only.
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
                 output = below(keyset, *args)
+        elif recorded is not None and _is_plain(keyset):
+            output = recorded(functools.partial(below, keyset), *args)
         else:
             output = below(keyset, *args)
         if setup_context is not None:
@@ -85,6 +91,11 @@ def first_derivatives(
         return node.apply(*args, keyset)
 
     return autograd
+
+
+def _is_plain(keyset: torch._C.DispatchKeySet) -> bool:
+    """Whether there are plain tensors of a device alone below autograd."""
+    return (keyset & torch._C._after_ADInplaceOrView_keyset).raw_repr() in PLAIN
 
 
 def _refuse_tangents(name: str, args: tuple) -> None:

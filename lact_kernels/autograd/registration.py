@@ -25,6 +25,7 @@ def register_op(
     backward: Callable | None = None,
     setup_context: Callable | None = None,
     without_backward: str = NO_SECOND_DERIVATIVES,
+    recorded: Callable | None = None,
     batched: bool = False,
 ) -> Callable[[Callable], torch._ops.OpOverload]:
     """A decorator: it makes what computes an op, on any device, the op of this schema.
@@ -38,6 +39,9 @@ def register_op(
         backward: of a context and the gradients of results, the gradients of all arguments; by default there
             are none, and a call for one raises `without_backward`, formatted with the name of the op.
         setup_context: of a context, the arguments and the results, keeps what `backward` needs.
+        recorded: of a function that computes the op, and its arguments, makes the results where autograd
+            alone records a call with plain tensors. There they may be views of arguments: autograd knows
+            what those are, and nobody else is told.
         batched: see `vmap_rule`.
     """
 
@@ -47,7 +51,7 @@ def register_op(
         torch.library.register_fake(overload, fake, lib=_library)
         torch.library.register_vmap(overload, vmap_rule(overload, batched), lib=_library)
         autograd = first_derivatives(
-            overload, implementation, backward, setup_context, without_backward
+            overload, implementation, backward, setup_context, without_backward, recorded
         )
         kernels = {
             "CompositeExplicitAutograd": implementation,

@@ -6,7 +6,7 @@ beside them costs less to compute again than to read.
 q, k and v are a list of one tensor that they share, or of three, and so are their gradients: what comes
 back is one tensor where one was given. So the gradient of the attention's v has to come in here, too, and
 where there may be a backward this v comes out: as a copy, since an op may not return a view of what it is
-given. `attn_v` and `fast_v` are lists of one tensor, or of none.
+given, but for autograd alone, which can take one. `attn_v` and `fast_v` are lists of one tensor, or of none.
 """
 
 from types import ModuleType
@@ -53,12 +53,23 @@ def _backward(ctx, *grads):
     return dqkv, dqk_scale, dqk_offset, *rest
 
 
+def _recorded(compute, qkv, *args):
+    """The outputs, of which attn_v is a view: nothing is written for it, and nothing kept beside qkv."""
+    *args, attn_v, backend = args
+    outputs = Outputs(*compute(qkv, *args, False, backend))
+    if attn_v:
+        _, _, v = thirds(qkv)
+        outputs = outputs._replace(attn_v=[v.unflatten(-1, outputs.attn_q.shape[2:])])
+    return tuple(outputs)
+
+
 @register_op(
     f"silu_l2norm_rope_fwd({INPUTS}) -> (Tensor attn_q, Tensor attn_k, Tensor[] attn_v, Tensor fast_q,"
     " Tensor fast_k, Tensor[] fast_v)",
     _empty_outputs,
     backward=_backward,
     setup_context=_setup,
+    recorded=_recorded,
 )
 def silu_l2norm_rope_fwd(*args):
     inputs, options, backend = _split(args)

@@ -66,9 +66,9 @@ def silu_l2norm_rope(
 
     Returns:
         `(attn_q, attn_k, attn_v, fast_q, fast_k, fast_v)`, the first three `[B, T, Hq, D]`, the others
-        `[B, T, Hf, Df]`, in the dtype of q. attn_v is a view of v, or a copy where v may need a gradient,
-        which then leaves in one piece with those of the others; without `silu_v` fast_v is a view of
-        attn_v. All is computed in float32 (float64 for float64 inputs) and rounded once, at the end.
+        `[B, T, Hf, Df]`, in the dtype of q. attn_v is a view of v (a copy where v may need a
+        gradient and the call is compiled or transformed); without `silu_v` fast_v is a view of attn_v.
+        All else is computed in float32 (float64 for float64 inputs) and rounded once, at the end.
         Gradients flow to q, k, v, qk_scale and qk_offset; the backward keeps these inputs and nothing
         else. Where a fast head is 0 the gradient of its norm counts as 0. `torch.autocast` changes nothing.
 
