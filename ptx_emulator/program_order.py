@@ -137,8 +137,6 @@ class Ordered(Unordered):
         key = k, program, int(self.release_of[program])
         if key not in self._joined:
             readers = self._readers[k].copy()
-            # Whoever comes after this reader comes after those that it comes after.
-            readers[readers <= self.seen[program, :, -1]] = 0
             readers[program] = self.release_of[program]
             place = self._place_of.setdefault(readers.tobytes(), len(self._readers))
             if place == len(self._readers):
@@ -148,7 +146,6 @@ class Ordered(Unordered):
 
     def note_write(self, units, program, stamps, strong=False) -> None:
         super().note_write(units, program, stamps)
-        self.reader[units] = NOBODY
         self.strong[units] = strong
 
     # --- what programs tell each other --------------------------------------------------------------

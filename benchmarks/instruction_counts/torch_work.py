@@ -7,6 +7,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -95,7 +96,8 @@ def _moved(func, inputs: list[Tensor], results: list[Tensor]) -> int:
 
 
 def _tensors(tree) -> list[Tensor]:
-    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
+    """Those with values, unlike what compilers trace with."""
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor) and not isinstance(x, FakeTensor)]
 
 
 def _storage(x: Tensor) -> int:

@@ -433,16 +433,16 @@ def test_loads_that_order_no_programs(wait):
     assert len(error.value.reports) == 2  # of the flag and of x
 
 
-@pytest.mark.parametrize("barrier", [True, False])
-def test_the_warps_beside_the_one_that_acquires(barrier):
+@pytest.mark.parametrize("again", ["", "@%p4 ld.acquire.gpu.global.b32 %r5, [%rd1];"])
+@pytest.mark.parametrize("barrier", ["bar.sync 0;", ""])
+def test_the_warps_beside_the_one_that_acquires(barrier, again):
     """Of program 1 all warps see the flag, and the first one alone acquires what comes with it."""
     wait = """
         setp.lt.u32 %p4, %r1, 32;
         @%p4 ld.acquire.gpu.global.b32 %r5, [%rd1];
         @!%p4 ld.relaxed.gpu.global.b32 %r5, [%rd1];
         """
-    after = "bar.sync 0;" if barrier else ""
-    body = FENCED.format(raise_flag=RELEASES["release"], wait=wait, after=after)
+    body = FENCED.format(raise_flag=RELEASES["release"], wait=wait, after=again + barrier)
     flag, x = torch.zeros(1, dtype=torch.int32), torch.zeros(128, dtype=torch.int32)
     with contextlib.nullcontext() if barrier else pytest.raises(Reported) as error:
         run(body, flag, x, grid=(2,))
@@ -489,11 +489,14 @@ WITH_READERS = """
     ld.param.b64 %rd2, [k_param_1];
     mov.u32 %r1, %ctaid.x;
     mov.u32 %r2, %tid.x;
-    setp.eq.s32 %p1, %r2, 0;
     setp.eq.s32 %p2, %r1, 2;
     @%p2 bra $WAIT;
     ld.global.b32 %r3, [%rd2];
-    {told}
+    setp.{tells}.s32 %p4, %r1, {reader};
+    setp.eq.s32 %p1, %r2, 0;
+    and.pred %p4, %p4, %p1;
+    @%p4 red.{order}.gpu.global.add.u32 [%rd1], 1;
+    {then}
     bra $END;
 $WAIT:
     ld.acquire.gpu.global.b32 %r4, [%rd1];
@@ -505,20 +508,22 @@ $END:
 
 
 @pytest.mark.parametrize(
-    "order, readers, needed, faulty",
-    [("release", 2, 2, False), ("relaxed", 2, 2, True), ("release", 1, 1, True)],
+    "order, tells, reader, needed, then, faulty",
+    [
+        pytest.param("release", "le", 1, 2, "", False, id="both tell"),
+        pytest.param("relaxed", "le", 1, 2, "", True, id="without release"),
+        pytest.param("release", "eq", 0, 1, "", True, id="only the first"),
+        pytest.param("release", "eq", 1, 1, "", True, id="only the second"),
+        pytest.param("release", "le", 1, 2, "ld.global.b32 %r3, [%rd2];", True, id="read again"),
+    ],
 )
 @pytest.mark.parametrize(
     "options", [Options(threads_per_batch=32), TOGETHER], ids=["in_turn", "together"]
 )
-def test_a_program_that_overwrites_what_others_have_read(order, readers, needed, faulty, options):
-    """It must wait for both readers, of which only the first ones tell that they have read."""
-    told = f"""
-        setp.lt.s32 %p4, %r1, {readers};
-        and.pred %p4, %p4, %p1;
-        @%p4 red.{order}.gpu.global.add.u32 [%rd1], 1;
-        """
-    body = WITH_READERS.format(told=told, needed=needed)
+def test_a_program_that_overwrites_what_others_have_read(
+    order, tells, reader, needed, then, faulty, options
+):
+    body = WITH_READERS.format(order=order, tells=tells, reader=reader, needed=needed, then=then)
     flag, x = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     with pytest.raises(Reported) if faulty else contextlib.nullcontext() as error:
         run(body, flag, x, grid=(3,), num_threads=32, options=options)
