@@ -135,6 +135,23 @@ def test_subnormal_sums_are_zero():
     assert memory.tolist() == [0.0, normal, 0.0]
 
 
+def test_sums_of_halves_that_share_a_word():
+    """Each program reads its own element, and adds to it."""
+    x = torch.arange(6).half()
+    body = """
+        ld.param.b64 %rd1, [k_param_0];
+        mov.u32 %r1, %ctaid.x;
+        mad.wide.u32 %rd2, %r1, 2, %rd1;
+        ld.global.b16 %rs1, [%rd2];
+        bar.sync 0;
+        mov.u32 %r2, %tid.x;
+        setp.eq.s32 %p1, %r2, 0;
+        @%p1 red.global.add.noftz.f16 [%rd2], %rs1;
+        """
+    run(body, x, grid=(6,))
+    assert x.tolist() == [0, 2, 4, 6, 8, 10]
+
+
 @pytest.mark.parametrize(
     "instruction",
     [
@@ -557,6 +574,13 @@ def test_a_wait_that_never_ends(arch):
     with emulate(arch):
         _wait_for[(4,)](counter, x, 3, LATER=False)
     assert x.tolist() == [1, 1, 1, 1]
+
+
+def test_a_lock_that_nobody_opens():
+    """The attempts write, but nothing new."""
+    lock, x = torch.ones(1, dtype=torch.int32), torch.zeros(1)
+    with pytest.raises(Deadlock, match="atom.global"), emulate(90):
+        _sum_under_lock[(2,)](lock, x, RELEASE="release", num_warps=1)
 
 
 @pytest.mark.parametrize("threads", [128, 8192])
