@@ -44,12 +44,12 @@ class Work:
 def chunk_seconds(tokens: int, model: ModelConfig, hardware: Hardware) -> tuple[float, float]:
     """One step of the scan, forward and backward: FLOPs / rate, at least launches · seconds of one.
 
-    Launches: 3 in each direction, with Muon 20 and 36.
+    Launches: 3 in each direction, with Muon 5.
     """
     H, *dims = model.fast_shape
     f, muon = counts.ttt_flops(*dims), counts.chunk_muon_flops(*dims) if model.muon else (0, 0)
     work = H * (tokens * f.update + muon[0]), H * (tokens * f.reverse_scan + muon[1])
-    launches = (20, 36) if model.muon else (3, 3)
+    launches = (5, 5) if model.muon else (3, 3)
     forward, backward = (
         max(flops / hardware.scan_rate, count * hardware.launch_seconds)
         for flops, count in zip(work, launches)
