@@ -21,7 +21,7 @@ _POINTER_TYPES = {
 }
 # Tuples of strides, by the end of the name: of batch row and token, of the head as well, and of batch row and
 # head of three weights.
-_STRIDES = {"_token_strides": 2, "weight_strides": 6, "_strides": 3}
+_STRIDES = {"_token_strides": 2, "weight_strides": 6, "given_strides": 6, "_strides": 3}
 # Of ptxas, which has a number for each thing that it does not like: (C7515) Potential Performance Loss: ...
 _WARNING = re.compile(r"^.*(?:warning|Potential Performance Loss).*$", re.IGNORECASE | re.MULTILINE)
 

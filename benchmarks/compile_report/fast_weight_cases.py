@@ -19,6 +19,7 @@ from lact_kernels.triton.fast_weights import (
     newton_schulz,
     newton_schulz_kernels,
     products,
+    start,
     update,
     update_bwd,
 )
@@ -37,7 +38,7 @@ W1_ALONE = (False, True, False)  # the only matrix that is trained
 
 
 def compile_cases(arch: int) -> Iterator[CompileCase]:
-    for cases in (_activations, _products, _update, _update_bwd, _newton_schulz):
+    for cases in (_activations, _products, _start, _update, _update_bwd, _newton_schulz):
         yield from cases(arch)
 
 
@@ -113,6 +114,23 @@ def _described_project(dtype: torch.dtype, config: TTTConfig) -> dict[str, str]:
         **{"acts": acts, "acts2": acts, "w0": outer, "w1": middle, "w2": outer},
         **{"second_w0": outer, "second_w1": middle, "second_w2": outer},
     }
+
+
+def _start(arch: int) -> Iterator[CompileCase]:
+    """Of new weights alone, and of all that a state has."""
+    triples = ("given_ptr", "given_norms_ptr", "given_masters_ptr", "given_buffers_ptr")
+    triples += ("out_ptr", "out_norms_ptr", "out_masters_ptr", "out_buffers_ptr")
+    given = [f"given_{x}_ptr" for x in ("norms", "masters", "buffers")]
+    given += [f"{x}_given_strides" for x in ("norms", "masters", "buffers")]
+    out = ("out_norms_ptr", "out_masters_ptr", "out_buffers_ptr", "kept_ptr", "dbuffers_ptr")
+    for name, kernel, of_states, more in (
+        ("ttt_start", start._ttt_start_kernel, given, {}),
+        ("ttt_start_bwd", start._ttt_start_bwd_kernel, out, {"PRENORM": True}),
+    ):
+        for variant, absent in (("", of_states), ("state", ())):
+            for case in _row_cases(name, kernel, arch, ("order_ptr", *absent), variant, **more):
+                pointers = {k: (v,) * 3 if k in triples else v for k, v in case.pointers.items()}
+                yield replace(case, pointers=pointers)
 
 
 def _update(arch: int) -> Iterator[CompileCase]:
@@ -239,7 +257,7 @@ def _row_cases(
     for sizes in ROW_DIMS:
         config = TTTConfig(*update.row_block(sizes), 1, update.row_warps(sizes), 3)
         yield from _cases(
-            name, {TRITON: kernel}, arch, constexprs, ("next_weights_ptr", "dsteps_ptr"), absent,
+            name, {TRITON: kernel}, arch, constexprs, ("weights_ptr", "dsteps_ptr"), absent,
             (torch.bfloat16, config), variant, (sizes,),
         )  # fmt: skip
 

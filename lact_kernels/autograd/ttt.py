@@ -3,7 +3,8 @@
 Fast weights travel through the ops as lists, three tensors (for w0, w1, w2) at a time: weights, target
 norms, then masters with pre-norm, then buffers with momentum.
 
-    start    before the first token, `[B, H, ...]`, or `[N, H, ...]` for N packed sequences
+    start    before the first token, `[B, H, ...]`, or `[N, H, ...]` for N packed sequences; the weights alone
+             where all else follows from them
     end      the same after each sequence's last update; empty unless `return_end`
     plan     the updates, and the queries of each version of the weights, see `core/plan.py`; made once, by
              `packed_plan` where a compiled program cannot know the borders of packed sequences
@@ -69,7 +70,7 @@ def _empty_outputs(*inputs):
     call, backend = _call(inputs)
     q, tokens, start, _, options, _ = call
     o = q.new_empty(*q.shape[:3], tokens.v.shape[-1])
-    end = _empty_like(start.to_list()) if options.return_end else []
+    end = start.empty_end(options.prenorm, options.momentum) if options.return_end else []
     if torch.compiler.is_exporting():
         # A program has the op as one call, whose backward alone reads the history. With the number of
         # chunks in its shape, the program would hold for some lengths only.
@@ -95,7 +96,9 @@ def _backward(ctx, do, dend, _dhistory):
     if do is None:
         do = q.new_zeros(*q.shape[:3], v.shape[-1])
     if dend:
-        dend = [torch.zeros_like(x) if g is None else g for x, g in zip(start, dend)]
+        prenorm = ctx.options[2]
+        end = FastWeights.from_list(start, prenorm).empty_end(prenorm, tensors[-1] is not None)
+        dend = [x.zero_() if g is None else g for x, g in zip(end, dend)]
     dq, dtokens, dstart = ttt_bwd(do, dend or [], history, *tensors, start, plan, *ctx.options)
     given = iter(dtokens)
     dtokens = (None if x is None else next(given) for x in tensors[1:])

@@ -173,7 +173,7 @@ def ttt(
 
     agreement.agree("ttt", facts)
     backend = checks.choose_backend(backend, q, ops.triton_obstacle(q, v, w0))
-    start = start_of(initial_state, weights, q.shape[0], options, q.dtype, detach_norms)
+    start = start_of(initial_state, weights, q.shape[0], options, detach_norms)
     numbers = None
     if options.momentum and lowered.plan.keys[0]:
         numbers = _numbers_of_keys(lowered, q.device, agreement.group)

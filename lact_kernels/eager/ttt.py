@@ -80,6 +80,7 @@ def ttt_fwd(call: Call) -> tuple[Tensor, FastWeights | None, list[Tensor]]:
 
     The last sequence is scanned first: another rank may wait for it.
     """
+    call = _begun(call)
     q, tokens, start, _, options, _ = call
     ranks = named(call.ranks)
     o = q.new_empty(*q.shape[:3], tokens.v.shape[-1])
@@ -118,6 +119,7 @@ def ttt_bwd(
 
     `do` and `dend` are the gradients of the outputs and of the weights after the last update.
     """
+    given, call = call.start, _begun(call)
     q, tokens, start, _, options, _ = call
     ranks = named(call.ranks)
     dq = q.new_empty(q.shape)
@@ -158,11 +160,12 @@ def ttt_bwd(
         del updates, dapply, scan  # before the next segment makes its own
     dstart = _concatenated(dstarts)
     ranks.send_gradients(dstart)
-    return dq, dtokens, dstart
+    return dq, dtokens, given.gradient(dstart)
 
 
 def ttt_history(call: Call) -> list[Tensor]:
     """Room for the history, knowing shapes only: of packed sequences as much as they may need."""
+    call = _begun(call)
     start, updates, interval = call.start, call.num_updates, call.options.checkpoint_interval
     if interval == 0:
         return []
@@ -174,6 +177,12 @@ def ttt_history(call: Call) -> list[Tensor]:
     kept = (start.weights, start.masters, steps, gradients)
     like = (x for triple in kept for x in _of(call.trained or range(3), triple))
     return [x.new_zeros(rows, call.q.shape[0], *x.shape[1:]) for x in like]
+
+
+def _begun(call: Call) -> Call:
+    """With all that an update needs."""
+    options = call.options
+    return call._replace(start=call.start.begun(options.prenorm, options.momentum))
 
 
 def _segments(call: Call) -> list[_Segment]:

@@ -20,6 +20,7 @@ from lact_kernels.ops.checks import Backend
 from lact_kernels.ops.fast_weights import (
     autocast_inputs,
     check_call,
+    new_start,
     new_state,
     run,
     triton_obstacle,
@@ -161,12 +162,12 @@ def block_causal_ttt(
     )  # fmt: skip
     options = check_call(q, tokens, weights, N, initial_state, options)
     backend = checks.choose_backend(backend, q, triton_obstacle(q, v, w0))
-    state = initial_state or new_state(weights, N, options, q.dtype)
     if initial_state is None and not return_state:
         plan = None
         if cu_seqlens is not None:
             plan = packed_plan(cu_seqlens, q.shape[1], options.chunk_size, False)
-        return run(Call(q, tokens, state.fast_weights, plan, options), backend)[0]
+        return run(Call(q, tokens, new_start(weights, N), plan, options), backend)[0]
+    state = initial_state or new_state(weights, N, options, q.dtype)
     if initial_state is None or checks.left_inference_mode(state.weights[0]):
         state = state.map(torch.clone)  # its own memory: an optimizer changes w0, w1, w2 in place
     offsets = None if cu_seqlens is None else packed_offsets(cu_seqlens, q.shape[1])

@@ -38,15 +38,15 @@ def new_state(
     weights, N: int, options: Options, dtype: torch.dtype, detach_norms: bool = False
 ) -> TTTState:
     """The state before the first token of N sequences, which shares the memory of the weights."""
-    weights = tuple(w.expand(N, *w.shape[-3:]) for w in weights)
-    norms = tuple(
-        torch.linalg.vector_norm(w.detach() if detach_norms else w, dim=-1) for w in weights
-    )
-    buffers = ()
-    if options.momentum:
-        buffers = tuple(w.new_zeros(()).expand(w.shape) for w in weights)
-    masters = weights if options.prenorm else ()
-    return TTTState.of(FastWeights(weights, norms, masters, buffers), options, dtype)
+    start = new_start(weights, N).begun(options.prenorm, options.momentum, detach_norms)
+    return TTTState.of(start, options, dtype)
+
+
+def new_start(weights, N: int) -> FastWeights:
+    """The weights before the first token of N sequences, alone."""
+    if N == 1:  # as a view, whose gradient is one, too
+        return FastWeights(tuple(w if w.ndim == 4 else w[None] for w in weights))
+    return FastWeights(tuple(w.expand(N, *w.shape[-3:]) for w in weights))
 
 
 def run(call: Call, backend: Backend) -> tuple[Tensor, FastWeights | None]:

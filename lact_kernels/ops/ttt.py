@@ -19,7 +19,7 @@ from lact_kernels.ops.checks import Backend
 from lact_kernels.ops.fast_weights import (
     autocast_inputs,
     check_call,
-    new_state,
+    new_start,
     run,
     triton_obstacle,
 )
@@ -180,7 +180,7 @@ def ttt(
     if any(lowered.plan.keys):
         check_rates(tokens)
     backend = checks.choose_backend(backend, q, triton_obstacle(q, v, w0))
-    start = start_of(initial_state, weights, N, options, q.dtype, detach_norms)
+    start = start_of(initial_state, weights, N, options, detach_norms)
     o, end = run(lowered_call(Call(q, tokens, start, None, options), lowered), backend)
     return (o, TTTState.of(end, options, q.dtype)) if return_state else o
 
@@ -263,7 +263,7 @@ def ttt_update(
     options = check_call(k, tokens, weights, N, initial_state, options, num_keys)
     check_rates(tokens)
     backend = checks.choose_backend(backend, k, triton_obstacle(k, v, w0))
-    start = start_of(initial_state, weights, N, options, k.dtype, detach_norms)
+    start = start_of(initial_state, weights, N, options, detach_norms)
     call = Call(k[:, :0], tokens, start, None, Options(num_keys, *options[1:]))
     _, end = run(call, backend)
     return (end.weights, TTTState.of(end, options, k.dtype)) if return_state else end.weights
@@ -316,10 +316,11 @@ def lowered_call(call: Call, lowered: Lowered, numbers: Sequence[Tensor] | None 
     return Call(q, tokens, call.start, plan, Options(size, *call.options[1:]), call.ranks)
 
 
-def start_of(given: TTTState | None, weights, N: int, options, dtype, detach_norms) -> FastWeights:
+def start_of(given: TTTState | None, weights, N: int, options, detach_norms: bool) -> FastWeights:
     """The fast weights to begin with: those of a state that is given, or new ones of N sequences."""
     if given is None:
-        return new_state(weights, N, options, dtype, detach_norms).fast_weights
+        start = new_start(weights, N)
+        return start.begun(options.prenorm, options.momentum, True) if detach_norms else start
     start = given.fast_weights
     if detach_norms:
         start = FastWeights(start.weights, tuple(x.detach() for x in start.norms), *start[2:])

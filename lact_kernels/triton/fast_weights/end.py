@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lact_kernels.core.call import Options
 from lact_kernels.core.fast_weights import FastWeights, Triple
 from lact_kernels.triton.configs import TRITON
 from lact_kernels.triton.fast_weights.history import Arrays, Segment
@@ -129,9 +130,19 @@ class End(NamedTuple):
                         place[goes_on:number] = x[goes_on:]
         return self
 
-    def fast_weights(self, start: FastWeights, norms: Tensor | None, dims: Dims) -> FastWeights:
-        """All there is, in the order of the sequences. What no update has changed is that of the start."""
+    def fast_weights(
+        self, start: FastWeights, options: Options, norms: Tensor, dims: Dims
+    ) -> FastWeights:
+        """All there is, in the order of the sequences. What no update has changed is that of the start.
+
+        `norms` are the target norms of the rows, `[N, H, ROWS]` in the order of `layout`.
+        """
         chunks, updated = self.chunks, self.chunks.active(0)
+        weights = start.weights
+        masters = (start.masters or weights) if options.prenorm else ()
+        buffers = start.buffers
+        if options.momentum and not buffers:
+            buffers = tuple(w.new_zeros(()).expand(w.shape) for w in weights)
 
         def results(matrices: Triple) -> Triple:
             """Room for what is updated, and copies of the rest."""
@@ -140,16 +151,15 @@ class End(NamedTuple):
                 for x, trained in zip(matrices, dims.matrices)
             )
 
-        norms_kept = tuple(map(own, start.norms))
-        end = FastWeights(
-            results(start.weights), norms_kept, results(start.masters), results(start.buffers)
-        )
+        targets = tuple(map(own, dims.unpack_rows(chunks.unsorted(norms))))
+        end = FastWeights(results(weights), targets, results(masters), results(buffers))
         if updated:
-            steps = self.arrays.steps if start.buffers else None
+            steps = self.arrays.steps if options.momentum else None
+            norms = norms if options.weight_norm else None
             ttt_end(self.arrays.sums, steps, norms, chunks.order, end, dims)
         if 0 < updated < chunks.N:
             rest = slice(updated, None) if chunks.order is None else chunks.order[updated:]
-            for place, w in zip(end.weights, start.weights):
+            for place, w in zip(end.weights, weights):
                 place[rest] = w[rest]
         return end
 

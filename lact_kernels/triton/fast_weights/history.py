@@ -8,6 +8,10 @@ The *history* has, for each chunk, step by step and in each step in the order of
     gradients  float32, G of the update that gave these weights: where momentum comes after Muon
     betas      the mean momentum of the chunk: with momentum
 
+and once for each sequence
+
+    norms      float32, the target norms of the rows
+
 So beside its inputs the backward keeps, for each update, `e + 4` bytes for each fast weight, or `e + 8` with
 momentum or Muon, where e is the item size of the tokens. Where momentum comes after Muon it is `e + 12`: the
 backward needs G, which Muon got, as well as M, which the gradient of beta needs. M could be had from the M
@@ -30,7 +34,7 @@ def trained_matrices(call: Call) -> tuple[bool, ...]:
 
 
 def ttt_history(call: Call) -> list[Tensor]:
-    """Room for weights, sums, steps, gradients and betas, as far as there are any, by shapes alone."""
+    """Room for weights, sums, steps, gradients, betas and norms, as far as there are any, by shapes alone."""
     k, start, options, packed = call.tokens.k, call.start, call.options, call.plan is not None
     if options.checkpoint_interval == 0:
         return []
@@ -46,16 +50,18 @@ def ttt_history(call: Call) -> list[Tensor]:
     room = k.new_zeros if has_gaps else k.new_empty
     history = [room(shape)]
     history += [room(shape, dtype=torch.float32) for _ in range(num_float_arrays(call))]
-    if start.buffers:
+    if options.momentum:
         chunks = N + updates if packed else N * (1 + updates)
         history.append(room(chunks, H, dtype=torch.float32))
+    history.append(k.new_empty(N, H, dims.rows, dtype=torch.float32))
     return history
 
 
 def num_float_arrays(call: Call) -> int:
     """Of sums, steps and gradients those that there are."""
-    has_steps = bool(call.start.buffers) or call.options.coefficients is not None
-    return 1 + has_steps + call.options.momentum_after_muon
+    options = call.options
+    has_steps = options.momentum or options.coefficients is not None
+    return 1 + has_steps + options.momentum_after_muon
 
 
 class Arrays(NamedTuple):

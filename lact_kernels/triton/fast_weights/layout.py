@@ -300,18 +300,19 @@ class Chunks:
         A block then reaches beyond its chunk only where the sequence ends, and zeros follow.
         """
         if not self.may_be_described or min(self.Tk, self.chunk_size) < SUMMED_TOKENS:
-            return (
-                False  # chunks have room for whole blocks, which would be many times their tokens
-            )
+            return False  # a chunk has room for whole blocks, which would be many times its tokens
         is_one_chunk = self.Tk <= self.chunk_size
         return is_one_chunk or not (self.chunk_size % SUMMED_TOKENS or shift % SUMMED_TOKENS)
 
-    @property
-    def reads_all_keys(self) -> bool:
-        """Whether each key is one of an update, which no two updates share."""
+    def zero_unread(self, x: Tensor) -> Tensor:
+        """`[B, Tk, ...]` with zeros for the keys of no update."""
         if self.of_keys.table is None:
-            return self.updates * self.chunk_size >= self.Tk
-        return self.of_keys.firsts[-1] == self.Tk
+            read = self.updates * self.chunk_size
+            if read < self.Tk:
+                x[:, read:].zero_()
+        elif self.of_keys.firsts[-1] < self.Tk:
+            x.zero_()
+        return x
 
     @property
     def steps(self) -> int:

@@ -17,11 +17,11 @@ from lact_kernels.core.fast_weights import FastWeights
 from lact_kernels.core.tokens import Tokens
 from lact_kernels.triton.fast_weights.activations import ttt_hidden
 from lact_kernels.triton.fast_weights.activations_bwd import num_rate_tiles, ttt_hidden_bwd
-from lact_kernels.triton.fast_weights.end import own
 from lact_kernels.triton.fast_weights.history import Segment
 from lact_kernels.triton.fast_weights.layout import Dims, Heads
 from lact_kernels.triton.fast_weights.products import num_outer_splits, ttt_outer, ttt_project
 from lact_kernels.triton.fast_weights.scan import Scan
+from lact_kernels.triton.fast_weights.start import ttt_start_bwd
 from lact_kernels.triton.fast_weights.update_bwd import ttt_rates_bwd, ttt_update_bwd
 from lact_kernels.triton.launch import readable_in_place
 
@@ -47,26 +47,33 @@ class Deferred(NamedTuple):
 class Gradients:
     """The results of the backward, and what it carries from step to step, in the order of `layout`."""
 
-    def __init__(self, scan: Scan):
+    def __init__(self, scan: Scan, dend: FastWeights | None):
         self.scan = scan
-        chunks, dims, H = scan.chunks, scan.dims, scan.H
+        chunks, dims, H, tokens = scan.chunks, scan.dims, scan.H, scan.tokens
         self.dq = scan.q.new_empty(scan.q.shape)
-        # Where updates read all keys, all is written.
-        room = torch.empty if chunks.reads_all_keys else torch.zeros
-        k, v, lr = scan.k, scan.v, scan.lr
-        self.dk = room(k.shape, dtype=k.dtype, device=k.device)
-        self.dv = room(v.shape, dtype=v.dtype, device=v.device)
-        self.dlr = room(lr.shape, dtype=lr.dtype, device=lr.device)
-        self.dmomentum = None if scan.momentum is None else room(lr.shape[1:], device=lr.device)
+        # Not laid out like the tokens, whose strides may be any.
+        self.dtokens = tokens.map(lambda x: chunks.zero_unread(x.new_empty(x.shape)))
 
-        zeros = scan.lr.new_zeros
-        self.dweights = zeros(scan.splits, chunks.N, H, dims.size)
-        self.carry = zeros(chunks.N, H, dims.size)
+        # Mostly a sequence's gradients begin with its last weights, and what is here then holds nothing.
+        self.held = (
+            dend is not None or scan.ranks.share_chunks or scan.has_untrained or scan.has_units
+        )
+        room = functools.partial(
+            scan.k.new_zeros if self.held else scan.k.new_empty, dtype=torch.float32
+        )
+        shape = chunks.N, H, dims.size
+        self.dweights, self.carry = room((scan.splits, *shape)), room(shape)
         self.kept = None  # with matrices that are not trained
         if scan.has_untrained:
-            self.kept = torch.zeros_like(self.carry) if scan.start.masters else self.carry
-        self.dbuffers = zeros(chunks.N, H, dims.size) if scan.start.buffers else None
-        self.dnorms = zeros(chunks.N, H, dims.rows)
+            self.kept = torch.zeros_like(self.carry) if scan.options.prenorm else self.carry
+        self.dbuffers = room(shape) if scan.options.momentum else None
+        self.dnorms = room((chunks.N, H, dims.rows))
+        self.later: Applied | None = None  # of the first step of a later batch
+
+    def begun(self, step: int) -> int:
+        """Heads of which there are gradients of the weights after the next step."""
+        chunks = self.scan.chunks
+        return (chunks.N if self.held else chunks.counts[step + 2]) * self.scan.H
 
     def begin(self, dend: FastWeights | None) -> None:
         """The gradients of the last weights, which the reverse scan starts from."""
@@ -79,24 +86,16 @@ class Gradients:
         scan.write(self.dbuffers, dend.buffers)
         self.dnorms.copy_(scan.chunks.sorted(torch.cat(dend.norms, dim=-1)))
 
-    def finish(self) -> None:
-        """What the reverse scan has left, as the gradients `dstart` of the first weights."""
+    def of_start(self, dapply: Tensor | None, place: int) -> FastWeights:
+        """The gradients of the fast weights before the first update, the last of which are those by apply."""
         scan, part = self.scan, self.scan.ranks.part
-        dweights = self.dweights.sum(dim=0)
-        if not scan.start.masters:
-            dweights += part(self.carry)
-        elif self.kept is not None:
-            dweights += part(self.kept)
-        dmasters = scan.unpack(part(self.carry)) if scan.start.masters else ()
-        dbuffers = scan.unpack(part(self.dbuffers)) if scan.start.buffers else ()
-        dnorms = scan.chunks.unsorted(part(self.dnorms))
-        dnorms = tuple(map(own, scan.dims.unpack_rows(dnorms)))
-        self.dstart = FastWeights(scan.unpack(dweights), dnorms, dmasters, dbuffers)
-
-    def dtokens(self) -> Tokens:
-        dmomentum = None if self.dmomentum is None else own(self.dmomentum.mT)
-        dlr = (None if lr is None else own(x.mT) for lr, x in zip(self.scan.rates, self.dlr))
-        return Tokens(self.dk, self.dv, *dlr, dmomentum)
+        kept = None if self.kept is self.carry or self.kept is None else part(self.kept)
+        dbuffers = None if self.dbuffers is None else part(self.dbuffers)
+        dnorms = part(self.dnorms) if self.held or scan.options.weight_norm else None
+        return ttt_start_bwd(
+            self.dweights, dapply, place * scan.H, self.begun(-1), part(self.carry), kept, dbuffers,
+            dnorms, scan.start, scan.chunks.order, scan.dims, scan.options.prenorm,
+        )  # fmt: skip
 
 
 class ReverseScan(Scan):
@@ -116,7 +115,7 @@ class ReverseScan(Scan):
 
     def backward(self, do: Tensor, dend: FastWeights | None) -> tuple[Tensor, Tokens, FastWeights]:
         (do,) = readable_in_place(do)
-        grads = Gradients(self)
+        grads = Gradients(self, dend)
         for number, steps in reversed(list(enumerate(self.segments()))):
             segment = self.segment(steps)
             if self.options.checkpoint_interval > 1:
@@ -124,19 +123,24 @@ class ReverseScan(Scan):
                 with phase("scan"):
                     self.scan(segment)
             for batch in reversed(self.batches(steps, planes=6)):
-                self.batch_backward(segment.part(batch), do, dend, grads)
-        return grads.dq, grads.dtokens(), grads.dstart
+                dstart = self.batch_backward(segment.part(batch), do, dend, grads)
+        return grads.dq, grads.dtokens, dstart
 
     def batch_backward(
         self, batch: Segment, do: Tensor, dend: FastWeights | None, grads: Gradients
-    ) -> None:
-        """The backward of some steps, given what the later ones leave in `grads`."""
+    ) -> FastWeights | None:
+        """The backward of some steps, given what the later ones leave in `grads`.
+
+        Of the first steps the gradients of the fast weights that the scan starts from.
+        """
         chunks, dims, steps = self.chunks, self.dims, batch.steps
         acts = self.activations(3, chunks.most_rows(steps))
         with phase("apply backward"):
             applied = [
                 self.apply_backward(batch, s, acts, do, grads) for s in chunks.applied(steps)
             ]
+        if grads.later is not None:
+            applied.append(grads.later)
         if steps.stop == chunks.steps:
             grads.begin(dend)
 
@@ -156,15 +160,19 @@ class ReverseScan(Scan):
             if number:
                 self.reverse(batch, updating, applied, deferred, grads)
             dapply, place = self.applied_to(steps.start, applied)
-            if dapply is not None:
-                first = chunks.counts[steps.start]
-                grads.dweights[0, :first] += dapply[:, place : place + first].sum(dim=0)
+            dstart = None
             if steps.start == 0:
-                grads.finish()
-                self.ranks.send_gradients(grads.dstart)
+                dstart = grads.of_start(dapply, place)
+                self.ranks.send_gradients(dstart)
+            else:
+                grads.later = None
+                if dapply is not None:
+                    mine = dapply[:, place : place + chunks.counts[steps.start]].clone()
+                    grads.later = Applied(range(steps.start, steps.start + 1), mine)
         if updating:
             with phase("deferred"):
-                self.tokens_backward(batch, updating, deferred, grads)
+                self.tokens_backward(batch, updating, deferred, grads.dtokens)
+        return dstart
 
     def apply_backward(
         self, batch: Segment, steps: range, acts: Tensor, do: Tensor, grads: Gradients
@@ -191,7 +199,7 @@ class ReverseScan(Scan):
         return None, 0
 
     def tokens_backward(
-        self, batch: Segment, updating: range, deferred: Deferred, grads: Gradients
+        self, batch: Segment, updating: range, deferred: Deferred, dtokens: Tokens
     ) -> None:
         """The gradients of keys, values, rates and momentum, from what the reverse scan has left."""
         dims, weights, dsteps = self.dims, batch.arrays.weights, deferred.dsteps
@@ -201,14 +209,14 @@ class ReverseScan(Scan):
         second = (deferred.dacts, weights)
         units, in_blocks = deferred.units, self.chunks.keys_are_in_blocks
         to_keys = {"to_values": False, "second": second, "units": units, "in_blocks": in_blocks}
-        ttt_project(*first, grads.dk, dims, **to_keys)(run)
+        ttt_project(*first, dtokens.k, dims, **to_keys)(run)
         first = (deferred.acts[1:2], dsteps) if w1 else (None, None)
         second = (deferred.dacts[1:2], weights) if w0 or w2 else None
         to_values = {"to_values": True, "second": second, "units": units, "in_blocks": in_blocks}
         lr1 = self.lr[1] if w1 else None
-        ttt_project(*first, grads.dv, dims, lr=lr1, **to_values)(run)
-        dlr, dbetas = deferred.dlr, deferred.dbetas
-        ttt_rates_bwd(dlr, dbetas, grads.dlr, grads.dmomentum, dims)(run)
+        ttt_project(*first, dtokens.v, dims, lr=lr1, **to_values)(run)
+        rates = dtokens.rates, dtokens.momentum
+        ttt_rates_bwd(deferred.dlr, deferred.dbetas, *rates, dims)(run)
 
     def reverse(
         self,
@@ -237,13 +245,14 @@ class ReverseScan(Scan):
             if self.ranks.share_chunks:
                 self.share(grads.dweights[:, :number], dapply, place)
                 dapply = None
-            update(chunks.heads(step, first, self.H), dapply, place * self.H)
+            heads, begun = chunks.heads(step, first, self.H), grads.begun(step)
+            update(heads, begun, dapply, place * self.H)
             hidden(run)
             outer(run)
 
     def update_backward(
         self, batch: Segment, deferred: Deferred, grads: Gradients
-    ) -> Callable[[Heads, Tensor | None, int], None]:
+    ) -> Callable[[Heads, int, Tensor | None, int], None]:
         """What `ttt_update_bwd` returns, which with Muon has two parts."""
         arrays, dims, options = batch.arrays, self.dims, self.options
         launch = functools.partial(
@@ -275,8 +284,10 @@ class ReverseScan(Scan):
             if grads.dbuffers is not None:
                 dbuffers = grads.dbuffers.flatten(0, 1)
 
-        def update_backward(heads: Heads, dapply: Tensor | None, apply_first: int) -> None:
-            before(heads, dapply, apply_first)
+        def update_backward(
+            heads: Heads, begun: int, dapply: Tensor | None, apply_first: int
+        ) -> None:
+            before(heads, begun, dapply, apply_first)
             mine, then = (
                 slice(heads.number),
                 slice(heads.next_first, heads.next_first + heads.number),
@@ -285,7 +296,7 @@ class ReverseScan(Scan):
                 dgiven[mine], given[then], dsquares[mine], squares[mine],
                 None if dbuffers is None else dbuffers[mine], with_sizes=deferred.units is not None,
             )  # fmt: skip
-            after(heads, iteration=iteration)
+            after(heads, begun, iteration=iteration)
 
         return update_backward
 

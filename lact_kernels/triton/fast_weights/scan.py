@@ -17,7 +17,7 @@ from lact_kernels.core.call import Call, phase
 from lact_kernels.core.fast_weights import FastWeights, Triple
 from lact_kernels.core.ranks import named
 from lact_kernels.triton.fast_weights.activations import ttt_hidden
-from lact_kernels.triton.fast_weights.end import End, own
+from lact_kernels.triton.fast_weights.end import End
 from lact_kernels.triton.fast_weights.history import (
     Arrays,
     Segment,
@@ -27,6 +27,7 @@ from lact_kernels.triton.fast_weights.history import (
 from lact_kernels.triton.fast_weights.layout import ALL_MATRICES, Chunks, Dims, Heads
 from lact_kernels.triton.fast_weights.newton_schulz import Iteration
 from lact_kernels.triton.fast_weights.products import num_outer_splits, ttt_outer, ttt_project
+from lact_kernels.triton.fast_weights.start import ttt_start
 from lact_kernels.triton.fast_weights.update import ttt_mean_momentum, ttt_update
 from lact_kernels.triton.launch import readable_in_place
 
@@ -40,10 +41,10 @@ class Scan:
         q, tokens, start = call.q, call.tokens, call.start
         self.ranks, self.options, self.start = named(call.ranks), call.options, start
         self.q, self.k, self.v = readable_in_place(q, tokens.k, tokens.v)
-        self.rates, self.momentum = tokens.rates, tokens.momentum
+        self.tokens, self.rates, self.momentum = tokens, tokens.rates, tokens.momentum
         self.dims, self.H = Dims.of(start.weights, trained_matrices(call)), q.shape[2]
         self.chunks = Chunks(call)
-        self.norms = self.chunks.sorted(torch.cat(start.norms, dim=-1))  # [N, H, ROWS]
+        self.norms = history[-1]  # [N, H, ROWS]
         arrays = 1 + num_float_arrays(call)
         self.history = Arrays(*history[:arrays])
         self.betas = history[arrays] if self.momentum is not None else None  # [chunks, H]
@@ -93,7 +94,8 @@ class Scan:
         if not self.options.momentum_after_muon:
             return updates * step
         # M grows by a step at a time, from that of the start.
-        return updates * (self._longest_rows(self.start.buffers) + step * (updates + 1) / 2)
+        first = self._longest_rows(self.start.buffers) if self.start.buffers else 0.0
+        return updates * (first + step * (updates + 1) / 2)
 
     def _longest_rows(self, matrices: Triple) -> Tensor:
         """`[H]`, of all sequences and all three matrices."""
@@ -128,7 +130,7 @@ class Scan:
             segment = self.segment(steps)
             first = segment.at(steps.start)
             if before is None:
-                self.write_start(first)
+                ttt_start(self.start, self.chunks.order, first, self.norms, self.dims)
             else:
                 first.copy_(before.at(steps.start))
             if self.options.checkpoint_interval > 1:
@@ -138,7 +140,7 @@ class Scan:
             if self.options.return_end:
                 end = end.add(segment)
                 if steps.stop == self.chunks.steps:
-                    result = end.fast_weights(self.start, self.target_norms, self.dims)
+                    result = end.fast_weights(self.start, self.options, self.norms, self.dims)
                     self.ranks.send(result)
             with phase("apply"):
                 self.apply(segment, o)
@@ -176,17 +178,6 @@ class Scan:
         """The history's arrays for the first step of segment `number`."""
         counts = self.chunks.counts[: self.chunks.steps : self.options.checkpoint_interval]
         return self.history.at(sum(counts[:number]), counts[number])
-
-    def write_start(self, first: Arrays) -> None:
-        start = self.start
-        self.write(first.weights, start.weights)
-        self.write(first.sums, start.masters or start.weights)
-        if start.buffers:
-            self.write(first.steps, start.buffers)
-        elif first.steps is not None:
-            first.steps.zero_()  # read by nobody
-        if first.gradients is not None:
-            first.gradients.zero_()
 
     def write(self, packed: Tensor | None, matrices: Triple) -> None:
         """Three matrices of each sequence, if there are any, into `[N, H, SIZE]` in the order of `layout`."""
@@ -294,10 +285,6 @@ class Scan:
 
     def floats(self, *shape: int) -> Tensor:
         return self.k.new_empty(shape, dtype=torch.float32)
-
-    def unpack(self, packed: Tensor) -> Triple:
-        """`[N, H, SIZE]` in the order of `layout`, as three matrices of each sequence in order."""
-        return tuple(map(own, self.dims.unpack(self.chunks.unsorted(packed))))
 
     def newton_schulz(self, heads: int) -> Iteration:
         """The iteration for so many heads."""

@@ -65,7 +65,14 @@ TOKEN_BLOCK = 256
 
 
 @triton.jit(
-    do_not_specialize=["num_parts", "num_apply_parts", "first", "next_first", "apply_first"]
+    do_not_specialize=[
+        "num_parts",
+        "num_apply_parts",
+        "first",
+        "next_first",
+        "apply_first",
+        "begun",
+    ]
 )
 def _ttt_update_bwd_kernel(
     parts_ptr,  # [parts, .., SIZE]: gradients of the new weights by the update after this one
@@ -96,6 +103,7 @@ def _ttt_update_bwd_kernel(
     first,  # of the heads of all, those of the chunks that are updated
     next_first,  # and of the chunks after them
     apply_first,  # and of a run, the latter
+    begun,  # heads of which what is read and written holds gradients; of the others there are none yet
     NET: tl.constexpr,
     PRENORM: tl.constexpr,
     TILES0: tl.constexpr,
@@ -116,7 +124,8 @@ def _ttt_update_bwd_kernel(
     now = offsets + first * NET.SIZE
     then = offsets + tl.cast(next_first, tl.int64) * NET.SIZE
     if dx_ptr is None:
-        dweights = sum_parts(parts_ptr, offsets, inside, num_parts, stride_part)
+        held = inside & (head < begun)
+        dweights = sum_parts(parts_ptr, offsets, held, num_parts, stride_part)
         if apply_ptr is not None:
             applied = offsets + tl.cast(apply_first, tl.int64) * NET.SIZE
             dweights += sum_parts(apply_ptr, applied, inside, num_apply_parts, stride_apply_part)
@@ -128,24 +137,25 @@ def _ttt_update_bwd_kernel(
                 tl.store(parts_ptr + offsets, tl.zeros_like(dweights), mask=inside & (matrix == 2))
             TRAINED: tl.constexpr = NET.W0 + 2 * NET.W1 + 4 * NET.W2
             if (TRAINED >> matrix) % 2 == 0:
-                dweights += tl.load(kept_ptr + offsets, mask=inside, other=0.0)
+                dweights += tl.load(kept_ptr + offsets, mask=held, other=0.0)
                 tl.store(kept_ptr + offsets, dweights, mask=inside)
                 return
         if norms_ptr is None:
-            dstep = dweights + tl.load(carry_ptr + offsets, mask=inside, other=0.0)
+            dstep = dweights + tl.load(carry_ptr + offsets, mask=held, other=0.0)
         else:
             if not PRENORM:
-                dweights += tl.load(carry_ptr + offsets, mask=inside, other=0.0)
+                dweights += tl.load(carry_ptr + offsets, mask=held, other=0.0)
             x = tl.load(sums_ptr + then, mask=inside, other=0.0)
             norm = tl.load(norms_ptr + rows, mask=real, other=0.0)
             length = row_lengths(x)
             along = tl.div_rn(tl.sum(dweights * x, axis=1), length + RENORM_EPS)
-            dnorm = tl.load(dnorms_ptr + rows, mask=real, other=0.0)
+            dnorm = tl.load(dnorms_ptr + rows, mask=real & (head < begun), other=0.0)
             tl.store(dnorms_ptr + rows, dnorm + along, mask=real)
             radial = x * tl.div_rn(along, tl.where(length > 0.0, length, INFINITY))[:, None]
             dstep = (dweights - radial) * tl.div_rn(norm, length + RENORM_EPS)[:, None]
             if PRENORM:  # read late: across the divisions and roots it would not stay in registers
-                dstep += tl.load(carry_ptr + offsets, mask=inside, other=0.0)
+                if head < begun:
+                    dstep += tl.load(carry_ptr + offsets, mask=inside, other=0.0)
         tl.store(carry_ptr + offsets, dstep, mask=inside)
     else:
         # Back through the division by the Frobenius norm that begins the iteration.
@@ -161,7 +171,7 @@ def _ttt_update_bwd_kernel(
         dstep = (dx - step * along) * tl.div_rn(1.0, length + NEWTON_SCHULZ_EPS)
     if betas_ptr is not None:
         beta = tl.load(betas_ptr + first + head)
-        dstep += tl.load(dbuffers_ptr + offsets, mask=inside, other=0.0)
+        dstep += tl.load(dbuffers_ptr + offsets, mask=inside & (head < begun), other=0.0)
         before = tl.load(steps_ptr + now, mask=inside, other=0.0)
         tl.store(dbuffers_ptr + offsets, beta * dstep, mask=inside)
         tl.store(
@@ -190,12 +200,22 @@ def _ttt_update_bwd_kernel(
         tl.store(dsteps_ptr + now, dstep.to(dsteps_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _store_rates(out_ptr, parts_ptr, offsets, tokens, inside, num_parts, stride_part):
+    """The sum of parts as the gradient of one learning rate, if it has one."""
+    if out_ptr is not None:
+        total = sum_parts(parts_ptr, tokens, inside, num_parts, stride_part)
+        tl.store(out_ptr + offsets, total, mask=inside)
+
+
 @triton.jit(do_not_specialize=[*TOKEN_ARGUMENTS, "num_tiles"])
 def _ttt_rates_bwd_kernel(
     dlr_parts_ptr,  # [tiles, 3, H, rows]
     dbetas_ptr,  # [places, H, ROWS], or None without momentum
-    dlr_ptr,  # [3, B, H, T], contiguous
-    dmomentum_ptr,  # [B, H, T], contiguous
+    dlr0_ptr,  # [B, T, H], contiguous, like the next three; None: that weight is not trained
+    dlr1_ptr,
+    dlr2_ptr,
+    dmomentum_ptr,
     table_ptr,
     place,
     first_chunk,
@@ -225,13 +245,12 @@ def _ttt_rates_bwd_kernel(
     )
     tokens = pid % tiles_t * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = tokens < number
-    offsets = (b * H + h) * T + first + tokens
-    for i in tl.static_range(3):
-        if (i == 0 and NET.W0) or (i == 1 and NET.W1) or (i == 2 and NET.W2):
-            part_ptr = dlr_parts_ptr + (i * H + h) * num_rows + row
-            stride_part = tl.cast(num_rows, tl.int64) * H * 3
-            total = sum_parts(part_ptr, tokens, inside, num_tiles, stride_part)
-            tl.store(dlr_ptr + i * tl.cast(B, tl.int64) * H * T + offsets, total, mask=inside)
+    offsets = (b * T + first + tokens) * H + h
+    plane = tl.cast(num_rows, tl.int64) * H
+    parts_ptr = dlr_parts_ptr + h * num_rows + row
+    _store_rates(dlr0_ptr, parts_ptr, offsets, tokens, inside, num_tiles, 3 * plane)
+    _store_rates(dlr1_ptr, parts_ptr + plane, offsets, tokens, inside, num_tiles, 3 * plane)
+    _store_rates(dlr2_ptr, parts_ptr + 2 * plane, offsets, tokens, inside, num_tiles, 3 * plane)
     if dbetas_ptr is not None:
         ROWS: tl.constexpr = 2 * NET.DH + NET.DV
         dbetas_ptr += (tl.cast(place + chunk, tl.int64) * H + h) * ROWS
@@ -268,8 +287,9 @@ def ttt_update_bwd(
 ) -> Callable[..., None]:
     """Backward of one update of some heads, or with Muon the first or the second part of it.
 
-    It is given the heads, and what the weights get from their queries: gradients `[parts, chunks, H, SIZE]`
-    and which head is the first. Or, as the second part, the heads and the results of `Iteration.backward`.
+    It is given the heads; of how many there are gradients by later updates; those by the queries of the
+    new weights, `[parts, chunks, H, SIZE]`, and which head in these is the first. Or, as the second part, the
+    results of `Iteration.backward`.
     """
     # The first launch has those matrices, too, that are not trained.
     programs, constexprs = row_programs(dims, dims if second else dims.having(*ALL_MATRICES))
@@ -286,6 +306,7 @@ def ttt_update_bwd(
 
     def update_bwd(
         heads: Heads,
+        begun: int,
         dapply: Tensor | None = None,
         apply_first: int = 0,
         iteration: tuple[Tensor | None, ...] = (None,) * 4,
@@ -296,7 +317,8 @@ def ttt_update_bwd(
             inner_ptr=inner, dx_squares_ptr=dx_squares, dbuffers_squares_ptr=dbuffers_squares,
             num_apply_parts=0 if dapply is None else dapply.shape[0],
             stride_apply_part=0 if dapply is None else dapply.stride(0),
-            first=heads.first, next_first=heads.next_first, apply_first=apply_first, **arguments,
+            first=heads.first, next_first=heads.next_first, apply_first=apply_first, begun=begun,
+            **arguments,
         )  # fmt: skip
 
     return update_bwd
@@ -305,14 +327,14 @@ def ttt_update_bwd(
 def ttt_rates_bwd(
     dlr_parts: Tensor,  # `[tiles, 3, H, rows]`
     dbetas: Tensor | None,  # `[places, H, ROWS]`
-    dlr: Tensor,  # `[3, B, H, T]`: written, like dmomentum
-    dmomentum: Tensor | None,  # `[B, H, T]`
+    dlr: tuple[Tensor | None, ...],  # three `[B, T, H]`: written, like dmomentum
+    dmomentum: Tensor | None,  # `[B, T, H]`
     dims: Dims,
 ) -> Callable[[Run], None]:
     """The gradients of the learning rates, from their parts, and of momentum, from that of its mean."""
     return launcher_over_tokens(
         RATES_BWD_KERNELS, TTTConfig(TOKEN_BLOCK, 1, 1, NUM_WARPS, 3), 1,
-        (dlr_parts, dbetas, dlr, dmomentum), (dlr_parts.shape[0],), dlr_parts[0], dims,
+        (dlr_parts, dbetas, *dlr, dmomentum), (dlr_parts.shape[0],), dlr_parts[0], dims,
         **rates_constexprs(dims),
     )  # fmt: skip
 
