@@ -88,7 +88,8 @@ def _ttt_start_kernel(
     sequence, h = sequence_of(head, order_ptr, H)
     given = head_pointer(given_ptr, given_strides, matrix, sequence, h)
     w = tl.load(given + offsets, mask=inside, other=0.0)
-    tl.store(weights_ptr + element + offsets, w.to(weights_ptr.dtype.element_ty), mask=inside)
+    weights_ptr += tl.max_contiguous(element + offsets, [1, 4])  # in fours, like all else: see ttt_update
+    tl.store(weights_ptr, w.to(weights_ptr.dtype.element_ty), mask=inside)
     if given_norms_ptr is None:
         norm = row_lengths(w)
     else:
@@ -193,7 +194,7 @@ def ttt_start(
     N, H, _ = first.weights.shape
     dims = dims.having(*ALL_MATRICES)
     programs, constexprs = row_programs(dims)
-    pointers, strides = zip(*(weight_arguments(readable(x) or None) for x in given))
+    pointers, strides = zip(*(weight_arguments(readable(x)) if x else (None, None) for x in given))
     launch(
         START_KERNELS, row_config(dims), (N * H * programs,), *pointers, order, first.weights, first.sums,
         first.steps, first.gradients, norms, H, *strides, **constexprs,
