@@ -152,6 +152,26 @@ def test_attention_on_hopper_waits_for_nothing_at_once(rows):
     assert not few
 
 
+def test_the_products_of_an_update_share_a_loop(rows):
+    """Those of its activations, and on Hopper by descriptors those of its backward, each waited for once."""
+    loops = {}
+    for row in rows:
+        if row["dtype"] != "bfloat16":
+            continue
+        by_descriptors = row["config"].get("descriptors", False)
+        if row["kernel"].startswith("ttt_hidden_grad") or (
+            row["kernel"] == "ttt_hidden_bwd" and by_descriptors
+        ):
+            loops.setdefault((row["kernel"], row["arch"], by_descriptors), []).append(
+                [(x["products"], x["waits"]) for x in row["matrix_loops"]]
+            )
+    assert all(len(in_row) == 1 for in_rows in loops.values() for in_row in in_rows), loops
+    # w0 and w2, and their gradients, are one factor each.
+    assert {tuple(x) for x in loops["ttt_hidden_grad", 90, True]} == {((2, 1),)}
+    assert {tuple(x) for x in loops["ttt_hidden_grad", 90, False]} == {((3, 1),)}
+    assert {tuple(x) for x in loops["ttt_hidden_bwd", 90, True]} == {((4, 1),)}
+
+
 def test_nothing_spills(rows):
     spilling = [describe(row) for row in rows if row["spilled_bytes"]]
     assert not spilling

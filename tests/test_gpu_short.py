@@ -231,13 +231,39 @@ def test_every_kernel_is_launched(launches):
 
 @needs_interpreter
 def test_weights_are_read_packed_and_where_they_lie(launches):
-    kinds = {
-        (name, arguments["weight_strides"] is None)
-        for name, arguments in launches
-        if "weight_strides" in arguments
+    kinds = set()
+    for name, arguments in launches:
+        if "weight_strides" in arguments:
+            three = arguments["w1"] is not None and arguments["w2"] is not None
+            described = arguments.get("DESCRIBED", arguments.get("x_strides", 0) is None)
+            kinds.add((name, described, three))
+    hidden, project = "_ttt_hidden_kernel", "_ttt_project_kernel"
+    by_pointers = {(name, False, three) for name in (hidden, project) for three in (False, True)}
+    assert kinds == by_pointers | {
+        (hidden, True, False),
+        (hidden, True, True),
+        (project, True, True),
     }
-    names = {"_ttt_hidden_kernel", "_ttt_project_kernel"}
-    assert kinds == {(name, packed) for name in names for packed in (False, True)}
+
+
+@needs_interpreter
+def test_fast_weights_are_launched_by_descriptors_in_tiles_of_either_width(launches):
+    rows = {
+        (name, described, arguments["BLOCK_N"])
+        for name, arguments in launches
+        if name in ("_ttt_outer_kernel", "_ttt_project_kernel")
+        and (described := arguments.get("DESCRIBED", arguments.get("x_strides", 0) is None))
+    }
+    assert rows == {
+        (name, True, width)
+        for name in ("_ttt_outer_kernel", "_ttt_project_kernel")
+        for width in (128, 256)
+    }
+    assert {
+        arguments["k_strides"] is None
+        for name, arguments in launches
+        if name == "_ttt_hidden_bwd_kernel"
+    } == {False, True}
 
 
 @needs_interpreter
