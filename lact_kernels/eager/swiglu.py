@@ -80,12 +80,11 @@ class _Scratch:
         return self._memory[:, :size].unflatten(1, shape).unbind()
 
 
-def apply(q: Tensor, borders: Sequence[int], weights: Triple) -> Tensor:
-    """f(q), each token through the weights of its chunk, which are `[chunks, B, H, ...]`.
+def apply(q: Tensor, borders: Sequence[int], weights: Triple, out: Tensor) -> None:
+    """f(q) into `out`, each token through the weights of its chunk, which are `[chunks, B, H, ...]`.
 
-    Chunk c has the queries `borders[c]:borders[c+1]`. Returns `[B, T, H, Dv]`, q's dtype.
+    Chunk c has the queries `borders[c]:borders[c+1]`.
     """
-    o = q.new_empty(*q.shape[:3], weights[1].shape[-2])
     weights = [_rounded(w, q.dtype) for w in weights]
     scratch = _Scratch(weights[0], 2)
     for block in _blocks(q, weights[0].shape[-2], borders):
@@ -95,16 +94,14 @@ def apply(q: Tensor, borders: Sequence[int], weights: Triple) -> Tensor:
         torch.bmm(x, w0.mT, out=gate)
         torch.bmm(x, w2.mT, out=up)
         hidden = F.silu(gate, inplace=True).mul_(up)
-        block.write(o, _rounded(hidden, q.dtype) @ w1.mT)
-    return o
+        block.write(out, _rounded(hidden, q.dtype) @ w1.mT)
 
 
 def apply_bwd(
-    do: Tensor, q: Tensor, borders: Sequence[int], weights: Triple
-) -> tuple[Tensor, Triple]:
-    """Gradients of `apply`: of q, and of each chunk's weights, `[chunks, B, H, ...]`."""
+    do: Tensor, q: Tensor, borders: Sequence[int], weights: Triple, out: Tensor
+) -> Triple:
+    """Gradients of `apply`: that of q into `out`, those of each chunk's weights returned."""
     dtype = q.dtype
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
     dweights = _zeros_like(weights)
     weights = [_rounded(w, dtype) for w in weights]
     scratch = _Scratch(weights[0], 5)
@@ -123,8 +120,8 @@ def apply_bwd(
         dw0.baddbmm_(dgate.mT, x)
         dw1.baddbmm_(dy.mT, _rounded(silu.mul_(up), dtype))
         dw2.baddbmm_(dup.mT, x)
-        block.write(dq, (dgate @ w0).baddbmm_(dup, w2))
-    return dq, dweights
+        block.write(out, (dgate @ w0).baddbmm_(dup, w2))
+    return dweights
 
 
 def gradients(tokens: Tokens, weights: Triple) -> tuple[Tensor | None, ...]:

@@ -100,7 +100,7 @@ def ttt_fwd(call: Call) -> tuple[Tensor, FastWeights | None, list[Tensor]]:
         with phase("apply"):
             if s.applied:
                 weights = _applied_weights(state, updates, s, call.trained)
-                s.of_queries(o).copy_(swiglu.apply(s.of_queries(q), s.local_queries, weights))
+                swiglu.apply(s.of_queries(q), s.local_queries, weights, out=s.of_queries(o))
                 del weights
         kept = updates if options.checkpoint_interval == 1 else updates[-1:]
         for row, update in zip(s.kept, kept):
@@ -139,12 +139,11 @@ def ttt_bwd(
         with phase("apply backward"):
             if s.applied:
                 weights = _applied_weights(state, updates, s, call.trained)
-                dq_part, stacks = swiglu.apply_bwd(
-                    s.of_queries(do), s.of_queries(q), s.local_queries, weights
+                stacks = swiglu.apply_bwd(
+                    *map(s.of_queries, (do, q)), s.local_queries, weights, out=s.of_queries(dq)
                 )
-                s.of_queries(dq).copy_(dq_part)
                 dapply = dict(zip(s.applied, zip(*stacks)))
-                del weights, dq_part, stacks
+                del weights, stacks
         if s.is_last:
             dstate = dend.at(s.rows)
             if s.is_of_last_sequence:

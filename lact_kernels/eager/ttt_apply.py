@@ -10,7 +10,8 @@ from lact_kernels.eager import swiglu
 def ttt_apply_fwd(q: Tensor, weights: Triple) -> Tensor:
     """f(q), `[B, T, H, Dv]`, for weights `[B or 1, H, ...]`; with 1 all rows share them."""
     rows, borders = _rows(q, weights)
-    o = swiglu.apply(rows, borders, tuple(w[None] for w in weights))
+    o = q.new_empty(*rows.shape[:3], weights[1].shape[-2])
+    swiglu.apply(rows, borders, tuple(w[None] for w in weights), out=o)
     return o.view(*q.shape[:3], o.shape[-1])
 
 
@@ -18,7 +19,9 @@ def ttt_apply_bwd(do: Tensor, q: Tensor, weights: Triple) -> tuple[Tensor, Tripl
     """Gradients of q and the weights, which are summed over the rows that share them."""
     (rows, borders), (drows, _) = _rows(q, weights), _rows(do, weights)
     wide = torch.promote_types(q.dtype, torch.float32)
-    dq, dweights = swiglu.apply_bwd(drows, rows, borders, tuple(w[None].to(wide) for w in weights))
+    dq = q.new_empty(rows.shape)
+    stacks = tuple(w[None].to(wide) for w in weights)
+    dweights = swiglu.apply_bwd(drows, rows, borders, stacks, out=dq)
     return dq.view(q.shape), tuple(dw[0].to(w.dtype) for dw, w in zip(dweights, weights))
 
 
