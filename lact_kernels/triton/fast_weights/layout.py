@@ -123,7 +123,6 @@ class Dims(NamedTuple):
         return packed.split([r for r, _ in self.shapes], dim=-1)
 
 
-@functools.cache
 def _borders(shapes: Shapes) -> list[int]:
     """Where matrices of these shapes begin that lie one behind the other, and the end of the last."""
     return [0, *itertools.accumulate(round_up(rows * columns) for rows, columns in shapes)]
