@@ -3,6 +3,7 @@
 The kernels' own cases are in test_window_attn_triton.py. Nothing here runs without a GPU.
 """
 
+import dataclasses
 import functools
 import gc
 
@@ -172,6 +173,30 @@ def test_forward_and_backward_in_a_cuda_graph(packed):
         graph.replay()
         expected = results(fresh[:3], fresh[3], int32(*borders) if packed else None)
         assert_same(outputs, expected)
+
+
+@pytest.mark.parametrize("muon", [False, True], ids=["momentum", "muon"])
+def test_training_step_of_fast_weights_in_cuda_graphs(muon):
+    """Forward and backward, each captured by one call of torch, replayed on inputs that were not recorded."""
+    case = dataclasses.replace(TTT, muon=muon)
+    options = {"chunk_size": case.chunk_size, "muon": muon, "backend": "triton"}
+
+    def inputs():
+        return case.inputs(torch.bfloat16, "cuda")
+
+    names = list(inputs())
+
+    def fast_weights(*tensors):
+        return block_causal_ttt(**dict(zip(names, tensors)), **options)
+
+    graphed = torch.cuda.make_graphed_callables(fast_weights, tuple(inputs().values()))
+    for seed in range(2):
+        torch.manual_seed(seed)
+        leaves = list(inputs().values())
+        outputs = graphed(*leaves), fast_weights(*leaves)
+        do = torch.randn_like(outputs[0])
+        recorded, plain = ([o, *torch.autograd.grad(o, leaves, do)] for o in outputs)
+        assert_same([x.clone() for x in recorded], plain)
 
 
 @pytest.mark.parametrize("ragged", [False, True], ids=["equal-rows", "ragged-rows"])
