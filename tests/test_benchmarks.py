@@ -457,9 +457,8 @@ def test_phases_are_measured(tmp_path, capsys, flags):
     assert list(row["phases_ms"])[-1] == "rest"
     assert {"scan", "apply", "apply backward", "reverse scan"} <= row["phases_ms"].keys()
     assert all(ms > 0 for ms in row["phases_ms"].values())
-    assert (
-        row["saved_bytes"] > 2 * 2 * 3 * 2 * 16 * 16 * 4
-    )  # two copies of the weights, two updates
+    kept = 2 * 2 * 3 * 2 * 16 * 16 * 4  # two copies of the weights, two updates
+    assert row["saved_bytes"] > kept if flags else row["saved_bytes"] == kept
     for mode in phases.MODES:
         assert row["launches_per_chunk"][mode]["ops"] > 5
         assert row["launches_of_one_chunk"][mode]["ops"] > 0

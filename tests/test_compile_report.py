@@ -20,6 +20,8 @@ WITHOUT_PRODUCTS = (
     "ttt_update_bwd",
     "ttt_mean_momentum",
     "ttt_rates_bwd",
+    "ttt_start",
+    "ttt_start_bwd",
     "ttt_end",
     "window_attn_combine",
     "silu_l2norm_rope_fwd",

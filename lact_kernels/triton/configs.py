@@ -286,7 +286,6 @@ _TTT_TABLE: dict[tuple[str, int, int], TTTConfig] = {
 }
 
 
-@functools.cache
 def ttt_config(
     name: str, dtype: torch.dtype, capability: tuple[int, int] | None, described: bool = False
 ) -> TTTConfig:

@@ -182,7 +182,7 @@ def ttt_hidden(
     described = in_blocks and can_be_described(x, y, weights=given)
     name = "ttt_hidden" + "_grad" * (y is not None) + "_given" * bool(given)
     config = ttt_config(name, x.dtype, capability_of(x.device), described)
-    if described:
+    if config.descriptors:
         of_matrices = of_weights if given else of_weights_in_pairs
         columns = config.columns_block
         tensors = (

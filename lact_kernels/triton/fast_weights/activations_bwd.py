@@ -268,7 +268,7 @@ def ttt_hidden_bwd(
     config = ttt_config("ttt_hidden_bwd", k.dtype, capability_of(k.device), described)
     tensors = (k, v, lr, weights, None, None, dsteps, None, None, units, reach, acts, dacts, dlr)
     all_strides = tuple(outer_strides(k, v))
-    if described:
+    if config.descriptors:
         columns, out = config.columns_block, (config.block_m, config.block_n)
         tensors = (
             of_tokens(k, config.rows_block), of_tokens(v, config.rows_block), lr,

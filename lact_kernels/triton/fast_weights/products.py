@@ -300,7 +300,7 @@ def ttt_outer(
     constexprs = outer_constexprs(dims, config)
     splits, out_chunks, H, _ = out.shape
     tensors, strides = (x, y, acts, None), outer_strides(x, y)
-    if described:
+    if config.descriptors:
         left, right = (config.block_k, config.block_m), (config.block_k, config.block_n)
         tensors = (
             of_tokens(x, right), of_tokens(y, left),
@@ -362,7 +362,7 @@ def ttt_project(
     config = ttt_config(name, out.dtype, capability_of(out.device), described)
     acts2, weights2 = second or (None, None)
     some_acts, weight_strides = acts2 if acts is None else acts, None
-    if described:
+    if config.descriptors:
         blocks = (config.block_k, config.block_n), config.columns_block
         acts, acts2 = (of_activations(x, config.rows_block) for x in (acts, acts2))
         matrices, matrices2 = (of_weights(w, dims, *blocks) for w in (weights, weights2))

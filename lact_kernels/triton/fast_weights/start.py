@@ -88,7 +88,9 @@ def _ttt_start_kernel(
     sequence, h = sequence_of(head, order_ptr, H)
     given = head_pointer(given_ptr, given_strides, matrix, sequence, h)
     w = tl.load(given + offsets, mask=inside, other=0.0)
-    weights_ptr += tl.max_contiguous(element + offsets, [1, 4])  # in fours, like all else: see ttt_update
+    weights_ptr += tl.max_contiguous(
+        element + offsets, [1, 4]
+    )  # in fours, like all else: see ttt_update
     tl.store(weights_ptr, w.to(weights_ptr.dtype.element_ty), mask=inside)
     if given_norms_ptr is None:
         norm = row_lengths(w)
