@@ -32,7 +32,7 @@ class Source:
 
     ast: ASTSource
     target: GPUTarget
-    options: dict[str, int]
+    options: dict[str, int | None]
 
     @classmethod
     def of(cls, case: CompileCase) -> "Source":
@@ -40,7 +40,11 @@ class Source:
         return cls(
             ASTSource(case.kernel, signature, case.constexprs, attributes),
             GPUTarget("cuda", case.arch, WARP_SIZE),
-            {"num_warps": case.config.num_warps, "num_stages": case.config.num_stages},
+            {
+                "num_warps": case.config.num_warps,
+                "num_stages": case.config.num_stages,
+                "maxnreg": getattr(case.config, "registers", None),
+            },
         )
 
     def key(self) -> str:

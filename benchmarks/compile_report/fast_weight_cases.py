@@ -198,13 +198,13 @@ def _newton_schulz(arch: int) -> Iterator[CompileCase]:
         ("backward Gram", ()),
     ):
         for case in _cases(
-            "newton_schulz", newton_schulz_kernels.KERNELS, arch,
+            "newton_schulz_gram" if "Gram" in variant else "newton_schulz",
+            newton_schulz_kernels.KERNELS, arch,
             functools.partial(_iteration_constexprs, "backward" in variant),
             tokens=("arrays_ptr",), absent=absent, variant=variant,
             dims=ELONGATED if "Gram" in variant else COMPILED_DIMS,
         ):  # fmt: skip
-            if case.dtype == torch.float16 or "Gram" not in variant:
-                yield replace(case, pointers=case.pointers | integers)
+            yield replace(case, pointers=case.pointers | integers)
 
 
 def _iteration_constexprs(backward: bool, dims: Dims, config: TTTConfig) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class TTTConfig:
     num_stages: int
     descriptors: bool = False  # blocks are copied by descriptors, not by pointers
     implementation: str = TRITON
+    registers: int | None = None  # at most, of a thread, which the compiler would take more of
 
     @property
     def rows_block(self) -> tuple[int, int]:
@@ -270,9 +271,14 @@ _TTT_TABLE: dict[tuple[str, int, int], TTTConfig] = {
     ("ttt_project", 80, 16): TTTConfig(128, 128, 32, 8, 3),
     ("ttt_project", 90, 16): TTTConfig(128, 128, 64, 8, 3),
     ("ttt_project", 100, 16): TTTConfig(128, 128, 64, 8, 3),
+    # Two programs to a multiprocessor: one computes while the other waits, for programs or for its tiles.
     ("newton_schulz", 80, 16): TTTConfig(128, 128, 32, 8, 3),
-    ("newton_schulz", 90, 16): TTTConfig(128, 128, 64, 8, 3),
-    ("newton_schulz", 100, 16): TTTConfig(128, 128, 64, 8, 3),
+    ("newton_schulz", 90, 16): TTTConfig(128, 128, 64, 8, 3, registers=128),
+    ("newton_schulz", 100, 16): TTTConfig(128, 128, 64, 8, 3, registers=128),
+    # Float32 sums beside the others, or loads of few bytes each, would spill with so few registers.
+    ("newton_schulz_gram", 80, 16): TTTConfig(128, 128, 32, 8, 3),
+    ("newton_schulz_gram", 90, 16): TTTConfig(128, 128, 64, 8, 3),
+    ("newton_schulz_gram", 100, 16): TTTConfig(128, 128, 64, 8, 3),
     ("ttt_hidden", DESCRIBED, 16): TTTConfig(128, 128, 64, 8, 4, True),
     ("ttt_hidden_given", DESCRIBED, 16): TTTConfig(128, 128, 64, 8, 4, True),
     ("ttt_hidden_grad", DESCRIBED, 16): TTTConfig(128, 128, 64, 8, 2, True),

@@ -68,6 +68,7 @@ from lact_kernels.triton.fast_weights.newton_schulz_schedule import Array, Form,
 from lact_kernels.triton.launch import launch
 
 SMALL = 64  # up to this size products take less time than all else, in float32, too
+WIDE = 8  # float16 numbers in the widest load
 BEYOND = 2**31 - 1  # first tile of an entry that there is not
 
 
@@ -85,7 +86,7 @@ class Iteration:
         self.heads, self.dims, self.device = heads, dims, device
         self.dtype = iterated_dtype(dims, tokens_dtype)
         runs = groups(coefficients, dims.iterated, self.dtype)
-        self.config = ttt_config("newton_schulz", self.dtype, capability_of(device))
+        self.config = _config(dims, runs, self.dtype, device)
         self._plan = functools.partial(_plan, runs, dims, self.config, device)
         self.counters = torch.zeros(1 + 3 * heads, dtype=torch.int32, device=device)
 
@@ -134,6 +135,7 @@ class Iteration:
         launch(
             KERNELS, self.config, (heads * plan.num_tiles,), *arguments,
             arrays, exact, plan.table, self.counters, heads, *plan.sizes, **plan.constexprs,
+            maxnreg=self.config.registers,
         )  # fmt: skip
 
 
@@ -141,6 +143,15 @@ def iterated_dtype(dims: Dims, tokens_dtype: torch.dtype) -> torch.dtype:
     """Of the matrices that are multiplied."""
     small = max(dims.sizes) <= SMALL
     return torch.float32 if small or tokens_dtype == torch.float32 else torch.float16
+
+
+def _config(
+    dims: Dims, runs: tuple[Coefficients, ...], dtype: torch.dtype, device: torch.device
+) -> TTTConfig:
+    is_gram = any(len(triples) > 1 for triples in runs)
+    wide = math.gcd(*dims.sizes, ALIGNMENT) >= WIDE or dtype == torch.float32
+    name = "newton_schulz" if wide and not is_gram else "newton_schulz_gram"
+    return ttt_config(name, dtype, capability_of(device))
 
 
 class Plan(NamedTuple):
