@@ -68,7 +68,7 @@ TTT = [
     # Sizes of models: what is timed after the tests is compiled here, by many processes at once.
     TTTCase("D768", B=1, T=600, chunk_size=256, H=1, Dk=768, Dv=768, Dh=768),
     TTTCase("D384", B=1, T=600, chunk_size=256, H=1, Dk=384, Dv=384, Dh=384),
-    TTTCase("unequal dims muon", B=1, T=400, chunk_size=160, H=2, Dk=24, Dv=136, Dh=144, muon=True),
+    TTTCase("unequal dims muon", B=1, T=400, chunk_size=192, H=2, Dk=24, Dv=136, Dh=144, muon=True),
     TTTCase(
         "packed prenorm", B=1, T=1000, chunk_size=128, H=4, Dk=64, Dv=64, Dh=64, momentum=True,
         prenorm=True, batched_weights=True, cu_seqlens=(0, 0, 1, 130, 600, 1000),
@@ -77,7 +77,7 @@ TTT = [
 # Weights that all rows share, and some for each row.
 APPLY = [
     ApplyCase("D384", T=300, B=1, Dk=384, Dv=384, Dh=768, float32_weights=True),
-    ApplyCase("unequal dims", T=130, B=3, H=1, Dk=24, Dv=136, Dh=144, batched="012"),
+    ApplyCase("unequal dims", T=130, B=3, H=1, Dk=20, Dv=136, Dh=144, batched="012"),
 ]
 # Elongated weights, for which Newton-Schulz takes its Gram form; updates and queries in any order; w1 alone.
 late = {"muon": True, "momentum_after_muon": True, "weight_norm": False}
