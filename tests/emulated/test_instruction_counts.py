@@ -177,7 +177,7 @@ def test_what_is_kept_for_a_backward():
 def test_the_configuration_that_a_peer_would_take():
     """Of three the largest does not fit, and the next one spills: it is taken where there is no other."""
     small, spilling, large = (
-        triton.Config({"N": n}, num_warps=warps) for n, warps in ((64, 4), (128, 1), (512, 1))
+        triton.Config({"N": n}, num_warps=warps) for n, warps in ((64, 4), (128, 1), (512, 32))
     )
     x, y = torch.randint(-4, 4, (512, 512)).bfloat16(), torch.zeros(64, 64)
     with peers._lact_setting(90) as chosen, emulate(90):
