@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from benchmarks.launches import LIBRARIES_OF_TORCH
 from ptx_emulator import Emulation
 
 aten = torch.ops.aten
@@ -28,7 +29,7 @@ _FILL = {
 class TorchWork(TorchDispatchMode):
     """Of all operations but those that the emulator makes: each reads its inputs and writes its results once.
 
-    So it is where nothing is fused. Views move nothing.
+    So it is where nothing is fused. Views move nothing, and a registered op what it does inside.
     """
 
     def __init__(self):
@@ -42,6 +43,12 @@ class TorchWork(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func.namespace not in LIBRARIES_OF_TORCH and not self._launching:
+            # A registered op is what it does inside, where this mode would be off.
+            with self:
+                return func.redispatch(
+                    torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs
+                )
         result = func(*args, **kwargs)
         if not self._launching:
             if func._overloadpacket in flop_registry:

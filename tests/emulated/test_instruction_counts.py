@@ -165,6 +165,18 @@ def test_bytes_of_operations_of_torch(operation, elements):
     assert work.bytes == 4 * elements
 
 
+@torch.library.custom_op("lact_kernels_tests::doubled_twice", mutates_args=())
+def doubled_twice(x: torch.Tensor) -> torch.Tensor:
+    return (x * 2) * 2
+
+
+def test_a_registered_operation_moves_what_it_does_inside():
+    work = TorchWork()
+    with work.outside_of_launches():
+        doubled_twice(X)
+    assert work.bytes == 4 * 2 * (32 + 32)
+
+
 def test_what_is_kept_for_a_backward():
     x, w = X.clone().requires_grad_(), X[:, :1].clone()
     kept = Kept([x, w])
