@@ -16,9 +16,9 @@ import torch
 import reference
 from benchmarks.compile_report import fast_weight_cases
 from benchmarks.launches import count_launches
-from lact_kernels import block_causal_ttt
+from lact_kernels import block_causal_ttt, ttt_update
 from lact_kernels.core import call as core_call
-from lact_kernels.triton import configs
+from lact_kernels.triton import configs, launch
 from lact_kernels.triton.configs import TTTConfig
 from lact_kernels.triton.fast_weights import scan
 from tests.cases import (
@@ -30,6 +30,7 @@ from tests.cases import (
     check_block_causal_ttt,
     check_float16_muon,
     filled_with_nan,
+    laid_out,
 )
 from tests.ttt_pieces import in_pieces
 
@@ -156,6 +157,34 @@ def test_matrices_of_several_tiles(blocks):
 def test_unequal_blocks(sizes, blocks):
     blocks(*sizes)
     check(TTTCase("", B=1, H=1, T=60, chunk_size=40, Dk=20, Dv=36, Dh=33, momentum=True))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("cut", [None, 448], ids=["last", "first"])
+def test_sums_in_parts_of_a_chunk_with_few_queries(cut, monkeypatch):
+    """Of which the second part has none, in the last chunk or, behind a state, in the first."""
+    monkeypatch.setattr(launch, "CPU_MULTIPROCESSORS", 132)
+    case = TTTCase("", B=1, H=1, T=600, chunk_size=512, Dk=16, Dv=16, Dh=16)
+
+    def fn(**arguments):
+        cuts = () if cut is None else (cut,)
+        return in_pieces(triton_block_causal_ttt, cuts, **arguments)[0]
+
+    check(case, torch.float16, fn)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_one_of_keys_and_values_by_descriptors(name):
+    """The other is not aligned, and the last block of tokens not full."""
+    case = TTTCase("", T=100, Dk=16, Dv=24, Dh=16)
+    inputs = {n: x.detach() for n, x in case.inputs(torch.float16).items() if n != "q"}
+    with filled_with_nan():
+        weights = ttt_update(**inputs, backend="triton")
+        inputs[name] = laid_out(inputs[name], "padded channels")
+        again = ttt_update(**inputs, backend="triton")
+    for w, same in zip(weights, again):
+        torch.testing.assert_close(w, same)
 
 
 @needs_interpreter

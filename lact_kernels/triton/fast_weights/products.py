@@ -121,7 +121,9 @@ def _ttt_outer_kernel(
     # Both factors are [tokens, ..]: the activations of w0 and w2 with x, y with those of w1.
     if x_strides is None:
         left, right = acts, x
-        left_place, right_place = (matrix, h.to(tl.int32)), (b.to(tl.int32), h.to(tl.int32))
+        # A descriptor knows nothing of the chunk's end: zeros are those of a head that there is not.
+        head = tl.where(start < number, h, H).to(tl.int32)
+        left_place, right_place = (matrix, head), (b.to(tl.int32), head)
         left_first, right_first = row.to(tl.int32), first.to(tl.int32)
         if matrix == 1:
             left, right = y, acts_right

@@ -207,7 +207,7 @@ class ReverseScan(Scan):
         w0, w1, w2 = dims.matrices
         first = (deferred.acts, dsteps) if w0 or w2 else (None, None)
         second = (deferred.dacts, weights)
-        units, in_blocks = deferred.units, self.chunks.keys_are_in_blocks
+        units, in_blocks = deferred.units, self.keys_in_blocks
         to_keys = {"to_values": False, "second": second, "units": units, "in_blocks": in_blocks}
         ttt_project(*first, dtokens.k, dims, **to_keys)(run)
         first = (deferred.acts[1:2], dsteps) if w1 else (None, None)
@@ -229,7 +229,7 @@ class ReverseScan(Scan):
         """From the gradients of the next step's weights to those of each step's, and of its dG."""
         chunks, dims, first = self.chunks, self.dims, batch.steps.start
         weights, units = batch.arrays.weights, deferred.units
-        in_blocks = chunks.keys_are_in_blocks
+        in_blocks = self.keys_in_blocks
         update = self.update_backward(batch, deferred, grads)
         hidden = ttt_hidden_bwd(
             self.k, self.v, self.lr, weights, deferred.dsteps, deferred.acts, deferred.dacts,

@@ -17,6 +17,7 @@ from lact_kernels.core.call import Call, phase
 from lact_kernels.core.fast_weights import FastWeights, Triple
 from lact_kernels.core.ranks import named
 from lact_kernels.triton.fast_weights.activations import ttt_hidden
+from lact_kernels.triton.fast_weights.blocks import can_be_described
 from lact_kernels.triton.fast_weights.end import End
 from lact_kernels.triton.fast_weights.history import (
     Arrays,
@@ -55,6 +56,11 @@ class Scan:
         """`[3, B, H, T]`. What stands for rates that there are not is read by nobody."""
         given = [lr for lr in self.rates if lr is not None] or [self.k[..., 0].float()]
         return torch.stack([(given[0] if lr is None else lr).mT for lr in self.rates])
+
+    @functools.cached_property
+    def keys_in_blocks(self) -> bool:
+        """Whether descriptors copy keys and values: both, or the activations lack the zeros behind them."""
+        return self.chunks.keys_are_in_blocks and can_be_described(self.k, self.v)
 
     @property
     def of_all(self) -> Dims:
@@ -152,7 +158,7 @@ class Scan:
         """Parts of an update's gradients: one number for all steps, that of one in the middle."""
         steps = range(self.chunks.steps)
         number, longest = self.chunks.counts[len(steps) // 2], self.chunks.of_keys.width(steps)
-        return num_outer_splits(self.k, number, longest, self.dims, self.chunks.keys_are_in_blocks)
+        return num_outer_splits(self.k, number, longest, self.dims, self.keys_in_blocks)
 
     def segments(self) -> list[range]:
         """The steps from one checkpoint to the next; all, if every step is kept."""
@@ -205,7 +211,7 @@ class Scan:
         acts = self.activations(3, chunks.of_keys.most(steps))
         parts = self.floats(self.splits, chunks.active(first), self.H, dims.size)
         lr, units = self.update_rates
-        in_blocks = chunks.keys_are_in_blocks
+        in_blocks = self.keys_in_blocks
         hidden = ttt_hidden(self.k, self.v, lr, segment.arrays.weights, acts, dims, in_blocks)
         outer = ttt_outer(self.k, self.lr1_v, acts, parts, dims, units, in_blocks)
         update = self.update(segment)
