@@ -68,6 +68,7 @@ TTT = [
     # Sizes of models: what is timed after the tests is compiled here, by many processes at once.
     TTTCase("D768", B=1, T=600, chunk_size=256, H=1, Dk=768, Dv=768, Dh=768),
     TTTCase("D384", B=1, T=600, chunk_size=256, H=1, Dk=384, Dv=384, Dh=384),
+    TTTCase("sums in parts", B=1, T=1100, chunk_size=1024, H=1, Dk=64, Dv=64, Dh=64),
     TTTCase("unequal dims muon", B=1, T=400, chunk_size=192, H=2, Dk=24, Dv=136, Dh=144, muon=True),
     TTTCase(
         "packed prenorm", B=1, T=1000, chunk_size=128, H=4, Dk=64, Dv=64, Dh=64, momentum=True,

@@ -337,3 +337,17 @@ def test_a_cuda_graph_serves_other_queries_and_weights():
             x.copy_(y)
         graph.replay()
         assert torch.equal(o, triton_ttt_apply(*others))
+
+
+def test_weights_that_no_descriptor_takes():
+    """Then all goes by pointers: descriptors would read whole blocks, which these store to the last token."""
+    q, *weights = values(ApplyCase("", T=100, B=1, H=1, Dk=16, Dv=16, Dh=16), torch.float16)
+    shifted = []
+    for w in weights:
+        room = torch.zeros(w.numel() + 1, dtype=torch.float16, device=DEVICE)
+        shifted.append(room[1:].view(w.shape).copy_(w.half()))
+    with filled_with_nan():
+        results = with_gradients(triton_ttt_apply, [q, *shifted])
+        expected = with_gradients(triton_ttt_apply, [q, *(w.half() for w in weights)])
+    for x, y in zip(results, expected):
+        torch.testing.assert_close(x, y, atol=2e-3 * y.abs().max().item(), rtol=0)

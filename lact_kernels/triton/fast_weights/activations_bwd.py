@@ -283,7 +283,7 @@ def ttt_hidden_bwd(
     )  # fmt: skip
 
 
-def num_rate_tiles(k: Tensor, dims: Dims) -> int:
+def num_rate_tiles(k: Tensor, dims: Dims, in_blocks: bool) -> int:
     """Partial sums of each learning rate's gradient: one for each tile of hidden units."""
-    config = ttt_config("ttt_hidden_bwd", k.dtype, capability_of(k.device))
+    config = ttt_config("ttt_hidden_bwd", k.dtype, capability_of(k.device), in_blocks)
     return -(-dims.Dh // config.block_n)

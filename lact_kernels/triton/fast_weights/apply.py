@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lact_kernels.core.fast_weights import Triple
 from lact_kernels.triton.fast_weights.activations import ttt_hidden
+from lact_kernels.triton.fast_weights.blocks import can_be_described
 from lact_kernels.triton.fast_weights.layout import (
     DESCRIBED_TOKENS,
     SUMMED_TOKENS,
@@ -112,7 +113,9 @@ def _run(tokens: Tensor, in_blocks: bool) -> Run:
 def _in_blocks(tokens: Tensor, weights: Triple, dims: Dims) -> bool:
     """Whether these can be copied by descriptors, of which each row needs weights of its own."""
     B, T = tokens.shape[:2]
-    return T >= SUMMED_TOKENS and len(weights[0]) == B and have_descriptors(dims, tokens)
+    if T < SUMMED_TOKENS or len(weights[0]) != B:
+        return False
+    return have_descriptors(dims, tokens) and can_be_described(tokens, weights=weights)
 
 
 def _activations(planes: int, tokens: Tensor, run: Run, dims: Dims) -> Tensor:

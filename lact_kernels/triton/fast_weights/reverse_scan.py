@@ -153,7 +153,7 @@ class ReverseScan(Scan):
             dacts=self.activations(3, acts.shape[2]),
             dsteps=self.k.new_empty(number, self.H, dims.size),
             units=None if self.reach is None else floats(number, self.H, 4),
-            dlr=self.floats(num_rate_tiles(self.k, dims), *acts.shape[:3]),
+            dlr=self.floats(num_rate_tiles(self.k, dims, self.keys_in_blocks), *acts.shape[:3]),
             dbetas=None if self.betas is None else floats(number, self.H, dims.rows),
         )
         with phase("reverse scan"):
