@@ -59,6 +59,13 @@ def test_whole_tiles_and_sums_over_tokens_in_parts(arch, dtype):
     check_in_parts(arch, dtype, WHOLE_TILES)
 
 
+@pytest.mark.parametrize("arch, dtype", TWO_TARGETS[:1])
+def test_sums_in_parts_of_which_some_have_no_tokens(arch, dtype):
+    """By descriptors, which do not know where a chunk ends."""
+    case = TTTCase("", B=1, H=1, T=600, chunk_size=512, Dk=16, Dv=16, Dh=16)
+    check_in_parts(arch, dtype, case)
+
+
 @pytest.mark.parametrize("arch, dtype", FLOAT_TARGETS[1:])
 def test_whole_tiles_of_sequences_with_weights_of_their_own(arch, dtype):
     """As float32 has smaller tiles. Among the sequences is one of nothing."""
