@@ -27,7 +27,6 @@ from lact_kernels.core.fast_weights import Triple
 from lact_kernels.triton.configs import TRITON, TTTConfig, capability_of, ttt_config
 from lact_kernels.triton.fast_weights import swiglu
 from lact_kernels.triton.fast_weights.blocks import (
-    can_be_described,
     of_activations,
     of_tokens,
     of_weights,
@@ -175,12 +174,11 @@ def ttt_hidden(
     weights: Tensor | Triple,  # `[places, H, SIZE]`, or three: see weight_arguments
     acts: Tensor,  # `[1, H, rows, Dh]` without y, else `[3, H, rows, Dh]`: written
     dims: Dims,
-    in_blocks: bool = False,  # see Chunks.are_in_blocks
+    described: bool = False,  # see `blocks`
 ) -> Callable[[Run], None]:
     """The hidden activations of a run of chunks, or what G0, G1 and G2, those of `dims`, have to do with."""
-    given = () if isinstance(weights, Tensor) else tuple(weights)
-    described = in_blocks and can_be_described(x, y, weights=given)
-    name = "ttt_hidden" + "_grad" * (y is not None) + "_given" * bool(given)
+    given = not isinstance(weights, Tensor)
+    name = "ttt_hidden" + "_grad" * (y is not None) + "_given" * given
     config = ttt_config(name, x.dtype, capability_of(x.device), described)
     if config.descriptors:
         of_matrices = of_weights if given else of_weights_in_pairs

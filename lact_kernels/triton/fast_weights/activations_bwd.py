@@ -34,7 +34,6 @@ from lact_kernels.triton.configs import TRITON, capability_of, ttt_config
 from lact_kernels.triton.fast_weights import swiglu
 from lact_kernels.triton.fast_weights.activations import activation_constexprs
 from lact_kernels.triton.fast_weights.blocks import (
-    can_be_described,
     of_activations,
     of_tokens,
     of_weights_in_pairs,
@@ -261,10 +260,9 @@ def ttt_hidden_bwd(
     dims: Dims,
     units: Tensor | None = None,  # `[places, H, 4]`: of dsteps, or 0, and written: that of dacts
     reach: Tensor | None = None,  # `[B, H, 3]`, with units
-    in_blocks: bool = False,  # see Chunks.are_in_blocks
+    described: bool = False,  # see `blocks`
 ) -> Callable[[Run], None]:
     """Backward of `ttt_hidden` with keys and values, which it computes again."""
-    described = in_blocks and can_be_described(k, v)
     config = ttt_config("ttt_hidden_bwd", k.dtype, capability_of(k.device), described)
     tensors = (k, v, lr, weights, None, None, dsteps, None, None, units, reach, acts, dacts, dlr)
     all_strides = tuple(outer_strides(k, v))
@@ -283,7 +281,7 @@ def ttt_hidden_bwd(
     )  # fmt: skip
 
 
-def num_rate_tiles(k: Tensor, dims: Dims, in_blocks: bool) -> int:
+def num_rate_tiles(k: Tensor, dims: Dims, described: bool) -> int:
     """Partial sums of each learning rate's gradient: one for each tile of hidden units."""
-    config = ttt_config("ttt_hidden_bwd", k.dtype, capability_of(k.device), in_blocks)
+    config = ttt_config("ttt_hidden_bwd", k.dtype, capability_of(k.device), described)
     return -(-dims.Dh // config.block_n)

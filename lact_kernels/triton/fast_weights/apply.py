@@ -32,11 +32,11 @@ def ttt_apply_fwd(q: Tensor, weights: Triple) -> Tensor:
     weights = _readable(weights, q.dtype)
     with on_device(q):
         for tokens, outputs in _slices(*_rows(weights, q, o), planes=1, Dh=dims.Dh):
-            in_blocks = _in_blocks(tokens, weights, dims)
-            run = _run(tokens, in_blocks)
+            described = _are_described(tokens, None, weights, dims)
+            run = _run(tokens, described)
             acts = _activations(1, tokens, run, dims)
-            ttt_hidden(tokens, None, None, weights, acts, dims, in_blocks)(run)
-            ttt_project(acts, weights, outputs, dims, to_values=True, in_blocks=in_blocks)(run)
+            ttt_hidden(tokens, None, None, weights, acts, dims, described)(run)
+            ttt_project(acts, weights, outputs, dims, to_values=True, described=described)(run)
     return o
 
 
@@ -49,16 +49,16 @@ def ttt_apply_bwd(do: Tensor, q: Tensor, weights: Triple) -> tuple[Tensor, Tripl
     readable = _readable(weights, q.dtype)
     with on_device(q):
         for tokens, dtokens, doutputs in _slices(*_rows(readable, q, dq, do), planes=3, Dh=dims.Dh):
-            in_blocks = _in_blocks(tokens, readable, dims)
-            run = _run(tokens, in_blocks)
+            described = _are_described(tokens, doutputs, readable, dims)
+            run = _run(tokens, described)
             acts = _activations(3, tokens, run, dims)
-            ttt_hidden(tokens, doutputs, None, readable, acts, dims, in_blocks)(run)
-            splits = num_outer_splits(tokens, run.num_chunks, run.width, dims, in_blocks)
+            ttt_hidden(tokens, doutputs, None, readable, acts, dims, described)(run)
+            splits = num_outer_splits(tokens, run.num_chunks, run.width, dims, described)
             parts = q.new_empty(splits, run.num_chunks, H, dims.size, dtype=torch.float32)
-            ttt_outer(tokens, doutputs, acts, parts, dims, in_blocks=in_blocks)(run)
+            ttt_outer(tokens, doutputs, acts, parts, dims, described=described)(run)
             part = parts.sum(dim=(0, 1), keepdim=True)[0] if shared else parts.sum(dim=0)
             total = part if total is None else total.add_(part)
-            ttt_project(acts, readable, dtokens, dims, to_values=False, in_blocks=in_blocks)(run)
+            ttt_project(acts, readable, dtokens, dims, to_values=False, described=described)(run)
     if total is None:
         return dq, tuple(w.new_zeros(w.shape) for w in weights)
     dweights = zip(dims.unpack(total), weights)
@@ -103,19 +103,19 @@ def _slices(*tensors: Tensor, planes: int, Dh: int) -> Iterator[tuple[Tensor, ..
         yield tuple(x[:, first : first + most] for x in tensors)
 
 
-def _run(tokens: Tensor, in_blocks: bool) -> Run:
+def _run(tokens: Tensor, described: bool) -> Run:
     """Each row is one chunk."""
     B, T = tokens.shape[:2]
-    width = round_up(T, DESCRIBED_TOKENS) if in_blocks else T
+    width = round_up(T, DESCRIBED_TOKENS) if described else T
     return Run(B, None, 0, 0, 0, B, T, 0, chunk_size=T, width=width)
 
 
-def _in_blocks(tokens: Tensor, weights: Triple, dims: Dims) -> bool:
-    """Whether these can be copied by descriptors, of which each row needs weights of its own."""
+def _are_described(tokens: Tensor, doutputs: Tensor | None, weights: Triple, dims: Dims) -> bool:
+    """Whether descriptors copy these, of which each row needs weights of its own."""
     B, T = tokens.shape[:2]
     if T < SUMMED_TOKENS or len(weights[0]) != B:
         return False
-    return have_descriptors(dims, tokens) and can_be_described(tokens, weights=weights)
+    return have_descriptors(dims, tokens) and can_be_described(tokens, doutputs, weights=weights)
 
 
 def _activations(planes: int, tokens: Tensor, run: Run, dims: Dims) -> Tensor:

@@ -3,6 +3,9 @@
 All are of four axes: tokens `[B, T, H, D]`, seen as [B, H, T, D]; activations `[planes, H, rows, Dh]`;
 matrices of weights [places, H, rows, columns]. A block knows only where its tensor ends:
 `Chunks.are_in_blocks` says when that is enough.
+
+Who launches kernels over the same tokens decides once for all of them: what reads activations by descriptors
+reads whole blocks, which only what stores them by descriptors has written.
 """
 
 from torch import Tensor

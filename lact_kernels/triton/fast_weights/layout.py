@@ -285,14 +285,6 @@ class Chunks:
             self.B, T, shift, self.chunk_size, width,
         )  # fmt: skip
 
-    @property
-    def keys_are_in_blocks(self) -> bool:
-        return self.are_in_blocks(0)
-
-    @property
-    def queries_are_in_blocks(self) -> bool:
-        return self.are_in_blocks(self.Tk - self.Tq)
-
     def are_in_blocks(self, shift: int) -> bool:
         """Whether tokens from position `shift` of their sequences on can be copied in blocks by descriptors.
 

@@ -31,7 +31,6 @@ from torch import Tensor
 from lact_kernels.core.fast_weights import Triple
 from lact_kernels.triton.configs import TRITON, TTTConfig, capability_of, ttt_config
 from lact_kernels.triton.fast_weights.blocks import (
-    can_be_described,
     of_activations,
     of_tokens,
     of_weights,
@@ -294,10 +293,9 @@ def ttt_outer(
     out: Tensor,  # `[splits, chunks or more, H, SIZE]`, float32: written
     dims: Dims,
     units: Tensor | None = None,  # `[places, H, 4]`: the last is that of acts
-    in_blocks: bool = False,  # see Chunks.are_in_blocks
+    described: bool = False,  # see `blocks`
 ) -> Callable[[Run], None]:
     """The three outer products of each chunk of a run, in as many parts as `out` has splits."""
-    described = in_blocks and can_be_described(x, y)
     config = outer_config(x, dims, described)
     constexprs = outer_constexprs(dims, config)
     splits, out_chunks, H, _ = out.shape
@@ -335,10 +333,10 @@ def fills_wide_tiles(columns: int) -> bool:
 
 
 def num_outer_splits(
-    x: Tensor, num_chunks: int, length: int, dims: Dims, in_blocks: bool = False
+    x: Tensor, num_chunks: int, length: int, dims: Dims, described: bool = False
 ) -> int:
     """Parts into which to cut chunks of `length` tokens, so that a device with few programs is filled."""
-    config = outer_config(x, dims, in_blocks)
+    config = outer_config(x, dims, described)
     programs = num_chunks * x.shape[2] * num_tiles(outer_constexprs(dims, config))
     wanted = num_multiprocessors(x.device) // max(programs, 1)
     return max(1, min(wanted, length // (MIN_SPLIT_BLOCKS * config.block_k)))
@@ -354,11 +352,9 @@ def ttt_project(
     | None = None,  # the same again, with packed weights, added: of what reaches the matrices of `dims`
     lr: Tensor | None = None,  # `[B, H, T]`: factors of the first
     units: Tensor | None = None,  # `[places, H, 4]`: of the weights, and of the second activations
-    in_blocks: bool = False,  # see Chunks.are_in_blocks
+    described: bool = False,  # see `blocks`
 ) -> Callable[[Run], None]:
     """Activations back to the tokens' channels: `a[0] w1^T` to values, `a[0] w0 + a[2] w2` to keys."""
-    given = () if weights is None or isinstance(weights, Tensor) else tuple(weights)
-    described = in_blocks and can_be_described(weights=given)
     columns = dims.Dv if to_values else dims.Dk
     name = "ttt_project_wide" if described and fills_wide_tiles(columns) else "ttt_project"
     config = ttt_config(name, out.dtype, capability_of(out.device), described)

@@ -153,7 +153,7 @@ class ReverseScan(Scan):
             dacts=self.activations(3, acts.shape[2]),
             dsteps=self.k.new_empty(number, self.H, dims.size),
             units=None if self.reach is None else floats(number, self.H, 4),
-            dlr=self.floats(num_rate_tiles(self.k, dims, self.keys_in_blocks), *acts.shape[:3]),
+            dlr=self.floats(num_rate_tiles(self.k, dims, self.describes_keys), *acts.shape[:3]),
             dbetas=None if self.betas is None else floats(number, self.H, dims.rows),
         )
         with phase("reverse scan"):
@@ -179,15 +179,13 @@ class ReverseScan(Scan):
     ) -> Applied:
         """dq of some steps, all of which have queries, and what their weights get from them."""
         dims, weights = self.of_all, batch.arrays.weights
-        run, in_blocks = (
-            self.chunks.queries(steps, batch.steps.start),
-            self.chunks.queries_are_in_blocks,
-        )
-        ttt_hidden(self.q, do, None, weights, acts, dims, in_blocks)(run)
-        splits = num_outer_splits(self.q, run.num_chunks, run.width, dims, in_blocks)
+        run = self.chunks.queries(steps, batch.steps.start)
+        described = self.describes_queries(do)
+        ttt_hidden(self.q, do, None, weights, acts, dims, described)(run)
+        splits = num_outer_splits(self.q, run.num_chunks, run.width, dims, described)
         parts = self.floats(splits, run.num_chunks, self.H, dims.size)
-        ttt_outer(self.q, do, acts, parts, dims, in_blocks=in_blocks)(run)
-        ttt_project(acts, weights, grads.dq, dims, False, in_blocks=in_blocks)(run)
+        ttt_outer(self.q, do, acts, parts, dims, described=described)(run)
+        ttt_project(acts, weights, grads.dq, dims, False, described=described)(run)
         return Applied(steps, parts)
 
     def applied_to(self, step: int, applied: list[Applied]) -> tuple[Tensor | None, int]:
@@ -207,12 +205,12 @@ class ReverseScan(Scan):
         w0, w1, w2 = dims.matrices
         first = (deferred.acts, dsteps) if w0 or w2 else (None, None)
         second = (deferred.dacts, weights)
-        units, in_blocks = deferred.units, self.keys_in_blocks
-        to_keys = {"to_values": False, "second": second, "units": units, "in_blocks": in_blocks}
+        units, described = deferred.units, self.describes_keys
+        to_keys = {"to_values": False, "second": second, "units": units, "described": described}
         ttt_project(*first, dtokens.k, dims, **to_keys)(run)
         first = (deferred.acts[1:2], dsteps) if w1 else (None, None)
         second = (deferred.dacts[1:2], weights) if w0 or w2 else None
-        to_values = {"to_values": True, "second": second, "units": units, "in_blocks": in_blocks}
+        to_values = {"to_values": True, "second": second, "units": units, "described": described}
         lr1 = self.lr[1] if w1 else None
         ttt_project(*first, dtokens.v, dims, lr=lr1, **to_values)(run)
         rates = dtokens.rates, dtokens.momentum
@@ -229,14 +227,14 @@ class ReverseScan(Scan):
         """From the gradients of the next step's weights to those of each step's, and of its dG."""
         chunks, dims, first = self.chunks, self.dims, batch.steps.start
         weights, units = batch.arrays.weights, deferred.units
-        in_blocks = self.keys_in_blocks
+        described = self.describes_keys
         update = self.update_backward(batch, deferred, grads)
         hidden = ttt_hidden_bwd(
             self.k, self.v, self.lr, weights, deferred.dsteps, deferred.acts, deferred.dacts,
-            deferred.dlr, dims, units, self.reach, in_blocks,
+            deferred.dlr, dims, units, self.reach, described,
         )  # fmt: skip
         outer = ttt_outer(
-            self.k, self.v, deferred.dacts, grads.dweights, reached(dims), units, in_blocks
+            self.k, self.v, deferred.dacts, grads.dweights, reached(dims), units, described
         )
         for step in reversed(updating):
             number = chunks.active(step)

@@ -58,9 +58,14 @@ class Scan:
         return torch.stack([(given[0] if lr is None else lr).mT for lr in self.rates])
 
     @functools.cached_property
-    def keys_in_blocks(self) -> bool:
-        """Whether descriptors copy keys and values: both, or the activations lack the zeros behind them."""
-        return self.chunks.keys_are_in_blocks and can_be_described(self.k, self.v)
+    def describes_keys(self) -> bool:
+        """Whether descriptors copy keys and values, and what is computed of them."""
+        return self.chunks.are_in_blocks(0) and can_be_described(self.k, self.v)
+
+    def describes_queries(self, do: Tensor | None = None) -> bool:
+        """The same of queries, and of the gradients of their outputs."""
+        chunks = self.chunks
+        return chunks.are_in_blocks(chunks.Tk - chunks.Tq) and can_be_described(self.q, do)
 
     @property
     def of_all(self) -> Dims:
@@ -158,7 +163,7 @@ class Scan:
         """Parts of an update's gradients: one number for all steps, that of one in the middle."""
         steps = range(self.chunks.steps)
         number, longest = self.chunks.counts[len(steps) // 2], self.chunks.of_keys.width(steps)
-        return num_outer_splits(self.k, number, longest, self.dims, self.keys_in_blocks)
+        return num_outer_splits(self.k, number, longest, self.dims, self.describes_keys)
 
     def segments(self) -> list[range]:
         """The steps from one checkpoint to the next; all, if every step is kept."""
@@ -211,9 +216,9 @@ class Scan:
         acts = self.activations(3, chunks.of_keys.most(steps))
         parts = self.floats(self.splits, chunks.active(first), self.H, dims.size)
         lr, units = self.update_rates
-        in_blocks = self.keys_in_blocks
-        hidden = ttt_hidden(self.k, self.v, lr, segment.arrays.weights, acts, dims, in_blocks)
-        outer = ttt_outer(self.k, self.lr1_v, acts, parts, dims, units, in_blocks)
+        described = self.describes_keys
+        hidden = ttt_hidden(self.k, self.v, lr, segment.arrays.weights, acts, dims, described)
+        outer = ttt_outer(self.k, self.lr1_v, acts, parts, dims, units, described)
         update = self.update(segment)
         for step in steps:
             run = chunks.keys(range(step, step + 1), first, step, chunks.active(step))
@@ -276,9 +281,9 @@ class Scan:
                 run = self.chunks.queries(batch, segment.steps.start)
                 weights = segment.arrays.weights
                 acts = self.activations(1, self.chunks.of_queries.number(batch))
-                in_blocks = self.chunks.queries_are_in_blocks
-                ttt_hidden(self.q, None, None, weights, acts, self.of_all, in_blocks)(run)
-                ttt_project(acts, weights, o, self.of_all, True, in_blocks=in_blocks)(run)
+                described = self.describes_queries()
+                ttt_hidden(self.q, None, None, weights, acts, self.of_all, described)(run)
+                ttt_project(acts, weights, o, self.of_all, True, described=described)(run)
 
     def activations(self, planes: int, rows: int) -> Tensor:
         """Room for `planes` numbers for each hidden unit, of as many tokens."""
