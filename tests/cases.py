@@ -61,7 +61,7 @@ class WindowCase:
 
     reason: str
     Tq: int
-    window_size: int | None
+    window_size: int | tuple[int, int] | None
     B: int = 1
     Tk: int | None = None  # Tq by default
     Hq: int = 2
@@ -71,6 +71,8 @@ class WindowCase:
     cu_seqlens: tuple[int, ...] | None = None
     cu_seqlens_k: tuple[int, ...] | None = None  # those of the keys, where they differ
     size: float = 1.0  # of q and k
+    softcap: float | None = None
+    sinks: float | None = None  # their size
 
     def __str__(self) -> str:
         return self.reason.replace(" ", "-")
@@ -78,20 +80,22 @@ class WindowCase:
     @property
     def single_key(self) -> bool:
         """Whether every query sees one key, and so has the output v and no gradient but the lse's."""
-        return 1 in (self.window_size, self.Tk or self.Tq)
+        return self.sinks is None and 1 in (self.window_size, self.Tk or self.Tq)
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
-        """q, k and v with gradients."""
+        """q, k and v, and sinks if there are any, with gradients."""
         Tk = self.Tq if self.Tk is None else self.Tk
         shapes = [(self.Tq, self.Hq, self.D), (Tk, self.Hkv, self.D), (Tk, self.Hkv, self.Dv)]
         tensors = [torch.randn(self.B, *s, dtype=torch.float64) for s in shapes]
         sizes = (self.size, self.size, 1.0)
         tensors = [(x * size).to(dtype) for x, size in zip(tensors, sizes)]
+        if self.sinks is not None:
+            tensors.append((torch.randn(self.Hq) * self.sinks).to(dtype))
         return [x.to(device).requires_grad_() for x in tensors]
 
     def options(self, device: str = "cpu") -> dict:
         borders = {"cu_seqlens": self.cu_seqlens, "cu_seqlens_k": self.cu_seqlens_k}
-        return {"window_size": self.window_size} | {
+        return {"window_size": self.window_size, "softcap": self.softcap} | {
             name: torch.tensor(x, dtype=torch.int32, device=device)
             for name, x in borders.items()
             if x is not None
@@ -106,11 +110,15 @@ def check_window_attn(
     The lse is -inf exactly where a query sees nothing.
     """
     inputs = case.inputs(dtype, device)
-    options = case.options(device)
+    options = case.options(device) | {"return_lse": True}
     exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
-    exact = reference.window_attn(*exact_inputs, **options, return_lse=True)
-    same = reference.window_attn(*inputs, **options, return_lse=True)
-    ours = fn(*inputs, **options, return_lse=True)
+
+    def call(attend, q, k, v, sinks=None):
+        return attend(q, k, v, **options, **({} if sinks is None else {"sinks": sinks}))
+
+    exact = call(reference.window_attn, *exact_inputs)
+    same = call(reference.window_attn, *inputs)
+    ours = call(fn, *inputs)
     cotangents = [torch.randn_like(x) for x in exact]
     results = [
         (
@@ -119,7 +127,7 @@ def check_window_attn(
         )
         for outputs, xs in ((ours, inputs), (same, inputs), (exact, exact_inputs))
     ]
-    for name, a, s, e in zip(("o", "lse", "dq", "dk", "dv"), *results):
+    for name, a, s, e in zip(("o", "lse", "dq", "dk", "dv", "dsinks"), *results):
         if name == "lse":
             blind = e == -math.inf
             assert torch.equal(a == -math.inf, blind)

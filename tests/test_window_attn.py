@@ -9,8 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from lact_kernels import window_attn
+from lact_kernels.core.attention import AttentionOptions
 from lact_kernels.eager import masked_attention
 from lact_kernels.eager import window_attn as eager
+from lact_kernels.ops.window_attn import run_window_attn
 from tests.cases import WindowCase, check_window_attn
 from tests.tolerance import assert_close_to_float64
 
@@ -43,6 +45,31 @@ CASES = [
     WindowCase("packed", 200, 17, cu_seqlens=(0, 0, 1, 70, 70, 135, 200), Hq=4),
     WindowCase("packed without window", 90, None, cu_seqlens=(0, 25, 90)),
     WindowCase("packed with nothing", 0, 4, cu_seqlens=(0, 0, 0)),
+    WindowCase("two sides", 151, (20, 11), B=2, Hq=4),
+    WindowCase("two sides in many blocks", 300, (5, 3), Hq=4),
+    WindowCase("more to the right", 100, (3, 30)),
+    WindowCase("right without limit", 150, (5, -1), Hq=4),
+    WindowCase("left without limit", 150, (-1, 5)),
+    WindowCase("everything", 67, (-1, -1), B=2, Hq=4),
+    WindowCase("two sides of queries on a cache", 40, (9, 6), Tk=101),
+    WindowCase(
+        "packed with two sides", 200, (17, 40), cu_seqlens=(0, 0, 1, 70, 70, 135, 200), Hq=4
+    ),
+    WindowCase("packed without a limit", 200, (-1, -1), cu_seqlens=(0, 0, 1, 70, 70, 135, 200)),
+    WindowCase("sinks", 151, 20, B=2, Hq=4, sinks=1.0),
+    WindowCase("sinks above the scores", 67, None, sinks=8.0),
+    WindowCase("one key and sinks", 67, 1, sinks=1.0),
+    WindowCase("soft cap", 151, 20, B=2, Hq=4, softcap=2.0),
+    WindowCase("soft cap far off", 67, None, softcap=50.0),
+    WindowCase(
+        "packed with all",
+        200,
+        (9, 12),
+        cu_seqlens=(0, 1, 70, 70, 200),
+        Hq=4,
+        softcap=1.5,
+        sinks=2.0,
+    ),
 ]
 
 
@@ -59,6 +86,11 @@ LARGE_SCORES = [
     (torch.float32, WindowCase("scores of hundreds", 30, 3, size=10, D=17, Dv=4)),
     (torch.float32, WindowCase("grouped heads", 90, 8, size=30, Hq=4)),
     (torch.float32, WindowCase("one key", 30, 1, size=10, D=17, Dv=4)),
+    (torch.float32, WindowCase("grouped heads and sinks", 90, 8, size=9, Hq=4, sinks=100.0)),
+    (
+        torch.float32,
+        WindowCase("scores of hundreds, capped", 90, 8, size=9, softcap=30.0, sinks=30.0),
+    ),
     (torch.bfloat16, WindowCase("scores of millions", 30, 3, size=1e3, D=17, Dv=4)),
     (torch.float16, WindowCase("scores of thousands", 30, 3, size=60, D=17, Dv=4)),
 ]
@@ -95,9 +127,9 @@ def test_scores_of_equal_keys(W, size, D, apart, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", CASES[8:16], ids=str)
+@pytest.mark.parametrize("case", [*CASES[8:16], *CASES[26:29], CASES[35]], ids=str)
 def test_path_of_other_devices(case, dtype, monkeypatch):
-    monkeypatch.setattr(masked_attention, "has_flash", lambda q: False)
+    monkeypatch.setattr(masked_attention, "has_flash", lambda *_: False)
     check_window_attn(eager_window_attn, case, dtype)
 
 
@@ -190,8 +222,9 @@ def test_a_window_that_hides_nothing_is_one_causal_kernel(W, D):
     qkv = torch.randn(2, 60, 3, 2, D)
     q, k, v = qkv.unbind(2)
     with Operations() as ran:
-        o, lse = eager.window_attn_fwd(q, k, v, W or 60, D**-0.5)
-        eager.window_attn_bwd(o, None, masked_attention.Saved(q, k, v, o, lse), 60, D**-0.5)
+        options = AttentionOptions(W and W - 1, 0, D**-0.5).within(60, 60)
+        o, lse = eager.window_attn_fwd(q, k, v, options)
+        eager.window_attn_bwd(o, None, masked_attention.Saved(q, k, v, o, lse), options)
     kernels = [name for name in ran.names if "flash_attention" in name]
     assert len(kernels) == 2 and ran.causal == 2
     copies = {"aten::cat", "aten::copy_", "aten::zeros", "aten::masked_fill_", "aten::new_zeros"}
@@ -200,10 +233,20 @@ def test_a_window_that_hides_nothing_is_one_causal_kernel(W, D):
     assert o.is_contiguous() and lse.is_contiguous()
 
 
+def test_a_window_without_limits_is_one_kernel_without_a_mask():
+    q, k, v = (torch.randn(2, 60, 2, 16) for _ in range(3))
+    options = AttentionOptions(None, None, 0.25).within(60, 60)
+    with Operations() as ran:
+        o, lse = eager.window_attn_fwd(q, k, v, options)
+        eager.window_attn_bwd(o, None, masked_attention.Saved(q, k, v, o, lse), options)
+    assert sum("flash_attention" in name for name in ran.names) == 2 and ran.causal == 0
+    assert not {"aten::cat", "aten::copy_", "aten::new_full"} & set(ran.names)
+
+
 def test_some_queries_behind_many_keys_are_one_call():
     q, k, v = (torch.randn(1, n, 2, 16) for n in (200, 600, 600))
     with Operations() as ran:
-        eager.window_attn_fwd(q, k, v, 600, 0.25)
+        eager.window_attn_fwd(q, k, v, AttentionOptions(599, 0, 0.25))
     assert sum("flash_attention" in name for name in ran.names) == 1
 
 
@@ -237,7 +280,7 @@ def test_huge_scores_stay_finite():
 def test_scores_of_minus_infinity(dtype, written_out, monkeypatch):
     """A row whose every score is -inf has the output 0, and nothing becomes NaN."""
     if written_out:
-        monkeypatch.setattr(masked_attention, "has_flash", lambda q: False)
+        monkeypatch.setattr(masked_attention, "has_flash", lambda *_: False)
     q, k, v = (x.detach() for x in WindowCase("", 100, 20).inputs(dtype))
     q = torch.full_like(q, 1e30).requires_grad_()
     k[:, 20:70] = -1e30
@@ -269,7 +312,7 @@ def test_rows_of_minus_infinity_before_others(dtype, W):
 @pytest.mark.parametrize("score", [math.inf, math.nan])
 def test_scores_without_a_value_give_none(score, written_out, monkeypatch):
     if written_out:
-        monkeypatch.setattr(masked_attention, "has_flash", lambda q: False)
+        monkeypatch.setattr(masked_attention, "has_flash", lambda *_: False)
     q, k, v = (x.detach() for x in WindowCase("", 100, 20).inputs(torch.float32))
     q[:, 50], k[:, 50] = score, 1.0
     q, k, v = (x.requires_grad_() for x in (q, k, v))
@@ -300,7 +343,10 @@ def test_an_lse_of_zero_is_a_number():
     assert (lse == 0).all()
 
 
-def test_memory_does_not_grow_with_the_square_of_T():
+@pytest.mark.parametrize(
+    "options", [AttentionOptions(63, 0, 1.0), AttentionOptions(40, 23, 1.0, 2.0)], ids=str
+)
+def test_memory_does_not_grow_with_the_square_of_T(options):
     """The largest tensor that any op makes stays linear in T."""
 
     class LargestTensor(TorchDispatchMode):
@@ -317,8 +363,48 @@ def test_memory_does_not_grow_with_the_square_of_T():
     for T in (2048, 4096):
         q, k, v = (torch.randn(1, T, 1, 8) for _ in range(3))
         with LargestTensor() as largest:
-            o, lse = eager.window_attn_fwd(q, k, v, 64, 1.0)
-            eager.window_attn_bwd(o, None, masked_attention.Saved(q, k, v, o, lse), 64, 1.0)
+            o, lse = eager.window_attn_fwd(q, k, v, options)
+            eager.window_attn_bwd(o, None, masked_attention.Saved(q, k, v, o, lse), options)
         sizes.append(largest.size)
     assert sizes[1] <= 2.1 * sizes[0]
     assert sizes[1] < 4096 * 4096
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sinks_in_float32_beside_16_bits(dtype):
+    """The same numbers, and a gradient that is not rounded."""
+    case = WindowCase("", 60, (7, 3), Hq=4, sinks=1.0)
+    q, k, v, sinks = case.inputs(dtype)
+    wide = sinks.detach().float().requires_grad_()
+    results = []
+    for x in (sinks, wide):
+        o, lse = window_attn(q, k, v, (7, 3), sinks=x, return_lse=True)
+        (dsinks,) = torch.autograd.grad(o.sum() + lse.sum(), x)
+        results.append((o, lse, dsinks))
+    (o, lse, dsinks), (same_o, same_lse, dwide) = results
+    assert torch.equal(o, same_o) and torch.equal(lse, same_lse)
+    assert dwide.dtype == torch.float32 and torch.equal(dwide.to(dtype), dsinks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sinks_of_minus_infinity_are_none(dtype):
+    q, k, v = WindowCase("", 60, 7, Tk=50).inputs(dtype)
+    sinks = torch.full((2,), -math.inf, requires_grad=True)
+    options = AttentionOptions(6, 0, 0.25)
+    plain = run_window_attn(q, k, v, options, backend="eager")
+    ours = run_window_attn(q, k, v, options, sinks, backend="eager")
+    for a, b in zip(ours, plain):
+        assert torch.equal(a, b)
+    grads = torch.autograd.grad(
+        [x.masked_fill(x == -math.inf, 0).sum() for x in ours], (q, k, v, sinks)
+    )
+    assert all(x.isfinite().all() for x in grads) and not grads[-1].any()
+
+
+def test_a_row_without_keys_has_its_sink():
+    q, k, v, sinks = WindowCase("", 9, 4, Tk=5, sinks=1.0).inputs(torch.float32)
+    o, lse = run_window_attn(q, k, v, AttentionOptions(3, 0, 0.25), sinks, backend="eager")
+    assert not o[:, :4].any() and o[:, 4:].all()
+    torch.testing.assert_close(lse[0, :, :4], sinks[:, None].expand(2, 4))
+    (dsinks,) = torch.autograd.grad(lse[..., :4].sum(), sinks)
+    torch.testing.assert_close(dsinks, torch.full((2,), 4.0))

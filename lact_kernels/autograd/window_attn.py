@@ -3,19 +3,22 @@
 Both ops are functional and opaque to `torch.compile`. The backward keeps the inputs, the output and
 the lse, nothing else.
 
-A query that stands before the first key (a sequence with more queries than keys) sees nothing: its
-output is 0 and its lse is -inf. `cu_seqlens_q` and `cu_seqlens_k` come together or not at all.
+A query that sees no key, as the first ones of a sequence with more queries than keys, has the output 0, and
+as lse -inf, or its sink. `left` and `right` are as in `AttentionOptions`, and `sinks [B, Hq]` in lse's dtype.
+`cu_seqlens_q` and `cu_seqlens_k` come together or not at all.
 """
 
 import torch
 from torch import Tensor
 
 from lact_kernels.autograd.registration import register_op
+from lact_kernels.core.attention import AttentionOptions
 from lact_kernels.core.offsets import Offsets, read_borders
 from lact_kernels.eager import window_attn as eager
 from lact_kernels.eager.masked_attention import Saved, lse_dtype
 
-OPTIONS = "SymInt? window_size, float softmax_scale, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, str backend"
+SCORES = "SymInt? left, SymInt? right, float softmax_scale, float? softcap, Tensor? sinks"
+OPTIONS = f"{SCORES}, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, str backend"
 
 
 def empty_outputs(q, k, v, *_):
@@ -24,22 +27,29 @@ def empty_outputs(q, k, v, *_):
     return q.new_empty(B, Tq, Hq, v.shape[-1]), q.new_empty(B, Hq, Tq, dtype=lse_dtype(q.dtype))
 
 
+def _empty_gradients(do, dlse, q, k, v, o, lse, left, right, softmax_scale, softcap, sinks, *_):
+    """Gradients without values. That of no sinks is an empty one, as an op returns tensors."""
+    gradients = [x.new_empty(x.shape) for x in (q, k, v)]
+    return *gradients, lse.new_empty(0 if sinks is None else sinks.shape)
+
+
 def _setup_context(ctx, inputs, output):
-    q, k, v, window_size, softmax_scale, cu_seqlens_q, cu_seqlens_k, backend = inputs
-    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k)
-    ctx.options = (window_size, softmax_scale)
+    q, k, v, *options, sinks, cu_seqlens_q, cu_seqlens_k, backend = inputs
+    ctx.save_for_backward(q, k, v, *output, sinks, cu_seqlens_q, cu_seqlens_k)
+    ctx.options = options
     ctx.backend = backend
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, do, dlse):
-    *tensors, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    *tensors, sinks, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(tensors[3])  # as o
-    grads = window_attn_bwd(
-        do, dlse, *tensors, *ctx.options, cu_seqlens_q, cu_seqlens_k, ctx.backend
+    *grads, dsinks = window_attn_bwd(
+        do, dlse, *tensors, *ctx.options, sinks, cu_seqlens_q, cu_seqlens_k, ctx.backend
     )
-    return (*grads, None, None, None, None, None)
+    of_options = None, None, None, None
+    return *grads, *of_options, None if sinks is None else dsinks, None, None, None
 
 
 @register_op(
@@ -49,8 +59,10 @@ def _backward(ctx, do, dlse):
     setup_context=_setup_context,
     batched=True,
 )
-def window_attn_fwd(q, k, v, window_size, softmax_scale, cu_seqlens_q, cu_seqlens_k, backend):
-    window_size = _clamp_window(window_size, k)
+def window_attn_fwd(
+    q, k, v, left, right, softmax_scale, softcap, sinks, cu_seqlens_q, cu_seqlens_k, backend
+):
+    options = AttentionOptions(left, right, softmax_scale, softcap).within(q.shape[1], k.shape[1])
     capturing = cu_seqlens_q is not None and backend == "triton" and _capturing(k)
     if capturing and cu_seqlens_q.is_cpu:
         raise ValueError("cu_seqlens must be on the GPU while a CUDA graph is recorded")
@@ -59,26 +71,27 @@ def window_attn_fwd(q, k, v, window_size, softmax_scale, cu_seqlens_q, cu_seqlen
     if backend == "triton":
         from lact_kernels.triton.window_attn.fwd import window_attn_fwd as launch
 
-        return launch(q, k, v, window_size, softmax_scale, cu_seqlens_q, cu_seqlens_k)
-    return eager.window_attn_fwd(q, k, v, window_size, softmax_scale, offsets)
+        return launch(q, k, v, options, sinks, cu_seqlens_q, cu_seqlens_k)
+    return eager.window_attn_fwd(q, k, v, options, sinks, offsets)
 
 
 @register_op(
     "window_attn_bwd(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse,"
-    f" {OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)",
-    lambda do, dlse, *inputs: tuple(x.new_empty(x.shape) for x in inputs[:3]),
+    f" {OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsinks)",
+    _empty_gradients,
     batched=True,
 )
 def window_attn_bwd(
-    do, dlse, q, k, v, o, lse, window_size, softmax_scale, cu_seqlens_q, cu_seqlens_k, backend
-):
-    options = (_clamp_window(window_size, k), softmax_scale)
+    do, dlse, q, k, v, o, lse, left, right, softmax_scale, softcap, sinks, cu_seqlens_q, cu_seqlens_k,
+    backend,
+):  # fmt: skip
+    options = AttentionOptions(left, right, softmax_scale, softcap).within(q.shape[1], k.shape[1])
     if backend == "triton":
         from lact_kernels.triton.window_attn.bwd import window_attn_bwd as launch
 
-        return launch(do, dlse, q, k, v, o, lse, *options, cu_seqlens_q, cu_seqlens_k)
+        return launch(do, dlse, q, k, v, o, lse, options, sinks, cu_seqlens_q, cu_seqlens_k)
     offsets = _read_offsets(q, k, cu_seqlens_q, cu_seqlens_k)
-    return eager.window_attn_bwd(do, dlse, Saved(q, k, v, o, lse), *options, offsets)
+    return eager.window_attn_bwd(do, dlse, Saved(q, k, v, o, lse), options, sinks, offsets)
 
 
 def _read_offsets(
@@ -98,12 +111,6 @@ def _read_offsets(
         if end != T:
             raise ValueError(f"{name} must end at T = {T}, got {end}")
     return Offsets(borders[0], borders[-1])
-
-
-def _clamp_window(window_size: int | None, k: Tensor) -> int:
-    """A window beyond the keys sees all of them, and so does none at all."""
-    Tk = max(k.shape[1], 1)
-    return Tk if window_size is None else min(window_size, Tk)
 
 
 def _capturing(x: Tensor) -> bool:

@@ -114,9 +114,10 @@ def flash_attn_func(
     """
     _check_supported(dropout_p, softcap, alibi_slopes=alibi_slopes)
     checks.check_flags(deterministic=deterministic, return_attn_probs=return_attn_probs)
-    check_attention(q, k, v, None, softmax_scale)
+    options = check_attention(q, k, v, None, softmax_scale)
     window = _window(causal, window_size, q.shape[1])
-    o, lse = run_window_attn(q, k, v, window, softmax_scale, None, None, backend)
+    options = options._replace(left=None if window is None else window - 1)
+    o, lse = run_window_attn(q, k, v, options, None, None, backend)
     return (o, lse, q.new_empty(0)) if return_attn_probs else o
 
 
@@ -259,7 +260,7 @@ def flash_attn_varlen_func(
     checks.check_floating("k", k, "[total_k, Hkv, D]")
     checks.check_floating("v", v, "[total_k, Hkv, Dv]")
     q, k, v = q[None], k[None], v[None]  # a batch of one row
-    check_attention(q, k, v, None, softmax_scale)
+    options = check_attention(q, k, v, None, softmax_scale)
     checks.check_cu_seqlens(cu_seqlens_q, q, "cu_seqlens_q")
     checks.check_cu_seqlens(cu_seqlens_k, q, "cu_seqlens_k")
     N = cu_seqlens_q.shape[0] - 1
@@ -272,7 +273,8 @@ def flash_attn_varlen_func(
     _check_longest("max_seqlen_k", max_seqlen_k)
     # More queries than sequences belie a max_seqlen_q of 1.
     window = _window(causal, window_size, max_seqlen_q if q.shape[1] <= N else q.shape[1])
-    o, lse = run_window_attn(q, k, v, window, softmax_scale, cu_seqlens_q, cu_seqlens_k, backend)
+    options = options._replace(left=None if window is None else window - 1)
+    o, lse = run_window_attn(q, k, v, options, None, (cu_seqlens_q, cu_seqlens_k), backend)
     return (o[0], lse[0], q.new_empty(0)) if return_attn_probs else o[0]
 
 
@@ -382,7 +384,7 @@ def flash_attn_with_kvcache(
     )
     checks.check_flags(rotary_interleaved=rotary_interleaved, return_softmax_lse=return_softmax_lse)
     checks.check_int("num_splits", num_splits)
-    check_attention(q, k_cache, v_cache, None, softmax_scale, ("k_cache", "v_cache"))
+    check_attention(q, k_cache, v_cache, None, softmax_scale, names=("k_cache", "v_cache"))
     window = _window(causal, window_size, q.shape[1])
     backend = choose_backend(backend, q, v_cache)
     _check_new_tokens(k, v, k_cache, v_cache)

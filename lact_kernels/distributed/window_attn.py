@@ -91,17 +91,20 @@ def window_attn(
         "window_attn",
         lambda: _facts(q, k, v, window_size, softmax_scale, return_lse, backend, pieces),
     )
-    window_size = checks.check_window("window_size", window_size)
+    window_size = checks.check_causal_window("window_size", window_size)
     backend = ops.choose_backend(backend, q, v)
     q, k, v = cast_inputs(q, k, v)
     plan = pieces.once(("window_attn", window_size), lambda: _Plan.of(pieces, window_size))
-    scale = ops.score_scale(q, softmax_scale)
-    o, lse = _WindowAttn.apply(q, k, v, window_size, scale, plan, backend)
+    options = ops.attention_options(
+        q, checks.check_window("window_size", window_size), softmax_scale, None
+    )
+    o, lse = _WindowAttn.apply(q, k, v, options, plan, backend)
     return (o, lse) if return_lse else o
 
 
 def _facts(q, k, v, window_size, softmax_scale, return_lse, backend, pieces) -> dict:
-    window_size = ops.check_attention(q, k, v, window_size, softmax_scale)
+    window_size = checks.check_causal_window("window_size", window_size)
+    ops.check_attention(q, k, v, window_size, softmax_scale)
     checks.check_flag("return_lse", return_lse)
     ops.choose_backend(backend, q, v)
     if pieces.chunk_size is not None:
@@ -149,8 +152,8 @@ class _WindowAttn(FirstOrderFunction):
     op = "lact_kernels.distributed.window_attn"
 
     @staticmethod
-    def forward(ctx, q, k, v, window_size, scale, plan: _Plan, backend):
-        edge, options = plan.edge, (window_size, scale)
+    def forward(ctx, q, k, v, options, plan: _Plan, backend):
+        edge, options = plan.edge, (*options, None)
         borders = plan.cu_seqlens_q, plan.cu_seqlens_k
         transfer = None if plan.halo.is_empty else plan.halo.start((k, v))
         interior = window_attn_fwd(q[:, edge:], k, v, *options, *borders, backend)
@@ -182,15 +185,15 @@ class _WindowAttn(FirstOrderFunction):
         if edge:
             n = halo_k.shape[1]
             ks, vs = (torch.cat([h, x[:, :edge]], dim=1) for h, x in ((halo_k, k), (halo_v, v)))
-            dq_edge, *dedge = backward(slice(0, edge), ks, vs, None, None)
+            dq_edge, *dedge, _ = backward(slice(0, edge), ks, vs, None, None)
             dhalo = [x[:, :n] for x in dedge]
         if not plan.halo.is_empty:
             transfer = plan.halo.start_home(dhalo)
-        dq, dk, dv = backward(slice(edge, None), k, v, *borders)
+        dq, dk, dv, _ = backward(slice(edge, None), k, v, *borders)
         if edge:
             dq = torch.cat([dq_edge, dq], dim=1)
             for own, part in zip((dk, dv), dedge):
                 own[:, :edge] += part[:, n:]
         if transfer is not None:
             plan.halo.finish_home(transfer, (dk, dv))
-        return dq, dk, dv, None, None, None, None
+        return dq, dk, dv, None, None, None

@@ -46,24 +46,26 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def has_flash(q: Tensor) -> bool:
-    """Whether the flash kernel runs here."""
-    return q.is_cpu
+def has_flash(q: Tensor, softcap: float | None = None) -> bool:
+    """Whether the flash kernel runs here. It has no soft cap."""
+    return q.is_cpu and softcap is None
 
 
-def has_causal_flash(q: Tensor, scale: float) -> bool:
+def has_causal_flash(q: Tensor, scale: float, softcap: float | None = None) -> bool:
     """Whether its causal form is right: it scales the -inf of what a row does not see."""
-    return has_flash(q) and scale >= torch.finfo(lse_dtype(q.dtype)).tiny
+    return has_flash(q, softcap) and scale >= torch.finfo(lse_dtype(q.dtype)).tiny
 
 
-def split_scale(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, float, float]:
+def split_scale(
+    q: Tensor, k: Tensor, scale: float, softcap: float | None = None
+) -> tuple[Tensor, float, float]:
     """q times a factor, the scale that is left, and the factor: 1, or what makes that a power of two.
 
     The flash forward scales the products, its backward scales q. With a power of two the scores of both are
     the same, and so is what the lse is made of. 16-bit q stay as they are: they would be rounded. So do
     those of large scores, for which a rounding of q in float32 is too much as well.
     """
-    if not has_flash(q) or _same_scores(q, scale) or not (q.numel() and k.numel()):
+    if not has_flash(q, softcap) or _same_scores(q, scale) or not (q.numel() and k.numel()):
         return q, scale, 1.0
     norms = [torch.linalg.vector_norm(x, dim=-1).max() for x in (q, k)]
     if not abs(scale) * norms[0] * norms[1] <= SMALL_SCORE:
@@ -78,11 +80,17 @@ def _same_scores(q: Tensor, scale: float) -> bool:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Outputs in the dtype of q, and lse `[N, H, rows]`. Causal is for the flash kernel alone."""
-    if not has_flash(q):
-        return forward_written_out(q, k, v, mask, scale)
+    if not has_flash(q, softcap):
+        return forward_written_out(q, k, v, mask, scale, softcap)
     rows, Dv = q.size(2), v.size(3)
     if rows == 1 and q.dtype == torch.bfloat16:
         q = torch.cat([q, q], dim=2)  # products of one row take several times as long as of two
@@ -109,14 +117,16 @@ def backward(
     do: Tensor,
     dlse: Tensor | None,
     saved: Saved,
+    sinks: Tensor | None,
     mask: Tensor | None,
     scale: float,
+    softcap: float | None = None,
     causal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v. Causal is for where `flash_is_precise` alone."""
+    """Gradients of q, k and v, of o and lse after `add_sinks`. Causal is for `flash_is_precise` alone."""
     q, k, v, o, lse = saved
-    if not flash_is_precise(q, lse, k.shape[2], scale):
-        return backward_written_out(do, dlse, saved, mask, scale)
+    if softcap is not None or not flash_is_precise(q, lse, k.shape[2], scale):
+        return backward_written_out(do, dlse, saved, sinks, mask, scale, softcap)
     D, Dv = q.shape[-1], v.shape[-1]
     if dlse is not None:
         # A value channel of ones, whose output is given as 0 and whose gradient is dlse, adds
@@ -137,15 +147,26 @@ def flash_is_precise(q: Tensor, lse: Tensor, keys: int, scale: float) -> bool:
 
 
 def forward_written_out(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    scores = _scores(q, k, mask, scale)
+    scores, _ = _scores(q, k, mask, scale, softcap)
     lse = scores.logsumexp(dim=-1)
     return (_probabilities(scores, lse) @ v.to(lse.dtype)).to(q.dtype), lse
 
 
 def backward_written_out(
-    do: Tensor, dlse: Tensor | None, saved: Saved, mask: Tensor, scale: float
+    do: Tensor,
+    dlse: Tensor | None,
+    saved: Saved,
+    sinks: Tensor | None,  # [N, H]
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, _, lse = saved
     gradients = [x.new_empty(x.shape, dtype=lse.dtype) for x in (q, k, v)]
@@ -154,11 +175,19 @@ def backward_written_out(
         do_part, q_part, k_part, v_part, lse_part = (
             x[part].to(lse.dtype).flatten(0, 1) for x in (do, q, k, v, lse)
         )
-        p = _probabilities(_scores(q_part, k_part, mask, scale), lse_part)
+        scores, bent = _scores(q_part, k_part, mask, scale, softcap)
+        if sinks is None:
+            p = _probabilities(scores, lse_part)
+        else:
+            lse_part = scores.logsumexp(dim=-1)
+            share = share_of_keys(lse_part, sinks[part].flatten()[:, None])
+            p = _probabilities(scores, lse_part).mul_(share[..., None])
         dp = do_part @ v_part.mT
         ds = aten._softmax_backward_data(dp, p, -1, p.dtype)
         if dlse is not None:
             ds.addcmul_(p, dlse[part].flatten(0, 1)[..., None])
+        if bent is not None:
+            ds.mul_(1 - bent.square())
         parts = (ds @ k_part).mul_(scale), (ds.mT @ q_part).mul_(scale), p.mT @ do_part
         for x, rows in zip(gradients, parts):
             x[part] = rows.view(x[part].shape)
@@ -166,10 +195,43 @@ def backward_written_out(
     return dq, dk, dv
 
 
-def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    dtype = lse_dtype(q.dtype)
+def share_of_keys(lse: Tensor, sinks: Tensor) -> Tensor:
+    """What is left to the keys, whose lse this is, by sinks; 0 where there are no keys."""
+    return torch.sigmoid(lse - sinks).masked_fill(lse == -math.inf, 0.0)
+
+
+def add_sinks(o: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """Outputs `[B, T, H, Dv]` and lse `[B, H, T]` of keys, with a logit more in every row of a head.
+
+    Without its gradient, `[B, H]` like the sinks themselves: that is `sinks_backward`.
+    """
+    sinks = sinks[..., None]
+    share = share_of_keys(lse, sinks)
+    o = (o * share.mT[..., None]).to(o.dtype)
+    return o, torch.logaddexp(lse, sinks)
+
+
+def sinks_backward(do: Tensor, dlse: Tensor | None, saved: Saved, sinks: Tensor) -> Tensor:
+    """The gradient of `sinks [B, H]`, of o and lse after `add_sinks`."""
+    lse = saved.lse
+    delta = torch.einsum("bthd,bthd->bht", do.to(lse.dtype), saved.o.to(lse.dtype))
+    if dlse is not None:
+        delta = delta - dlse
+    p = torch.exp(sinks[..., None] - lse).masked_fill(lse == -math.inf, 0.0)
+    return -(p * delta).sum(dim=-1)
+
+
+def _scores(
+    q: Tensor, k: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Scores under the mask, and with a soft cap the tanh that they are a multiple of."""
+    dtype, bent = lse_dtype(q.dtype), None
     products = q.to(dtype) @ k.to(dtype).mT
-    return products * scale if mask is None else torch.add(mask, products, alpha=scale)
+    if softcap is not None:
+        bent = products = products.mul_(scale / softcap).tanh_()
+        scale = softcap
+    scores = products * scale if mask is None else torch.add(mask, products, alpha=scale)
+    return scores, bent
 
 
 def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:

@@ -14,10 +14,14 @@ and the W before them, of which row r sees the band r < s <= r + W:
                   . . . . . x x x x x x x .
     r = R - 1     . . . . . . x x x x x x x
 
-This band is the only mask there is. Blocks whose range begins inside the sequence run together: their
-ranges overlap, and are strided views of k and v, not copies. Blocks whose range would begin before
-the sequence (of queries that are fewer than the keys, and where no causal kernel runs or would not be
-precise) and the last, shorter one run one by one, with the band cut to fit.
+A window that ends `right` keys after its query is one of W = left + right + 1 keys whose queries stand so
+much further on, and whose range is cut off where the keys end. Where every query sees every key there is one
+block, and no mask.
+
+This band is the only mask there is. Blocks whose range lies inside the sequence run together: their
+ranges overlap, and are strided views of k and v, not copies. Blocks whose range would begin before the
+sequence (of queries that are fewer than the keys, and where no causal kernel runs or would not be
+precise), or end behind it, and the last, shorter one run one by one, with the band cut to fit.
 """
 
 import functools
@@ -28,6 +32,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lact_kernels.core.attention import AttentionOptions
 from lact_kernels.core.offsets import Offsets
 from lact_kernels.eager import masked_attention
 from lact_kernels.eager.masked_attention import Saved
@@ -48,14 +53,11 @@ class _Blocks(NamedTuple):
     first_key: int
     rows: int
     keys: int
-    mask: Tensor | None  # [rows, keys]; None: causal
+    mask: Tensor | None = None  # [rows, keys]
+    causal: bool = False  # in place of a mask
     count: int = 1
     row: int = 0
     heads: slice = slice(None)  # of the queries
-
-    @property
-    def causal(self) -> bool:
-        return self.mask is None
 
     def queries(self, x: Tensor) -> Tensor:
         """The blocks' rows of `[B, Tq, Hq, D]`, as a view `[N, Hkv, rows, D]`."""
@@ -64,6 +66,12 @@ class _Blocks(NamedTuple):
     def statistics(self, x: Tensor) -> Tensor:
         """The same of `[B, Hq, Tq]`, as a view `[N, Hkv, rows]`."""
         return self.queries(x.mT[..., None])[..., 0]
+
+    def rows_of_heads(self, x: Tensor) -> Tensor:
+        """The same of `[B, Hq]`, as a view `[N, Hkv]`."""
+        if self.count == 1:
+            return x[:, self.heads]
+        return x[self.row, self.heads].expand(self.count, -1)
 
     def window(self, x: Tensor) -> Tensor:
         """The blocks' keys of `[B, Tk, Hkv, D]`, as an overlapping view `[N, Hkv, keys, D]`."""
@@ -89,26 +97,35 @@ def window_attn_fwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    window_size: int,
-    softmax_scale: float,
+    options: AttentionOptions,
+    sinks: Tensor | None = None,
     offsets: Offsets | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Outputs `[B, Tq, Hq, Dv]` and lse `[B, Hq, Tq]`, 0 and -inf for a query before the first key."""
-    q, scale, _ = masked_attention.split_scale(q, k, softmax_scale)
-    causal = masked_attention.has_causal_flash(q, scale)
-    rows = FLASH_ROWS if masked_attention.has_flash(q) else MAX_ROWS
+    """Outputs `[B, Tq, Hq, Dv]` and lse `[B, Hq, Tq]`: 0 and -inf, or the sink, where no key is seen."""
+    o, lse = _forward(q, k, v, options, offsets)
+    return (o, lse) if sinks is None else masked_attention.add_sinks(o, lse, sinks)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions, offsets: Offsets | None
+) -> tuple[Tensor, Tensor]:
+    """The same without sinks."""
+    softcap = options.softcap
+    q, scale, _ = masked_attention.split_scale(q, k, options.softmax_scale, softcap)
+    causal = masked_attention.has_causal_flash(q, scale, softcap)
+    rows = FLASH_ROWS if masked_attention.has_flash(q, softcap) else MAX_ROWS
 
     def outputs(blocks: _Blocks) -> tuple[Tensor, Tensor]:
         inputs = blocks.queries(q), blocks.window(k), blocks.window(v)
-        return masked_attention.forward(*inputs, blocks.mask, scale, blocks.causal)
+        return masked_attention.forward(*inputs, blocks.mask, scale, softcap, blocks.causal)
 
     spans = _spans(q, k, offsets)
-    pieces = list(_cut(q, k, window_size, spans, rows, lambda *_: causal))
+    pieces = list(_cut(q, k, options, spans, rows, lambda *_: causal))
     if _is_all(pieces, q, k):
         o, lse = outputs(pieces[0])
         return o.transpose(1, 2).contiguous(), lse.contiguous()
     B, Tq, Hq, _ = q.shape
-    blind = any(span.lead < 0 for span in spans)  # are some queries, before the first key
+    blind = any(span.sees_nothing(options.right) for span in spans)
     o = (q.new_zeros if blind else q.new_empty)(B, Tq, Hq, v.shape[-1])
     lse = q.new_full((B, Hq, Tq), -math.inf, dtype=masked_attention.lse_dtype(q.dtype))
     for blocks in pieces:
@@ -122,14 +139,15 @@ def window_attn_bwd(
     do: Tensor,
     dlse: Tensor | None,
     saved: Saved,
-    window_size: int,
-    softmax_scale: float,
+    options: AttentionOptions,
+    sinks: Tensor | None = None,
     offsets: Offsets | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; each block computes its probabilities again."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and sinks (empty without); each block computes its probabilities again."""
     q, k, v, o, lse = saved
-    q, scale, factor = masked_attention.split_scale(q, k, softmax_scale)
-    has_causal = masked_attention.has_causal_flash(q, scale)
+    softcap = options.softcap
+    q, scale, factor = masked_attention.split_scale(q, k, options.softmax_scale, softcap)
+    has_causal = masked_attention.has_causal_flash(q, scale, softcap)
 
     def causal(first: int, stop: int) -> bool:
         lses = lse[..., first:stop]
@@ -139,11 +157,12 @@ def window_attn_bwd(
         rows, keys, lses = blocks.queries, blocks.window, blocks.statistics
         block = Saved(rows(q), keys(k), keys(v), rows(o), lses(lse))
         block_dlse = None if dlse is None else lses(dlse)
+        block_sinks = None if sinks is None else blocks.rows_of_heads(sinks)
         return masked_attention.backward(
-            rows(do), block_dlse, block, blocks.mask, scale, blocks.causal
+            rows(do), block_dlse, block, block_sinks, blocks.mask, scale, softcap, blocks.causal
         )
 
-    pieces = list(_cut(q, k, window_size, _spans(q, k, offsets), MAX_ROWS, causal))
+    pieces = list(_cut(q, k, options, _spans(q, k, offsets), MAX_ROWS, causal))
     if _is_all(pieces, q, k):
         dq, dk, dv = (x.transpose(1, 2).contiguous() for x in gradients(pieces[0]))
     else:
@@ -155,7 +174,11 @@ def window_attn_bwd(
             blocks.add_to_window(dv, dv_part)
     if factor != 1.0:
         dq *= factor
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+    if sinks is None:
+        dsinks = lse.new_empty(0)
+    else:
+        dsinks = masked_attention.sinks_backward(do, dlse, saved, sinks)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks
 
 
 def _is_all(pieces: list[_Blocks], q: Tensor, k: Tensor) -> bool:
@@ -173,9 +196,25 @@ class _Span(NamedTuple):
     last_key: int
 
     @property
-    def lead(self) -> int:
-        """Keys before that of the first query; below 0 the queries before the first key."""
-        return self.last_key - self.first_key - (self.last_query - self.first_query)
+    def num_queries(self) -> int:
+        return self.last_query - self.first_query
+
+    @property
+    def num_keys(self) -> int:
+        return self.last_key - self.first_key
+
+    def lead(self, right: int) -> int:
+        """Keys before the last one that the first query reaches; below 0 the queries that reach none."""
+        return self.num_keys - self.num_queries + right
+
+    def sees_nothing(self, right: int) -> bool:
+        """Whether some query sees no key."""
+        return self.lead(right) < 0 or self.num_keys == 0
+
+    def sees_all(self, options: AttentionOptions) -> bool:
+        """Whether every query sees every key."""
+        last = self.num_keys - 1
+        return self.lead(options.right) >= last and options.left >= last
 
 
 def _spans(q: Tensor, k: Tensor, offsets: Offsets | None) -> list[_Span]:
@@ -188,22 +227,22 @@ def _spans(q: Tensor, k: Tensor, offsets: Offsets | None) -> list[_Span]:
 def _cut(
     q: Tensor,
     k: Tensor,
-    window_size: int,
+    options: AttentionOptions,
     spans: list[_Span],
     max_rows: int,
     causal: Callable[[int, int], bool],
 ) -> Iterator[_Blocks]:
     """All blocks of all sequences; `causal(first, stop)` says whether these queries may be a causal one."""
     B, groups = q.shape[0], q.shape[2] // k.shape[2]
-    most_queries = max(span.last_query - span.first_query for span in spans)
-    most_keys = max(span.last_key - span.first_key for span in spans)
-    window_size = max(1, min(window_size, most_keys))
-    half = 1 << max(0, (window_size // 2).bit_length() - 1)  # of the window, down to a power of two
+    most_queries = max(span.num_queries for span in spans)
+    most_keys = max(span.num_keys for span in spans)
+    options = options.within(most_queries, most_keys)
+    half = 1 << max(0, (options.width // 2).bit_length() - 1)  # of it, down to a power of two
     single = min(MAX_ROWS, max(MIN_ROWS, half), max(1, most_queries))
-    band_of = functools.cache(lambda rows: masked_attention.band(rows, window_size, q))
+    band_of = functools.cache(lambda rows: masked_attention.band(rows, options.width, q))
     for span in spans:
         sizes = (min(max_rows, single), single)
-        for blocks in _cut_span(span, window_size, sizes, band_of, causal):
+        for blocks in _cut_span(span, options, sizes, band_of, causal):
             for row in range(B if blocks.count > 1 else 1):
                 for group in range(groups):
                     heads = slice(None) if groups == 1 else slice(group, None, groups)
@@ -212,7 +251,7 @@ def _cut(
 
 def _cut_span(
     span: _Span,
-    window_size: int,
+    options: AttentionOptions,
     sizes: tuple[int, int],
     band_of: Callable[[int], Tensor],
     causal: Callable[[int, int], bool],
@@ -221,20 +260,27 @@ def _cut_span(
 
     `sizes` are the rows of a block among many, and of one whose range is cut off.
     """
-    query = span.first_query + max(0, -span.lead)
-    if span.lead == 0:
-        prefix = min(window_size, span.last_query - query)
-        if prefix and causal(query, query + prefix):
-            yield _Blocks(query, span.first_key, prefix, prefix, None)
+    if not span.num_queries or not span.num_keys:
+        return
+    if span.sees_all(options):
+        yield _Blocks(span.first_query, span.first_key, span.num_queries, span.num_keys)
+        return
+    window_size, lead = options.width, span.lead(options.right)
+    query = span.first_query + max(0, -lead)
+    if lead == 0:
+        prefix = min(window_size, span.num_queries, span.num_keys)
+        if causal(query, query + prefix):
+            yield _Blocks(query, span.first_key, prefix, prefix, causal=True)
             query += prefix
     while query < span.last_query:
         left = span.last_query - query
-        position = query - span.first_query + span.lead
+        position = query - span.first_query + lead  # of the last key that this query reaches
         cut_off = max(0, window_size - position)  # columns of the band before the first key
-        rows = sizes[cut_off > 0]
+        ahead = span.num_keys - position  # queries whose windows end within the keys
+        rows = sizes[cut_off > 0 or ahead < min(left, sizes[0])]
         length = min(rows, left)
-        count = 1 if cut_off else min(MAX_BLOCKS, max(1, left // rows))
-        mask = band_of(rows)[:length, cut_off : window_size + length]
+        count = 1 if cut_off else min(MAX_BLOCKS, max(1, min(left, ahead) // rows))
+        mask = band_of(rows)[:length, cut_off : window_size + min(length, ahead)]
         first_key = span.first_key + position - window_size + cut_off
-        yield _Blocks(query, first_key, length, mask.shape[1], mask, count)
+        yield _Blocks(query, first_key, length, mask.shape[1], mask, count=count)
         query += count * length

@@ -27,7 +27,7 @@ from lact_kernels.layers.padding import position_in_sequence
 from lact_kernels.ops import checks
 from lact_kernels.ops.block_causal_ttt import block_causal_ttt
 from lact_kernels.ops.checks import Backend
-from lact_kernels.ops.window_attn import run_window_attn, window_attn
+from lact_kernels.ops.window_attn import check_attention, run_window_attn, window_attn
 
 
 class Context(Protocol):
@@ -165,9 +165,9 @@ class CachedContext:
         cu_seqlens = cu_seqlens_of(self.lengths) if self.cu_seqlens is None else self.cu_seqlens
         cu_seqlens_k = cu_seqlens_of(map(operator.add, cached, self.lengths))
         packed = q.flatten(0, 1)[None]
-        o, _ = run_window_attn(
-            packed, keys, values, window_size, None, cu_seqlens, cu_seqlens_k, backend
-        )
+        options = check_attention(packed, keys, values, window_size, None)
+        borders = cu_seqlens, cu_seqlens_k
+        o, _ = run_window_attn(packed, keys, values, options, None, borders, backend)
         return o.view(*q.shape[:3], v.shape[3])
 
     def _append(self, k: Tensor, v: Tensor) -> None:

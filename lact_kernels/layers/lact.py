@@ -137,7 +137,7 @@ class LaCTLayer(nn.Module):
         _check_supported(lr_dim, lr_parameterization, ttt_loss_type)
         lact_chunk_size = checks.check_count("lact_chunk_size", lact_chunk_size)
         temporal_reduction = checks.check_positive_int("temporal_reduction", temporal_reduction)
-        window_size = checks.check_window("window_size", window_size)
+        window_size = checks.check_causal_window("window_size", window_size)
         checks.check_flags(
             qkv_bias=qkv_bias,
             attn_qk_norm=attn_qk_norm,

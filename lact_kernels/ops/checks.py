@@ -128,23 +128,37 @@ def check_count(name: str, value: int) -> int:
     return value if torch.compiler.is_compiling() or value < MOST_TOKENS else MOST_TOKENS
 
 
-def check_window(name: str, window: int | tuple[int, int] | None) -> int | None:
-    """How many tokens a query sees, itself included, of that number or flash-attn's `(left, 0)`."""
+def check_window(name: str, window: int | tuple[int, int] | None) -> tuple[int | None, int | None]:
+    """How far a query sees to its left and right, None for no limit: flash-attn's pair, whose -1 that is,
+    or the number of tokens up to itself, or None for all of them."""
     if isinstance(window, (tuple, list)):
         if len(window) != 2:
             raise ValueError(f"{name} must be an int, a pair (left, right) or None, got {window!r}")
-        left, right = (check_int(name, side) for side in window)
-        if right != 0:
-            raise NotImplementedError(
-                f"{name} must be an int or a pair (left, 0), of a query that sees itself and the tokens on"
-                f" its left; later ones, as in {window!r}, are not supported"
-            )
-        if left < -1:
-            raise ValueError(
-                f"{name} must have a left side of at least 0, or -1 for all, got {window!r}"
-            )
-        window = None if left == -1 else left + 1
-    return None if window is None else check_count(name, window)
+        left, right = (_check_side(name, side, window) for side in window)
+        return left, right
+    return (None if window is None else check_count(name, window) - 1), 0
+
+
+def _check_side(name: str, side: int, window) -> int | None:
+    side = check_int(name, side)
+    if side < -1:
+        raise ValueError(
+            f"{name} must have sides of at least 0, or -1 for no limit, got {window!r}"
+        )
+    if side == -1:
+        return None
+    return side if torch.compiler.is_compiling() or side < MOST_TOKENS else MOST_TOKENS
+
+
+def check_causal_window(name: str, window: int | tuple[int, int] | None) -> int | None:
+    """How many tokens a query sees, itself included, of a window without later ones; None for all."""
+    left, right = check_window(name, window)
+    if right != 0:
+        raise NotImplementedError(
+            f"{name} must be an int or a pair (left, 0), of a query that sees itself and the tokens on its"
+            f" left; later ones, as in {window!r}, are not supported"
+        )
+    return None if left is None else left + 1
 
 
 def check_finite_number(name: str, value: float) -> float:

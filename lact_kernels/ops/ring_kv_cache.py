@@ -8,7 +8,7 @@ from torch import Tensor
 from lact_kernels.ops import checks
 from lact_kernels.ops.autocast import matching_dtype
 from lact_kernels.ops.checks import Backend
-from lact_kernels.ops.window_attn import check_heads_and_scale
+from lact_kernels.ops.window_attn import check_scores
 from lact_kernels.ops.window_attn_with_kvcache import (
     NAMES,
     check_no_gradient,
@@ -71,7 +71,7 @@ class RingKVCache:
         if head_dim_v is None:
             head_dim_v = head_dim
         head_dim_v = checks.check_positive_int("head_dim_v", head_dim_v)
-        window = checks.check_window("window_size", window_size)
+        window = checks.check_causal_window("window_size", window_size)
         if window is None:
             raise TypeError(
                 f"window_size must be an int or a pair with an end, got {window_size!r}"
@@ -199,7 +199,7 @@ class RingKVCache:
                 f"q has {q.shape[1]} tokens, more than max_queries = {self.max_queries}, for which this"
                 " cache has slots"
             )
-        check_heads_and_scale(q, Hkv, softmax_scale, NAMES)
+        check_scores(q, Hkv, softmax_scale, None, None, NAMES)
         checks.check_flag("return_lse", return_lse)
         check_no_gradient(q, self.k, self.v)
         o, lse = run_window_attn_with_kvcache(

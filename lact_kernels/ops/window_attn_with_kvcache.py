@@ -9,7 +9,7 @@ from lact_kernels.autograd.window_attn_with_kvcache import window_attn_with_kvca
 from lact_kernels.ops import checks
 from lact_kernels.ops.autocast import cast_inputs
 from lact_kernels.ops.checks import Backend
-from lact_kernels.ops.window_attn import check_attention, choose_backend, score_scale
+from lact_kernels.ops.window_attn import attention_options, check_attention, choose_backend
 
 NAMES = ("k_cache", "v_cache")
 
@@ -81,7 +81,8 @@ def window_attn_with_kvcache(
 
     Source: the sliding-window branch of the LaCT layer, arXiv 2505.23884, section 3.3.
     """
-    window_size = check_attention(q, k_cache, v_cache, window_size, softmax_scale, NAMES)
+    window_size = checks.check_causal_window("window_size", window_size)
+    check_attention(q, k_cache, v_cache, window_size, softmax_scale, names=NAMES)
     checks.check_flag("return_lse", return_lse)
     check_no_gradient(q, k_cache, v_cache)
     if cache_seqlens is not None:
@@ -100,7 +101,7 @@ def run_window_attn_with_kvcache(
     backend = choose_backend(backend, q, v_cache)
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
         cache_seqlens = torch.full((len(q),), cache_seqlens, dtype=torch.int32, device=q.device)
-    scale = score_scale(q, softmax_scale)
+    scale = attention_options(q, (None, 0), softmax_scale, None).softmax_scale
     q, k_cache, v_cache = cast_inputs(q, k_cache, v_cache)
     return op(q, k_cache, v_cache, cache_seqlens, window_size, scale, backend)
 

@@ -81,7 +81,7 @@ class CausalLaCTSwiGLUWithSlidingWindowAttn(MinimalLayer):
             ttt_scale_before_sum=ttt_scale_before_sum,
         )
         lact_chunk_size = checks.check_count("lact_chunk_size", lact_chunk_size)
-        window_size = checks.check_window("window_size", window_size)
+        window_size = checks.check_causal_window("window_size", window_size)
         factory = {"device": device, "dtype": dtype}
         super().__init__(dim, head_dim, inter_multi, base_lr, backend, factory)
         self.attn_head_dim = attn_head_dim

@@ -98,7 +98,7 @@ def lact_window_attn_forward(
     _check_supported(module, attention_mask, sliding_window, dropout, is_causal, kwargs)
     window = None if sliding_window is ... else sliding_window
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    window = check_attention(q, k, v, window, scaling)
+    options = check_attention(q, k, v, window, scaling)
     B, Tq, Tk = q.shape[0], q.shape[1], k.shape[1]
 
     packing = None
@@ -128,7 +128,7 @@ def lact_window_attn_forward(
     q = _pack(q, packing.queries)
     k, v = (_pack(x, packing.keys) for x in (k, v))
     borders = packing.cu_seqlens_q, packing.cu_seqlens_k
-    o, _ = run_window_attn(q, k, v, window, scaling, *borders, "auto")
+    o, _ = run_window_attn(q, k, v, options, None, borders)
     return _unpack(o, packing.queries, B, Tq), None
 
 
