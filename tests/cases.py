@@ -95,11 +95,18 @@ class WindowCase:
 
     def options(self, device: str = "cpu") -> dict:
         borders = {"cu_seqlens": self.cu_seqlens, "cu_seqlens_k": self.cu_seqlens_k}
-        return {"window_size": self.window_size, "softcap": self.softcap} | {
+        options = {"window_size": self.window_size} | {
             name: torch.tensor(x, dtype=torch.int32, device=device)
             for name, x in borders.items()
             if x is not None
         }
+        return options if self.softcap is None else options | {"softcap": self.softcap}
+
+    def attend(self, fn: Callable, inputs: list[Tensor], **more):
+        """The results of `fn` for its `inputs`, with its options."""
+        q, k, v, *sinks = inputs
+        more |= {"sinks": sinks[0]} if sinks else {}
+        return fn(q, k, v, **self.options(q.device.type), **more)
 
 
 def check_window_attn(
@@ -110,15 +117,10 @@ def check_window_attn(
     The lse is -inf exactly where a query sees nothing.
     """
     inputs = case.inputs(dtype, device)
-    options = case.options(device) | {"return_lse": True}
     exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
-
-    def call(attend, q, k, v, sinks=None):
-        return attend(q, k, v, **options, **({} if sinks is None else {"sinks": sinks}))
-
-    exact = call(reference.window_attn, *exact_inputs)
-    same = call(reference.window_attn, *inputs)
-    ours = call(fn, *inputs)
+    exact = case.attend(reference.window_attn, exact_inputs, return_lse=True)
+    same = case.attend(reference.window_attn, inputs, return_lse=True)
+    ours = case.attend(fn, inputs, return_lse=True)
     cotangents = [torch.randn_like(x) for x in exact]
     results = [
         (

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lact_kernels import TTTState, block_causal_ttt, window_attn, window_attn_with_kvcache
+from lact_kernels.ops import checks
 from lact_kernels.ops import window_attn as window_attn_ops
 from tests.cases import TTTCase
 
@@ -62,6 +63,25 @@ WINDOW = [
     ({"window_size": -1}, ValueError, "window_size must be at least 1, got -1"),
     ({"window_size": 2.0}, TypeError, "window_size must be an int, got 2.0"),
     ({"window_size": True}, TypeError, "window_size must be an int, got True"),
+    ({"window_size": (2, -2)}, ValueError, r"window_size must have sides .*, got \(2, -2\)"),
+    ({"window_size": (2, 1.0)}, TypeError, "window_size must be an int, got 1.0"),
+    ({"softcap": 0}, ValueError, "softcap must be above 0, or None for none, got 0"),
+    ({"softcap": -1.5}, ValueError, "softcap must be above 0, or None for none, got -1.5"),
+    ({"softcap": float("inf")}, ValueError, "softcap must be finite, got inf"),
+    ({"softcap": 1e-50}, ValueError, "softcap, and softmax_scale / softcap, must be finite"),
+    ({"softcap": 1e50}, ValueError, "softcap, and softmax_scale / softcap, must be finite"),
+    ({"softcap": "30"}, TypeError, "softcap must be a number, got '30'"),
+    ({"sinks": 1.0}, TypeError, r"sinks must be a tensor \[Hq\], got float"),
+    (
+        {"sinks": torch.ones(2)},
+        ValueError,
+        r"sinks must have the shape \[Hq\] = \(4,\), got \(2,\)",
+    ),
+    ({"sinks": torch.ones(1, 4)}, ValueError, r"sinks must have the shape \[Hq\]"),
+    ({"sinks": torch.ones(4).half()}, TypeError, "sinks must have the dtype torch.float32, got"),
+    ({"sinks": torch.ones(4).double()}, TypeError, "sinks must have the dtype torch.float32, got"),
+    ({"sinks": torch.ones(4).to_sparse()}, TypeError, "sinks must be a dense tensor"),
+    ({"sinks": meta(4)}, ValueError, "sinks must be on cpu like q, got meta"),
     ({"softmax_scale": float("nan")}, ValueError, "softmax_scale must be finite, got nan"),
     ({"softmax_scale": 1e300}, ValueError, "softmax_scale must be finite in float32, got 1e\\+300"),
     ({"softmax_scale": "1"}, TypeError, "softmax_scale must be a number, got '1'"),
@@ -94,11 +114,20 @@ def test_window_attn(changed, error, message):
         window_attn(**window_inputs(**changed))
 
 
-def accepts(check, *args):
+def accepts(q, k, v, window_size, *scores):
+    """Whether the detailed checks find nothing."""
+    names = "k", "v"
     try:
-        return check(*args, ("k", "v")) == args[3]
+        window_attn_ops._check_tensors(q, k, v, names)
+        window_attn_ops.check_scores(q, k.shape[2], *scores, names)
+        checks.check_window("window_size", window_size)
     except (TypeError, ValueError):
         return False
+    return True
+
+
+def is_ordinary(q, k, v, *options):
+    return window_attn_ops._are_ordinary(q, k, v) and window_attn_ops._is_ordinary(q, *options)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -126,13 +155,17 @@ def test_a_glance_tells_what_the_checks_tell():
         (None, -1, 0, 1, 9, 2**62),
         (None, -0.5, 0.0, 1e38, float("inf"), float("nan")),
     )
+    sinks = torch.ones(2)
+    all_sinks = (None, sinks, nn.Parameter(sinks), sinks[:1], sinks.half(), sinks.double())
+    all_sinks += (sinks.to_sparse(), meta(2), torch.ones(1, 2), torch.ones(4)[::2])
     seen = set()
     for args in (
-        *((*qkv, 3, None) for qkv in itertools.product(tensors, repeat=3)),
-        *((dense, dense, dense, *pair) for pair in itertools.product(windows, scales)),
+        *((*qkv, 3, None, None, None) for qkv in itertools.product(tensors, repeat=3)),
+        *((dense, dense, dense, *x, None, None) for x in itertools.product(windows, scales)),
+        *((dense, dense, dense, 3, None, None, sinks) for sinks in all_sinks),
     ):
-        passes = accepts(window_attn_ops._check_each, *args)
-        assert window_attn_ops._is_ordinary(*args) == passes
+        passes = accepts(*args)
+        assert is_ordinary(*args) == passes
         seen.add(passes)
     assert seen == {False, True}
 
@@ -140,25 +173,25 @@ def test_a_glance_tells_what_the_checks_tell():
 def test_a_glance_leaves_other_types_to_the_checks():
     x = torch.ones(1, 6, 2, 8)
     for args in (
-        (nn.Parameter(x), x, x, 3, None),
-        (nested(6, 2, 8), x, x, 3, None),
-        ([1.0], x, x, 3, None),
-        (x, x, x.bfloat16(), 3, None),  # which autocast may cast
-        (x, x, x, True, None),
-        (x, x, x, (2, 0), None),
-        (x, x, x, np.int64(3), None),
-        (x, x, x, 2**62 + 1, None),
-        (x, x, x, 3, np.float32(0.5)),
-        (x, x, x, 3, 1),
+        (nn.Parameter(x), x, x, 3, None, None),
+        (nested(6, 2, 8), x, x, 3, None, None),
+        ([1.0], x, x, 3, None, None),
+        (x, x, x.bfloat16(), 3, None, None),  # which autocast may cast
+        (x, x, x, True, None, None),
+        (x, x, x, np.int64(3), None, None),
+        (x, x, x, 2**62 + 1, None, None),
+        (x, x, x, 3, np.float32(0.5), None),
+        (x, x, x, 3, 1, None),
+        (x, x, x, 3, None, np.float32(0.5)),
     ):
-        assert not window_attn_ops._is_ordinary(*args)
+        assert not is_ordinary(*args, None)
 
 
 def test_ordinary_calls_are_checked_at_a_glance(monkeypatch):
     x = torch.randn(1, 6, 4, 8, dtype=torch.float64)
     packed = functools.partial(window_attn, cu_seqlens=cu_seqlens(0, 2, 6))
     cached = functools.partial(window_attn_with_kvcache, cache_seqlens=6)
-    monkeypatch.setattr(window_attn_ops, "_check_each", None)
+    monkeypatch.setattr(window_attn_ops, "_check_tensors", None)
     for fn in (window_attn, packed, cached):
         for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             q = x.to(dtype)

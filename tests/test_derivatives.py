@@ -35,7 +35,7 @@ def op_calls():
     """The arguments of every registered op, the first one floating-point or a list of one that is."""
     ops = torch.ops.lact_kernels
     q, k, v = randn(3, B, T, H, 4)
-    window = (3, 0.5, None, None, "eager")
+    window = (3, 1, 0.5, 2.0, randn(B, H), None, None, "eager")
     o, lse = ops.window_attn_fwd(q, k, v, *window)
     yield "window_attn_fwd", (q, k, v, *window)
     yield "window_attn_bwd", (o, None, q, k, v, o, lse, *window)
@@ -122,6 +122,12 @@ def attend(*x):
     return torch.cat([o.flatten() for o in window_attn(*x[:3], 3, return_lse=True)])
 
 
+def attend_with_every_option(*x):
+    """The sinks of the heads are made of what has the shape of fast weights."""
+    options = {"softcap": 2.0, "sinks": x[3].mean(dim=(-1, -2)).flatten()[:H]}
+    return torch.cat([o.flatten() for o in window_attn(*x[:3], (2, 1), **options, return_lse=True)])
+
+
 def learn(*x, **options):
     return block_causal_ttt(*x[:9], chunk_size=3, **options)
 
@@ -148,6 +154,7 @@ def arguments(*lead):
 
 FUNCTIONS = {
     "window_attn": (attend, (0, 1, 2)),
+    "window_attn, every option": (attend_with_every_option, (0, 1, 2, 3)),
     "block_causal_ttt": (learn, tuple(range(9))),
     "block_causal_ttt, every option": (learn_with_every_option, tuple(range(10))),
     "ttt_apply": (apply, tuple(range(6))),

@@ -101,7 +101,8 @@ def test_fast_weights_backward_is_deterministic():
 
 def test_triton_op_is_registered_right():
     q, k, v = (x.requires_grad_() for x in qkv(150))
-    args = (q, k, v, 40, 0.125, None, None, "triton")
+    sinks = torch.randn(len(q), q.shape[2], device="cuda")
+    args = (q, k, v, 39, 5, 0.125, 2.0, sinks, None, None, "triton")
     torch.library.opcheck(window_attn_fwd, args)
     o, lse = (x.detach() for x in window_attn_fwd(*args))
     torch.library.opcheck(

@@ -173,7 +173,7 @@ def run_all(dtype):
     """All that the tests above compute with the kernels, without what it is compared with."""
     for case in ATTENTION:
         inputs = case.inputs(dtype)
-        differentiate(triton_window_attn(*inputs, **case.options(), return_lse=True), inputs)
+        differentiate(case.attend(triton_window_attn, inputs, return_lse=True), inputs)
     for case in CACHES:
         (q, k, v), options = case.inputs(dtype)
         for num_splits in (1, 3):

@@ -66,7 +66,7 @@ def autocast(enabled=True):
 @pytest.fixture
 def written_out(monkeypatch):
     """Attention in matrix products, as on other devices: autocast would cast those, if it came so far."""
-    monkeypatch.setattr(masked_attention, "has_flash", lambda q: False)
+    monkeypatch.setattr(masked_attention, "has_flash", lambda *_: False)
 
 
 def cast_leaves(case, dtypes):

@@ -18,12 +18,14 @@ from lact_kernels.core.newton_schulz import LACT
 from lact_kernels.core.plan import Plan
 from lact_kernels.eager import ttt as eager
 from lact_kernels.ops.fast_weights import new_state
+from lact_kernels.ops.window_attn import check_attention, inner_sinks
 from lact_kernels.triton import fast_weights
 from tests.cases import BACKWARD_OPCHECKS, OPCHECKS, TTTCase, WindowCase, check_window_attn
 
 WINDOW = [
     WindowCase("window", 70, 16),
     WindowCase("no window on a cache", 5, None, Tk=9, Hq=4, Dv=8),
+    WindowCase("every option", 30, (5, 3), Hq=4, softcap=2.0, sinks=1.0),
     WindowCase("packed", 40, 7, cu_seqlens=(0, 10, 10, 40)),
 ]
 TTT = [
@@ -38,18 +40,25 @@ def all_contiguous_grads(fn, leaves):
     return torch.autograd.grad(outputs, leaves, [torch.ones_like(x) for x in outputs])
 
 
+def op_arguments(case, backend, device="cpu"):
+    """Of `window_attn_fwd`."""
+    q, k, v, *sinks = case.inputs(torch.float32, device)
+    options = check_attention(q, k, v, case.window_size, 0.25, case.softcap)
+    cu_seqlens = case.options(device).get("cu_seqlens")
+    sinks = inner_sinks(q, sinks[0]) if sinks else None
+    return q, k, v, *options, sinks, cu_seqlens, cu_seqlens, backend
+
+
 @pytest.mark.parametrize("case", WINDOW, ids=str)
 def test_opcheck_window_attn(case):
-    q, k, v = case.inputs(torch.float32)
-    cu_seqlens = case.options().get("cu_seqlens")
-    args = (q, k, v, case.window_size, 0.25, cu_seqlens, cu_seqlens, "eager")
+    args = op_arguments(case, "eager")
     torch.library.opcheck(attn_ops.window_attn_fwd, args)
     o, lse = (x.detach() for x in attn_ops.window_attn_fwd(*args))
-    q, k, v = (x.detach() for x in (q, k, v))
+    q, k, v, *args = (x.detach() if isinstance(x, torch.Tensor) else x for x in args)
     for dlse in (None, torch.ones_like(lse)):
         torch.library.opcheck(
             attn_ops.window_attn_bwd,
-            (torch.ones_like(o), dlse, q, k, v, o, lse, *args[3:]),
+            (torch.ones_like(o), dlse, q, k, v, o, lse, *args),
             test_utils=BACKWARD_OPCHECKS,
         )
 
@@ -62,12 +71,12 @@ def test_torchdynamo_does_not_look_into_an_op():
         names.append(frame.f_code.co_filename)
         return ConvertFrameReturn(apply_to_code=False)
 
-    q, k, v = WINDOW[0].inputs(torch.float32)
+    args = op_arguments(WINDOW[0], "eager")
     before = eval_frame.set_eval_frame(hook)
     try:
-        attn_ops.window_attn_fwd(q, k, v, 16, 0.25, None, None, "eager")
+        attn_ops.window_attn_fwd(*args)
         with torch.autocast("cpu"):
-            attn_ops.window_attn_fwd(q, k, v, 16, 0.25, None, None, "eager")
+            attn_ops.window_attn_fwd(*args)
     finally:
         eval_frame.set_eval_frame(before)
     assert names and not any("lact_kernels" in name for name in names)
@@ -175,10 +184,10 @@ def compiled(fn):
 
 @pytest.mark.parametrize("case", WINDOW, ids=str)
 def test_compile_window_attn(case):
-    inputs, options = case.inputs(torch.float32), case.options()
+    inputs = case.inputs(torch.float32)
 
     def fn(*tensors):
-        o, lse = window_attn(*tensors, **options, return_lse=True)
+        o, lse = case.attend(window_attn, tensors, return_lse=True)
         return o * 2, lse
 
     for plain, traced in zip(fn(*inputs), compiled(fn)(*inputs)):
@@ -315,11 +324,10 @@ def test_outputs_may_be_changed_in_place():
     assert not o._is_view() and not lse._is_view()
 
 
-@pytest.mark.parametrize("case", WINDOW[:2], ids=str)
+@pytest.mark.parametrize("case", WINDOW[:3], ids=str)
 def test_triton_goes_through_the_same_op(case):
     """With the blocks of the table, in the interpreter or on a GPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     triton_window_attn = functools.partial(window_attn, backend="triton")
     check_window_attn(triton_window_attn, case, torch.float32, device)
-    args = (*case.inputs(torch.float32, device), case.window_size, 0.25, None, None, "triton")
-    torch.library.opcheck(attn_ops.window_attn_fwd, args)
+    torch.library.opcheck(attn_ops.window_attn_fwd, op_arguments(case, "triton", device))

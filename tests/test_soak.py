@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-import lact_kernels.autograd.window_attn as window_attn_ops
 import lact_kernels.eager.window_attn as eager_window_attn
 from lact_kernels import RingKVCache, TTTState
+from lact_kernels.core.attention import AttentionOptions
 from lact_kernels.layers.padding import Padding
 from lact_kernels.ops import block_causal_ttt as ttt_ops
 from lact_kernels.ops import checks
@@ -24,8 +24,13 @@ def test_fixed_cases(name):
 
 
 def one_key_too_many(patch):
-    clamp = window_attn_ops._clamp_window
-    patch.setattr(window_attn_ops, "_clamp_window", lambda W, k: min(clamp(W, k) + 1, k.shape[1]))
+    within = AttentionOptions.within
+
+    def wider(options, Tq, Tk):
+        options = within(options, Tq, Tk)
+        return options._replace(left=min(options.left + 1, max(Tk - 1, 0)))
+
+    patch.setattr(AttentionOptions, "within", wider)
 
 
 def last_key_lost(patch):

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import reference
+from lact_kernels.core.attention import AttentionOptions
+from lact_kernels.ops.checks import check_window
 from lact_kernels.ops.window_attn import run_window_attn
 from lact_kernels.triton.configs import KernelConfig
 from tests.cases import LAYOUTS, laid_out
@@ -35,7 +37,9 @@ class Draw:
 
     B: int
     lengths: tuple[tuple[int, int], ...]
-    window_size: int | None
+    window_size: int | tuple[int, int] | None
+    softcap: float | None
+    sinks: bool
     heads: tuple[int, int]
     D: int
     Dv: int
@@ -46,8 +50,13 @@ class Draw:
     def packed(self) -> bool:
         return self.B == 0
 
+    @property
+    def options(self) -> AttentionOptions:
+        window = check_window("window_size", self.window_size)
+        return AttentionOptions(*window, self.D**-0.5, self.softcap)
+
     def inputs(self, dtype: torch.dtype) -> tuple[list[Tensor], tuple]:
-        """q, k, v and do, and the borders of the sequences."""
+        """q, k, v and do, sinks or None, and the borders of the sequences."""
         generator = torch.Generator().manual_seed(self.seed)
         borders = [list(itertools.accumulate(x, initial=0)) for x in zip(*self.lengths)]
         (Tq, Tk), (Hq, Hkv), B = (x[-1] for x in borders), self.heads, self.B or 1
@@ -56,6 +65,8 @@ class Draw:
             laid_out(torch.randn(B, *shape, generator=generator).to(DEVICE, dtype), layout)
             for shape, layout in zip(shapes, self.layouts)
         ]
+        sinks = torch.randn(Hq, generator=generator).to(DEVICE, dtype) if self.sinks else None
+        tensors.append(sinks)
         if not self.packed:
             return tensors, (None, None)
         return tensors, tuple(torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in borders)
@@ -65,6 +76,8 @@ class Draw:
 def draws(draw, longest: int) -> Draw:
     length = st.one_of(st.integers(0, 3), st.integers(0, longest))
     more_keys = st.one_of(st.just(0), st.just(0), st.integers(-longest, longest))
+    width = st.one_of(st.integers(2, 20), st.integers(2, 2 * longest))
+    side = st.one_of(st.integers(-1, 20), st.integers(0, 2 * longest))
     packed = draw(st.booleans())
     queries = draw(st.lists(length, min_size=1, max_size=8 if packed else 1))
     lengths = tuple((n, max(0, n + draw(more_keys))) for n in queries)
@@ -72,7 +85,9 @@ def draws(draw, longest: int) -> Draw:
     return Draw(
         B=0 if packed else draw(st.integers(1, 2)),
         lengths=lengths,
-        window_size=draw(st.one_of(st.none(), st.integers(2, 20), st.integers(2, 2 * longest))),
+        window_size=draw(st.one_of(st.none(), width, st.tuples(side, side))),
+        softcap=draw(st.sampled_from([None, None, 1.5])),
+        sinks=draw(st.booleans()),
         heads=(Hkv * groups, Hkv),
         D=draw(st.sampled_from([16, 24, 32])),
         Dv=draw(st.sampled_from([16, 40])),
@@ -85,11 +100,13 @@ def draws(draw, longest: int) -> Draw:
 @given(draws(longest=150))
 def test_eager(case: Draw):
     """In float64, where there is no rounding to allow for."""
-    (*inputs, do), borders = case.inputs(torch.float64)
-    inputs = [x.requires_grad_() for x in inputs]
-    ours = run_window_attn(*inputs, case.window_size, None, *borders, "eager")
+    (q, k, v, do, sinks), borders = case.inputs(torch.float64)
+    inputs = [x.requires_grad_() for x in (q, k, v, sinks) if x is not None]
+    given = borders if case.packed else None
+    ours = run_window_attn(q, k, v, case.options, sinks, given, "eager")
     packing = dict(zip(("cu_seqlens", "cu_seqlens_k"), borders))
-    exact = reference.window_attn(*inputs, case.window_size, **packing, return_lse=True)
+    scores = {"softcap": case.softcap, "sinks": sinks}
+    exact = reference.window_attn(q, k, v, case.window_size, **scores, **packing, return_lse=True)
     torch.testing.assert_close(ours, exact)
     grads = (torch.autograd.grad(o, inputs, do, materialize_grads=True) for o, _ in (ours, exact))
     torch.testing.assert_close(*grads)

@@ -40,12 +40,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, flag: bool, name: str) -> Tensor:
     assert_type(window_attn(q, k, v, (3, 0), return_lse=False, backend="eager"), Tensor)
     assert_type(window_attn(q, k, v, softmax_scale=1, cu_seqlens=None, return_lse=True), Two)
     assert_type(window_attn(q, k, v, 4, return_lse=flag), Tensor | Two)
+    assert_type(window_attn(q, k, v, (-1, 3), softcap=30.0, sinks=q, return_lse=True), Two)
     o: Tensor = window_attn(q, k, v, 4)
     o, lse = window_attn(q, k, v, 4, return_lse=True)
     assert_type((o, lse), Two)
     window_attn(q, k, v, 4, backend="cuda")  # type: ignore[call-overload]
     window_attn(q, k, v, 4, backend=name)  # type: ignore[call-overload]
     window_attn(q, k, v, 4.0)  # type: ignore[call-overload]
+    window_attn(q, k, v, sinks=1.0)  # type: ignore[call-overload]
     window_attn(q, k, v, 4, None)  # type: ignore[call-overload]
     window_attn(q, k, v, 4, sliding_window=4)  # type: ignore[call-overload]
     o.backwards()  # type: ignore[attr-defined]

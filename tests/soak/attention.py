@@ -23,6 +23,18 @@ def window(draw: Draw, Tk: int) -> int | None:
     return draw.choice((None, 1, 2, 2**40, *(draw.randint(1, Tk + 3) for _ in range(6))))
 
 
+def two_sided_window(draw: Draw, Tk: int) -> int | tuple[int, int] | None:
+    if draw.chance(0.5):
+        return window(draw, Tk)
+    return draw.choice((-1, 0, 2**40, draw.randint(0, Tk + 3))), draw.choice(
+        (-1, 0, 1, 2**40, draw.randint(0, Tk + 3))
+    )
+
+
+def softcap(draw: Draw) -> float | None:
+    return draw.choice((None, None, None, 0.5, 30.0))
+
+
 def scale(draw: Draw) -> float | None:
     return draw.choice((None, None, None, 0.0, -0.7, 3.0))
 
@@ -33,7 +45,7 @@ def window_attn(draw: Draw) -> None:
     backend, dtype = draw.backend()
     longest = 40 if backend == "triton" else 150
     (Hq, Hkv), D, Dv = heads(draw), draw.randint(1, 40), draw.randint(1, 40)
-    options = {"backend": backend, "softmax_scale": scale(draw)}
+    scores = {"softmax_scale": scale(draw), "softcap": softcap(draw)}
     packing = {}
     if draw.chance(0.4):
         borders = draw.borders(longest)
@@ -42,37 +54,31 @@ def window_attn(draw: Draw) -> None:
     else:
         B, Tq = draw.choice((0, 1, 1, 1, 2, 2)), draw.length(longest)
         Tk = Tq + draw.choice((0, draw.length(longest)))
-    W = window(draw, Tk)
+    W = two_sided_window(draw, Tk)
     shapes = {"q": (Tq, Hq, D), "k": (Tk, Hkv, D), "v": (Tk, Hkv, Dv)}
     sizes = {"q": draw.choice(SIZES), "k": draw.choice(SIZES), "v": draw.choice((1.0, 0.01, 3.0))}
     inputs = {
         name: draw.laid_out((draw.normal(B, *shape) * sizes[name]).to(dtype))
         for name, shape in shapes.items()
     }
+    if draw.chance(0.3):
+        inputs["sinks"] = (draw.normal(Hq) * draw.choice(SIZES)).to(dtype)
     gradients = draw.gradients(dtype, inputs, (("o",), ("lse",), None))
-    draw.note(dtype=dtype, B=B, Tq=Tq, Tk=Tk, window=W, shapes=shapes, sizes=sizes)
-    draw.note(**options, **packing, gradients=gradients)
+    draw.note(dtype=dtype, B=B, Tq=Tq, Tk=Tk, window=W, shapes=shapes, sizes=sizes, backend=backend)
+    draw.note(**scores, **packing, sinks="sinks" in inputs, gradients=gradients)
 
-    def ours(x):
-        o, lse = lact_kernels.window_attn(
-            x["q"], x["k"], x["v"], W, **packing, **options, return_lse=True
-        )
-        return {"o": o, "lse": lse}
+    def call(fn, **more):
+        def run(x):
+            q, k, v, *_ = x.values()
+            sinks = x.get("sinks")
+            o, lse = fn(q, k, v, W, **packing, **scores, sinks=sinks, return_lse=True, **more)
+            return {"o": o, "lse": lse}
 
-    def plain(x):
-        o, lse = reference.window_attn(
-            x["q"],
-            x["k"],
-            x["v"],
-            W,
-            **packing,
-            softmax_scale=options["softmax_scale"],
-            return_lse=True,
-        )
-        return {"o": o, "lse": lse}
+        return run
 
+    ours = call(lact_kernels.window_attn, backend=backend)
     with draw.tiles():
-        hold_gradients(ours, plain, gradients, inputs)
+        hold_gradients(ours, call(reference.window_attn), gradients, inputs)
 
 
 @kind(12)
