@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reference
 from lact_kernels import window_attn
+from lact_kernels.autograd.window_attn import window_attn_fwd
 from lact_kernels.core.attention import AttentionOptions
 from lact_kernels.eager import masked_attention
 from lact_kernels.eager import window_attn as eager
@@ -384,6 +385,59 @@ def test_sinks_in_float32_beside_16_bits(dtype):
     (o, lse, dsinks), (same_o, same_lse, dwide) = results
     assert torch.equal(o, same_o) and torch.equal(lse, same_lse)
     assert dwide.dtype == torch.float32 and torch.equal(dwide.to(dtype), dsinks)
+    between = window_attn(q, k, v, (7, 3), sinks=wide + 1e-4, return_lse=True)[1]
+    assert not torch.equal(between, lse)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_sinks_of_each_row(softcap):
+    """Of a batch, as `torch.func.vmap` makes them: those of one row are not those of another."""
+    q, k, v = WindowCase("", 300, None, B=2, Hq=4).inputs(torch.float64)
+    sinks = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
+    leaves = q, k, v, sinks
+
+    def results(rows: slice) -> tuple[torch.Tensor, ...]:
+        tensors = [x[rows] for x in leaves]
+        o, lse = window_attn_fwd(*tensors[:3], 5, 3, 0.25, softcap, tensors[3], None, None, "eager")
+        return o, lse, *torch.autograd.grad(o.square().sum() + lse.sum(), tensors)
+
+    apart = [torch.cat(x) for x in zip(results(slice(0, 1)), results(slice(1, 2)))]
+    torch.testing.assert_close(results(slice(0, 2)), tuple(apart))
+
+
+def test_packed_queries_that_end_with_the_window_behind_the_last_key():
+    """The first sequence has five queries more than keys, the second five keys more."""
+    borders = [torch.tensor(x, dtype=torch.int32) for x in ((0, 20, 40), (0, 15, 40))]
+    q, k, v = WindowCase("", 40, None).inputs(torch.float64)
+    ours = run_window_attn(q, k, v, AttentionOptions(30, 5, 0.25), None, borders, "eager")
+    packing = dict(zip(("cu_seqlens", "cu_seqlens_k"), borders))
+    exact = reference.window_attn(q, k, v, (30, 5), **packing, return_lse=True)
+    torch.testing.assert_close(ours, exact)
+
+
+def test_limits_of_a_window():
+    for limit in (None, 2**62, 100):
+        assert AttentionOptions(limit, limit, 1.0).within(7, 9)[:2] == (8, 6)
+    assert AttentionOptions(2, 3, 1.0).within(7, 9)[:2] == (2, 3)
+    assert AttentionOptions(None, None, 1.0).within(0, 0)[:2] == (0, 0)
+    # Of keys before the query's own, one is left.
+    options = AttentionOptions(None, -5, 1.0).within(7, 3)
+    assert options[:2] == (5, -5) and options.width == 1
+    q, k, v = WindowCase("", 7, None, Tk=3).inputs(torch.float32)
+    o, lse = run_window_attn(q, k, v, options, backend="eager")
+    assert not o.any() and (lse == -math.inf).all()
+
+
+@pytest.mark.parametrize("left, right", [(7, -3), (None, -1), (20, -20)])
+def test_keys_that_end_before_the_query(left, right):
+    """As pieces of a sequence see them. The queries that see any are causal ones of earlier keys."""
+    q, k, v = WindowCase("", 60, None).inputs(torch.float64)
+    o, lse = run_window_attn(q, k, v, AttentionOptions(left, right, 0.25))
+    window_size = None if left is None else left + right + 1
+    earlier = q[:, -right:], k[:, :right], v[:, :right]
+    expected = reference.window_attn(*earlier, window_size, return_lse=True)
+    torch.testing.assert_close((o[:, -right:], lse[..., -right:]), expected)
+    assert not o[:, :-right].any() and (lse[..., :-right] == -math.inf).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
