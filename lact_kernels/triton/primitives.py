@@ -1,4 +1,4 @@
-r"""What the attention kernels share: tile bounds, the window's mask, online softmax, tile loads.
+r"""What the attention kernels share: tile bounds, the window's mask, tile loads.
 
 Query i stands at position `i + Tk - Tq` and sees the keys `position - W < j <= position`. The keys
 that a tile of queries sees form one interval, cut into key tiles in three segments:
@@ -34,9 +34,6 @@ import triton.language as tl
 from lact_kernels.triton.configs import KernelConfig
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-# The running maximum before any key: finite, so that a row that has seen no key gives no NaN.
-LOWEST = tl.constexpr(-1.0e38)
 # Borders that a program reads at once in its search for a sequence.
 FANOUT = tl.constexpr(128)
 # Channels that products of three TF32 products sum at once: see `product`.
@@ -231,78 +228,6 @@ def _mask_places(scores):
     COLS: tl.constexpr = scores.shape[1]
     rows = tl.arange(0, ROWS)[:, None, None] - tl.arange(0, 8)[None, None, :]
     return 8 * tl.arange(0, COLS // 8)[None, :, None], rows
-
-
-@triton.jit
-def softmax_step(scores, row_max, row_sum, scale_log2, FULL_PRECISION: tl.constexpr):
-    """One tile of the online softmax, over the last axis of `scores` [BLOCK_M, BLOCK_N].
-
-    Returns the unnormalised probabilities, the factor by which earlier sums shrink, and the new
-    maximum and sum. For 16-bit inputs the maximum is in units of `scores * scale_log2`, so that an
-    element takes one fused operation. Its rounding is a factor of the whole row, which the row's sum
-    takes out again. For float32 inputs it is in the units of `scores`, and is subtracted before
-    scaling: interpreted kernels have no fused operation, and would round the product of each element.
-    """
-    if FULL_PRECISION:
-        new_max = tl.maximum(row_max, tl.max(scores, axis=1))  # [BLOCK_M]
-        probs = tl.exp2((scores - new_max[:, None]) * scale_log2)  # [BLOCK_M, BLOCK_N]
-        decay = tl.exp2((row_max - new_max) * scale_log2)  # [BLOCK_M]
-    else:
-        new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale_log2)
-        probs = tl.exp2(scores * scale_log2 - new_max[:, None])
-        decay = tl.exp2(row_max - new_max)
-    return probs, decay, new_max, row_sum * decay + tl.sum(probs, axis=1)
-
-
-@triton.jit
-def softmax_end(acc, row_max, row_sum, scale, FULL_PRECISION: tl.constexpr):
-    """Normalised outputs and lse of the rows: 0 and -inf where nothing was seen."""
-    blind = row_sum == 0.0
-    row_sum = tl.where(blind, 1.0, row_sum)
-    largest = row_max * scale if FULL_PRECISION else row_max * LN_2
-    lse = tl.where(blind, float("-inf"), largest + tl.log(row_sum))
-    return acc * (1.0 / row_sum)[:, None], lse
-
-
-@triton.jit
-def minus_lse_log2(lse, scale):
-    """The lse as `softmax_from_lse` takes it: times what `scale * LOG2_E`, rounded, is of the scale.
-
-    So the rounding of that factor counts for the difference of scores and lse alone.
-    """
-    scale_log2 = scale * LOG2_E
-    rounding = tl.fma(scale, -LOG2_E, scale_log2)  # exact
-    return tl.fma(lse, -LOG2_E, lse * (-1.0 * rounding / scale))
-
-
-@triton.jit
-def softmax_from_lse(scores, minus_lse, scale_log2):
-    """Probabilities again, by one fused operation and one exponential per score. For 16-bit inputs.
-
-    `minus_lse` is that of `minus_lse_log2` and broadcasts against the scores, `scale_log2` the scale times
-    log2(e). The roundings of the lse, here and by the forward, are a relative error of up to 2 |lse| / 2^24.
-    It reaches that of rounding to bfloat16 at an lse around 16000, and to float16 around 2000. Attention
-    that is computed in these dtypes rounds the scores themselves, and is off by up to |score| / 2^9 and
-    |score| / 2^12.
-
-    But for these errors no exponent is positive. Each gets a negative sign, which the instruction of the
-    exponential has room for: nothing exceeds 1 where scores are so large that the lse is coarse, and
-    nothing overflows. What a query does not see has some probability from 0 to 1 here: mask it afterwards.
-    """
-    scale_log2 = tl.full(scores.shape, scale_log2, tl.float32)
-    minus_lse = tl.broadcast_to(minus_lse, scores.shape)
-    return tl.exp2(tl.abs(tl.fma(scores, scale_log2, minus_lse)) * -1.0)
-
-
-@triton.jit
-def softmax_from_shift(scores, shift, scale):
-    """Probabilities again, each row times a number of its own that is close to 1.
-
-    `shift` is the lse in the units of `scores`. Its rounding, with scores of some hundreds a thousand times
-    that of a float32 probability, is the same for a whole row: the row's sum takes it out. The bound
-    keeps the sum finite where the lse is coarser still, and keys that are not seen, to be masked afterwards.
-    """
-    return tl.exp2(tl.minimum((scores - shift) * (scale * LOG2_E), 64.0))
 
 
 @triton.jit

@@ -10,11 +10,10 @@ from lact_kernels.triton.primitives import (
     load_rows,
     packed_tile,
     query_tile_bounds,
-    softmax_from_lse,
-    softmax_from_shift,
     store_rows,
     tile_slots,
 )
+from lact_kernels.triton.softmax import softmax_from_lse, softmax_from_shift
 
 
 @triton.jit

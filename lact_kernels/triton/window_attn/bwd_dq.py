@@ -18,13 +18,11 @@ from lact_kernels.triton.primitives import (
     load_rows,
     mask_after_query,
     mask_before_window,
-    minus_lse_log2,
     packed_tile,
     query_tile_program,
-    softmax_from_lse,
-    softmax_from_shift,
     store_rows,
 )
+from lact_kernels.triton.softmax import minus_lse_log2, softmax_from_lse, softmax_from_shift
 
 
 @triton.jit

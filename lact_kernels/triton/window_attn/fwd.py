@@ -41,7 +41,6 @@ from lact_kernels.triton.launch import (
 )
 from lact_kernels.triton.primitives import (
     LOG2_E,
-    LOWEST,
     Sizes,
     described_rows,
     head_rows,
@@ -58,11 +57,10 @@ from lact_kernels.triton.primitives import (
     product,
     query_tile_program,
     scores_of,
-    softmax_end,
-    softmax_step,
     store_rows,
     tile_pointers,
 )
+from lact_kernels.triton.softmax import LOWEST, softmax_end, softmax_step
 from lact_kernels.triton.window_attn.with_kvcache import window_attn_with_kvcache
 
 FEW_QUERIES = 16  # of a row: up to here the kernel that splits the keys takes them

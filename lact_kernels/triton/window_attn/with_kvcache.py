@@ -34,15 +34,13 @@ from lact_kernels.triton.launch import (
 )
 from lact_kernels.triton.primitives import (
     LOG2_E,
-    LOWEST,
     Sizes,
     block_dim,
     head_offset,
     load_rows,
-    softmax_end,
-    softmax_step,
     visible,
 )
+from lact_kernels.triton.softmax import LOWEST, softmax_end, softmax_step
 
 NARROW_ROWS = 16  # up to here a tile of the least rows that a matrix instruction takes
 MAX_SPLITS = 64
