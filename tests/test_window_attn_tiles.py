@@ -21,37 +21,52 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @triton.jit
 def _bounds_kernel(
-    out_ptr, Tq, Tk, window_size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, KEYS: tl.constexpr
+    out_ptr,
+    Tq,
+    Tk,
+    window_size,
+    right,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KEYS: tl.constexpr,
 ):
     tile = tl.program_id(0)
     if KEYS:
-        a, b, c, d = key_tile_bounds(tile * BLOCK_M, Tq, Tk, window_size, BLOCK_M, BLOCK_N)
+        a, b, c, d = key_tile_bounds(tile * BLOCK_M, Tq, Tk, window_size, right, BLOCK_M, BLOCK_N)
     else:
-        a, b, c, d = query_tile_bounds(tile * BLOCK_N, Tq, Tk, window_size, BLOCK_M, BLOCK_N)
+        a, b, c, d = query_tile_bounds(tile * BLOCK_N, Tq, Tk, window_size, right, BLOCK_M, BLOCK_N)
     tl.store(out_ptr + tile * 4, a)
     tl.store(out_ptr + tile * 4 + 1, b)
     tl.store(out_ptr + tile * 4 + 2, c)
     tl.store(out_ptr + tile * 4 + 3, d)
 
 
-def tile_bounds(Tq, Tk, window_size, block_m, block_n, by_query):
-    """(first, interior, edge or diagonal, end) of each tile of queries, or of keys."""
+def tile_bounds(Tq, Tk, window, block_m, block_n, by_query):
+    """(first, interior, edge or diagonal, end) of each tile, and of the window (left, right)."""
     tiles = triton.cdiv(Tq, block_m) if by_query else triton.cdiv(Tk, block_n)
     bounds = torch.empty(tiles, 4, dtype=torch.int32, device=DEVICE)
     _bounds_kernel[(tiles,)](
-        bounds, Tq, Tk, window_size, BLOCK_M=block_m, BLOCK_N=block_n, KEYS=by_query
+        bounds,
+        Tq,
+        Tk,
+        sum(window) + 1,
+        window[1] or None,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        KEYS=by_query,
     )
     return bounds.tolist()
 
 
-def check_bounds(Tq, Tk, window_size, block_m, block_n):
+def check_bounds(Tq, Tk, window, block_m, block_n):
+    left, right = window
     position = torch.arange(Tq)[:, None] + Tk - Tq
     key = torch.arange(Tk)
-    seen = (key <= position) & (key > position - window_size)
+    seen = (key <= position + right) & (key >= position - left)
     for by_query in (True, False):
         rows, own, other = (seen, block_m, block_n) if by_query else (seen.T, block_n, block_m)
         tiles = [row_tile.split(other, dim=1) for row_tile in rows.split(own)]
-        bounds = tile_bounds(Tq, Tk, window_size, block_m, block_n, by_query)
+        bounds = tile_bounds(Tq, Tk, window, block_m, block_n, by_query)
         assert len(bounds) == len(tiles)
         for row_tile, (first, interior, after, end) in zip(tiles, bounds):
             visited = list(range(first, end))
@@ -70,29 +85,36 @@ def check_bounds(Tq, Tk, window_size, block_m, block_n):
     "Tq, Tk", [(1, 1), (64, 64), (83, 83), (50, 80), (50, 131), (1, 70), (70, 40), (40, 1)]
 )
 def test_only_tiles_that_intersect_the_window_are_visited(Tq, Tk, block_m, block_n):
-    for window_size in sorted({1, 2, 15, 16, 17, 33, 48, 64, Tk}):
-        check_bounds(Tq, Tk, min(window_size, Tk), block_m, block_n)
+    for left in {0, 1, 14, 15, 16, 32, 47, 63, Tk - 1}:
+        check_bounds(Tq, Tk, (min(left, Tk - 1), 0), block_m, block_n)
+    for left, right in {(0, 1), (5, 16), (Tk, Tq - 1), (40, -1), (Tk, -17), (Tk, -Tk)}:
+        check_bounds(Tq, Tk, (left, right), block_m, block_n)
 
 
 blocks = st.sampled_from([16, 32, 64, 128, 256])
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 600), st.integers(1, 600), st.integers(1, 600), blocks, blocks)
-def test_only_tiles_that_intersect_any_window_are_visited(Tq, Tk, window_size, block_m, block_n):
-    check_bounds(Tq, Tk, min(window_size, Tk), block_m, block_n)
+@given(st.integers(1, 600), st.integers(1, 600), st.integers(1, 600), st.data(), blocks, blocks)
+def test_only_tiles_that_intersect_any_window_are_visited(Tq, Tk, left, data, block_m, block_n):
+    left = min(left, Tk)
+    right = data.draw(st.one_of(st.just(0), st.integers(-left, max(Tq - 1, 0))))
+    check_bounds(Tq, Tk, (left, right), block_m, block_n)
 
 
 @pytest.mark.parametrize("by_query", [True, False], ids=["forward and dq", "dk and dv"])
-@pytest.mark.parametrize("window_size, block_m, block_n", [(1, 64, 64), (700, 128, 64)])
-def test_twice_the_tokens_are_twice_the_tiles(window_size, block_m, block_n, by_query):
+@pytest.mark.parametrize(
+    "window, block_m, block_n", [((0, 0), 64, 64), ((699, 0), 128, 64), ((300, 399), 128, 64)]
+)
+def test_twice_the_tokens_are_twice_the_tiles(window, block_m, block_n, by_query):
     def work(T):
-        bounds = tile_bounds(T, T, window_size, block_m, block_n, by_query)
+        bounds = tile_bounds(T, T, window, block_m, block_n, by_query)
         return sum(end - first for first, _, _, end in bounds)
 
     T = 1024
     first, second, third = work(T), work(2 * T), work(4 * T)
     assert third - second == 2 * (second - first)  # every further token costs the same
+    window_size = sum(window) + 1
     before = window_size * (window_size + 2 * block_n) // (2 * block_m * block_n) + 1
     assert (
         second <= 2 * first + before

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lact_kernels.core.attention import AttentionOptions
 from lact_kernels.triton.configs import Config, kernel_of
 
 
@@ -37,15 +38,18 @@ def strides(x: Tensor) -> tuple[int, ...]:
     return tuple([0 if n == 1 else stride for n, stride in zip(x.shape, x.stride())])
 
 
-def positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, int, float]:
-    """The same scores with a positive scale: `(sign * q, sign, scale)`, at no cost where it is.
+def positive_scale(q: Tensor, options: AttentionOptions) -> tuple[Tensor, int, float, float | None]:
+    """The same scores with a positive scale: `(sign * q, sign, scale, bend)`, at no cost where it is.
 
-    The kernels take the maximum before scaling, which is right for a positive scale only.
+    The kernels take the maximum before scaling, which is right for a positive scale only. `scale` is the
+    factor of the exponents: softmax_scale, or with a soft cap that. Then the scores are tanh(Q K^T * bend).
     """
-    if softmax_scale > 0:
-        return q, 1, softmax_scale
-    sign = -1 if softmax_scale < 0 else 0
-    return q * sign, sign, abs(softmax_scale) or 1.0
+    factor, softcap = options.softmax_scale, options.softcap
+    sign = 1
+    if factor <= 0:
+        sign = -1 if factor < 0 else 0
+        q, factor = q * sign, abs(factor) or 1.0
+    return (q, sign, factor, None) if softcap is None else (q, sign, softcap, factor / softcap)
 
 
 def packing_arguments(

@@ -1,7 +1,9 @@
 r"""What the attention kernels share: tile bounds, the window's mask, tile loads.
 
-Query i stands at position `i + Tk - Tq` and sees the keys `position - W < j <= position`. The keys
-that a tile of queries sees form one interval, cut into key tiles in three segments:
+Query i stands at position `i + Tk - Tq` and sees the keys `position - W < j <= position`. A window with a
+right side of R keys is a causal one: its queries stand at `i + Tk - Tq + R`, where W counts the keys of both
+sides, and no key comes after Tk - 1. `right` is R, of either sign, or None: then nothing is compared with Tk.
+The keys that a tile of queries sees form one interval, cut into key tiles in three segments:
 
 ```
     keys ->       first      interior         diagonal  end
@@ -141,26 +143,47 @@ def query_tile_program(Tq, num_sequences, Hq, Hkv, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def key_tile_bounds(first_query, Tq, Tk, window_size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def key_tile_bounds(
+    first_query, Tq, Tk, window_size, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """Key tiles seen by the queries of one tile: (first, interior, diagonal, end)."""
     first_position = first_query + Tk - Tq
     last_position = tl.minimum(first_query + BLOCK_M, Tq) - 1 + Tk - Tq
+    if right is not None:
+        first_position += right
+        last_position += right
     first = tl.maximum(first_position - window_size + 1, 0) // BLOCK_N
-    end = tl.cdiv(tl.maximum(last_position + 1, 0), BLOCK_N)
+    end = tl.cdiv(tl.maximum(_num_keys_until(last_position, Tk, right), 0), BLOCK_N)
     # From here on the last query still sees the whole tile.
     interior = tl.minimum(tl.cdiv(tl.maximum(last_position - window_size + 1, 0), BLOCK_N), end)
     # Up to here the first query sees the whole tile.
-    diagonal = tl.maximum(tl.maximum(first_position + 1, 0) // BLOCK_N, interior)
+    diagonal = tl.maximum(_num_keys_until(first_position, Tk, right), 0) // BLOCK_N
+    diagonal = tl.maximum(diagonal, interior)
     return first, interior, diagonal, end
 
 
 @triton.jit
-def query_tile_bounds(first_key, Tq, Tk, window_size, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def _num_keys_until(position, Tk, right):
+    """Keys that do not come after a position; negative before the first."""
+    keys = position + 1
+    if right is not None:
+        keys = tl.minimum(keys, Tk)
+    return keys
+
+
+@triton.jit
+def query_tile_bounds(
+    first_key, Tq, Tk, window_size, right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
     """Query tiles that see the keys of one tile: (first, interior, right edge, end)."""
     offset = Tk - Tq
+    if right is not None:
+        offset += right
     last_key = tl.minimum(first_key + BLOCK_N, Tk) - 1
     first = tl.maximum(first_key - offset, 0) // BLOCK_M
     end = tl.cdiv(tl.maximum(tl.minimum(last_key + window_size - offset, Tq), 0), BLOCK_M)
+    if right is not None:
+        end = tl.where(first_key - offset < Tq, end, 0)  # the last keys may be seen by no query
     end = tl.maximum(end, first)
     # From here on every query comes after the last key.
     interior = tl.cdiv(tl.maximum(last_key - offset, 0), BLOCK_M)
@@ -188,7 +211,7 @@ def nth_tile(tiles, step, HAS_GAP: tl.constexpr):
 def visible(positions, keys, window_size):
     """The window's mask; the two arguments broadcast against each other.
 
-    The keys a query sees exist by construction: no check against Tk is needed here.
+    The keys a query sees exist by construction: no check against Tk is needed here, but for a right side.
     """
     return (keys <= positions) & (keys > positions - window_size)
 
@@ -211,10 +234,16 @@ def mask_before_window(scores, own, window_size, hidden=float("-inf")):
 
 
 @triton.jit
-def mask_after_query(scores, own, hidden=float("-inf")):
-    """Scores of a tile, `hidden` for keys that come after the query; else as `mask_before_window`."""
+def mask_after_query(scores, own, hidden=float("-inf"), last=None):
+    """Scores of a tile, `hidden` for keys that come after the query; else as `mask_before_window`.
+
+    Also for those after `last`, the place in the tile of the last key, unless that is None.
+    """
     columns, rows = _mask_places(scores)
-    return tl.where(tl.reshape(columns <= rows + own, scores.shape), scores, hidden)
+    own_columns = rows + own
+    if last is not None:
+        own_columns = tl.minimum(own_columns, last - tl.arange(0, 8)[None, None, :])
+    return tl.where(tl.reshape(columns <= own_columns, scores.shape), scores, hidden)
 
 
 @triton.jit

@@ -1,4 +1,8 @@
-"""The softmax of the attention kernels: online in the forward, from the lse again in the backward."""
+"""The softmax of the attention kernels: online in the forward, from the lse again in the backward.
+
+With a soft cap the scores are `tanh(Q K^T * bend)`, and the factor of the exponents is the soft cap in place
+of the scale of Q K^T: nothing else changes. A sink is a logit that counts in the sum of a row alone.
+"""
 
 import triton
 import triton.language as tl
@@ -8,6 +12,33 @@ from lact_kernels.triton.primitives import LOG2_E
 LN_2 = tl.constexpr(0.6931471805599453)
 # The running maximum before any key: finite, so that a row that has seen no key gives no NaN.
 LOWEST = tl.constexpr(-1.0e38)
+
+
+@triton.jit
+def softcapped(scores, bend, FULL_PRECISION: tl.constexpr):
+    """tanh(scores * bend), or the scores themselves if `bend` is None."""
+    if bend is not None:
+        scores = tanh(scores, bend, FULL_PRECISION)
+    return scores
+
+
+@triton.jit
+def tanh(x, factor, FULL_PRECISION: tl.constexpr):
+    """tanh(x * factor), to within 2e-7: of 1, or in full precision of itself."""
+    if FULL_PRECISION:
+        x = x * factor
+        size = tl.abs(x)
+        large = 1.0 - 2.0 / (1.0 + tl.exp2(size * (2.0 * LOG2_E)))
+        large = tl.where(x < 0.0, -large, large)
+        square = x * x
+        series = -0.005704987 * square + 0.020639086  # of tanh(x) / x, fitted up to 0.625
+        series = series * square - 0.053739715
+        series = series * square + 0.13331442
+        series = series * square - 0.3333328
+        result = tl.where(size < 0.625, x + x * square * series, large)
+    else:
+        result = 1.0 - 2.0 / (1.0 + tl.exp2(x * (factor * (2.0 * LOG2_E))))
+    return result
 
 
 @triton.jit
@@ -32,13 +63,26 @@ def softmax_step(scores, row_max, row_sum, scale_log2, FULL_PRECISION: tl.conste
 
 
 @triton.jit
-def softmax_end(acc, row_max, row_sum, scale, FULL_PRECISION: tl.constexpr):
-    """Normalised outputs and lse of the rows: 0 and -inf where nothing was seen."""
+def softmax_end(acc, row_max, row_sum, scale, sink, FULL_PRECISION: tl.constexpr):
+    """Normalised outputs and lse of the rows, where nothing was seen 0 and the sink (-inf if that is None).
+
+    `sink` is a logit, or one for each row.
+    """
     blind = row_sum == 0.0
-    row_sum = tl.where(blind, 1.0, row_sum)
-    largest = row_max * scale if FULL_PRECISION else row_max * LN_2
-    lse = tl.where(blind, float("-inf"), largest + tl.log(row_sum))
-    return acc * (1.0 / row_sum)[:, None], lse
+    unit = scale if FULL_PRECISION else LN_2  # of row_max
+    largest = row_max * unit
+    if sink is None:
+        row_sum = tl.where(blind, 1.0, row_sum)
+        lse = tl.where(blind, float("-inf"), largest + tl.log(row_sum))
+        weight = 1.0 / row_sum
+    else:
+        # The log of what the keys have more than the sink, rounded once.
+        lead = tl.where(blind, float("-inf"), tl.fma(row_max, unit, -sink))
+        kept = tl.exp(tl.minimum(lead, 0.0))
+        row_sum = row_sum * kept + tl.exp(tl.minimum(-lead, 0.0))
+        lse = tl.where(lead < 0.0, sink, largest) + tl.log(row_sum)
+        weight = kept / row_sum
+    return acc * weight[:, None], lse
 
 
 @triton.jit

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lact_kernels.core.attention import AttentionOptions
 from lact_kernels.triton.configs import (
     TRITON,
     KernelConfig,
@@ -77,7 +78,8 @@ def window_attn_bwd(
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if do.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    q, sign, softmax_scale = positive_scale(q, softmax_scale)
+    options = AttentionOptions(window_size - 1, 0, softmax_scale)
+    q, sign, softmax_scale, _ = positive_scale(q, options)
     q, k, v, o, do = readable_in_place(q, k, v, o, do)
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()

@@ -198,7 +198,7 @@ def _window_attn_bwd_dkv_kernel(
 
     dk = tl.full([SIZES.BLOCK_N, SIZES.BLOCK_D], 0.0, tl.float32)
     dv = tl.full([SIZES.BLOCK_N, SIZES.BLOCK_DV], 0.0, tl.float32)
-    bounds = query_tile_bounds(first_key, Tq, Tk, window_size, SIZES.BLOCK_M, SIZES.BLOCK_N)
+    bounds = query_tile_bounds(first_key, Tq, Tk, window_size, None, SIZES.BLOCK_M, SIZES.BLOCK_N)
     dk, dv = _dkv_tiles(
         dk, dv, k, v, (q_ptr, q_offsets, q_strides), (do_ptr, do_offsets, do_strides),
         stats_ptr, stats_strides, diagonal, bounds, groups, Tq, window_size, softmax_scale,

@@ -186,7 +186,7 @@ def _window_attn_bwd_dq_kernel(
         v_head = described_rows(v_tensor, b, h_kv, 0)
         q = load_described_rows(q_head, first_query, SIZES.BLOCK_M, SIZES.BLOCK_D)
         first, interior, _, end = key_tile_bounds(
-            first_query, Tq, Tk, window_size, SIZES.BLOCK_M, SIZES.BLOCK_N
+            first_query, Tq, Tk, window_size, None, SIZES.BLOCK_M, SIZES.BLOCK_N
         )
         dq = _dq_described_tiles(
             dq, q, do, lse, delta, k_head, v_head, (first, end), (first_query + Tk - Tq, interior),
@@ -202,7 +202,9 @@ def _window_attn_bwd_dq_kernel(
         # Without a sign, so that they are extended to 64 bits at no cost.
         k_offsets = (rows_n * k_strides[1] + cols_qk[None, :]).to(tl.uint32)  # [BLOCK_N, BLOCK_D]
         v_offsets = (rows_n * v_strides[1] + cols_v[None, :]).to(tl.uint32)  # [BLOCK_N, BLOCK_DV]
-        bounds = key_tile_bounds(first_query, Tq, Tk, window_size, SIZES.BLOCK_M, SIZES.BLOCK_N)
+        bounds = key_tile_bounds(
+            first_query, Tq, Tk, window_size, None, SIZES.BLOCK_M, SIZES.BLOCK_N
+        )
         dq, row_sum = _dq_tiles(
             dq, row_sum, q, do, lse, delta, (k_ptr, k_offsets, k_strides),
             (v_ptr, v_offsets, v_strides), queries + (Tk - Tq), bounds, Tk, window_size,

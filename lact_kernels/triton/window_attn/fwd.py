@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lact_kernels.core.attention import AttentionOptions
 from lact_kernels.triton.configs import (
     TRITON,
     KernelConfig,
@@ -200,7 +201,7 @@ def _window_attn_fwd_kernel(
     row_sum = tl.full([SIZES.BLOCK_M], 0.0, tl.float32)
     state = (acc, row_max, row_sum)
     first, interior, diagonal, end = key_tile_bounds(
-        first_query, Tq, Tk, window_size, SIZES.BLOCK_M, SIZES.BLOCK_N
+        first_query, Tq, Tk, window_size, None, SIZES.BLOCK_M, SIZES.BLOCK_N
     )
     if q_strides is None:
         q_head = described_rows(q_tensor, b, h, q_start)
@@ -232,7 +233,7 @@ def _window_attn_fwd_kernel(
             first_position, Tk, window_size, scale_log2, SIZES, PRECISION, MASKED=False,
         )  # fmt: skip
 
-    o, lse = softmax_end(acc, row_max, row_sum, softmax_scale, FULL_PRECISION)
+    o, lse = softmax_end(acc, row_max, row_sum, softmax_scale, None, FULL_PRECISION)
     rows, cols = tl.arange(0, SIZES.BLOCK_M), tl.arange(0, SIZES.BLOCK_DV)
     o_pointers = o_ptr + (rows[:, None] * o_strides[1] + cols[None, :])
     store_rows(o_pointers, o, rows, num_rows, cols, SIZES.DV)
@@ -267,7 +268,8 @@ def window_attn_fwd(
         return o, lse
     if Tq <= FEW_QUERIES and cu_seqlens_q is None and config is None:
         return window_attn_with_kvcache(q, k, v, None, window_size, softmax_scale)
-    q, sign, softmax_scale = positive_scale(q, softmax_scale)
+    options = AttentionOptions(window_size - 1, 0, softmax_scale)
+    q, sign, softmax_scale, _ = positive_scale(q, options)
     q, k, v = readable_in_place(q, k, v)
     strides = list(map(aligned_strides, (q, k, v)))
     config = config or kernel_config(

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lact_kernels.core.attention import AttentionOptions
 from lact_kernels.triton.configs import (
     TRITON,
     KernelConfig,
@@ -130,7 +131,7 @@ def _window_attn_with_kvcache_kernel(
         acc = acc * decay[:, None]
         acc = tl.dot(probs.to(v.dtype), v, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_DV]
 
-    o, lse = softmax_end(acc, row_max, row_sum, softmax_scale, FULL_PRECISION)
+    o, lse = softmax_end(acc, row_max, row_sum, softmax_scale, None, FULL_PRECISION)
     # The window of a row that has outgrown the cache is not in it any more.
     if (length > num_slots) & (num_slots - Tq + 1 < window_size):
         o, lse = o + float("nan"), lse + float("nan")
@@ -208,7 +209,8 @@ def window_attn_with_kvcache(
     lse = q.new_empty(B, Hq, Tq, dtype=torch.float32)
     if o.numel() == 0:
         return o, lse
-    q, _, softmax_scale = positive_scale(q, softmax_scale)
+    options = AttentionOptions(window_size - 1, 0, softmax_scale)
+    q, _, softmax_scale, _ = positive_scale(q, options)
     q, k, v = readable_in_place(q, k_cache, v_cache)
     rows = Tq * Hq // Hkv
     name = "window_attn_with_kvcache" + ("" if rows <= NARROW_ROWS else "_wide")
