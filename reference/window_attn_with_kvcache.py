@@ -10,10 +10,12 @@ def window_attn_with_kvcache(
     q: Tensor,  # [B, Tq, Hq, D]
     k_cache: Tensor,  # [B, S, Hkv, D]
     v_cache: Tensor,  # [B, S, Hkv, Dv]
-    window_size: int | None = None,
+    window_size: int | tuple[int, int] | None = None,
     *,
     cache_seqlens: Tensor | None = None,  # [B]
     softmax_scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,  # [Hq]
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of the last Tq tokens of each row, of which the cache holds those that have a slot.
@@ -32,6 +34,8 @@ def window_attn_with_kvcache(
                 v_cache[b : b + 1, slots],
                 window_size,
                 softmax_scale=softmax_scale,
+                softcap=softcap,
+                sinks=sinks,
                 return_lse=True,
             )
         )

@@ -1,4 +1,4 @@
-"""`window_attn_with_kvcache` and `RingKVCache` on both backends, against the reference.
+"""`window_attn_with_kvcache` on both backends, against the reference.
 
 Without a GPU the Triton kernels run in the interpreter, in float32 and with tiles of 16 keys. Those of
 tests/emulated run what is compiled of them, in every dtype and in the tiles of the table.
@@ -15,8 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lact_kernels
 import reference
-from lact_kernels import RingKVCache, window_attn, window_attn_with_kvcache
+from lact_kernels import window_attn, window_attn_with_kvcache
+from lact_kernels.autograd.window_attn_with_kvcache import UNLIMITED
+from lact_kernels.core.attention import AttentionOptions
 from lact_kernels.eager import window_attn_with_kvcache as eager
+from lact_kernels.ops.checks import check_window
+from lact_kernels.ops.window_attn import attention_options, inner_sinks
 from lact_kernels.triton.configs import KernelConfig
 from lact_kernels.triton.window_attn.with_kvcache import choose_splits
 from lact_kernels.triton.window_attn.with_kvcache import window_attn_with_kvcache as launch
@@ -35,13 +39,15 @@ class CacheCase:
 
     reason: str
     slots: int
-    window_size: int | None
+    window_size: int | tuple[int, int] | None
     lengths: tuple[int, ...] | None = None  # None: as many as there are slots
     Tq: int = 1
     Hq: int = 4
     Hkv: int = 2
     D: int = 16
     Dv: int = 16
+    softcap: float | None = None
+    sinks: bool = False
 
     def __str__(self) -> str:
         return self.reason.replace(" ", "-")
@@ -54,7 +60,9 @@ class CacheCase:
         for b, length in enumerate(self.lengths or ()):
             for cache in caches:
                 cache[b, length:] = math.nan
-        options = {"window_size": self.window_size}
+        options = {"window_size": self.window_size, "softcap": self.softcap}
+        if self.sinks:  # numbers that every dtype has
+            options["sinks"] = torch.randn(self.Hq, device=DEVICE).bfloat16().float()
         if self.lengths is not None:
             options["cache_seqlens"] = torch.tensor(self.lengths, dtype=torch.int32, device=DEVICE)
         return [x.to(DEVICE) for x in (q, *caches)], options
@@ -79,6 +87,20 @@ CASES = [
     CacheCase("one head each", 40, 12, (40, 3), Hq=2),
     CacheCase("padded head dims", 40, 12, (40, 3), D=24, Dv=40),
     CacheCase("one slot", 1, 1, (1, 5, 0)),
+    CacheCase("two sides", 50, (6, 3), (50, 30, 12, 9), Tq=7),
+    CacheCase("two sides on a ring", 24, (18, 4), (24, 25, 48, 77), Tq=6),
+    CacheCase("two sides on a ring far away", 24, (18, 4), (10**6 + 7, 2**31 - 1), Tq=6),
+    CacheCase("two sides before the first token", 24, (7, 2), (2, 0, 5, 1), Tq=5),
+    CacheCase("right side beyond the queries", 24, (8, 40), (24, 5), Tq=3),
+    CacheCase("no end on the right", 50, (11, -1), (50, 45, 3), Tq=40, Hq=6),
+    CacheCase("no end at all", 30, (-1, -1), (30, 2, 0), Tq=5),
+    CacheCase("later tokens of one query", 20, (19, 5), (7, 41)),
+    CacheCase("soft cap", 40, 12, (40, 3), softcap=1.5),
+    CacheCase("soft cap around the end of a ring", 23, 20, (30, 30), softcap=0.7),
+    CacheCase("sinks", 40, 12, (40, 3, 0), sinks=True),
+    CacheCase("sinks around the end of a ring", 23, 20, (30, 30), sinks=True),
+    CacheCase("sinks before the first token", 24, 20, (2, 0, 5), Tq=5, Hq=6, sinks=True),
+    CacheCase("all of it", 24, (18, 4), (24, 48, 77, 2), Tq=6, softcap=2.0, sinks=True),
 ]
 
 
@@ -86,8 +108,8 @@ def check(fn, case, dtype):
     (q, k, v), options = case.inputs(dtype)
     actual = fn(q, k, v, **options)
     same = reference.window_attn_with_kvcache(q, k, v, **options, return_lse=True)
-    q, k, v = (x.double() for x in (q, k, v))
-    exact = reference.window_attn_with_kvcache(q, k, v, **options, return_lse=True)
+    exact = (x.double() for x in (q, k, v))
+    exact = reference.window_attn_with_kvcache(*exact, **options, return_lse=True)
     assert [x.dtype for x in actual] == [dtype, torch.float32]
     blind = exact[1] == -math.inf
     assert torch.equal(actual[1] == -math.inf, blind)
@@ -157,28 +179,28 @@ def test_decoding_runs_one_kernel_over_the_cache_as_it_is(slots, lengths, kernel
     q, k, v = (torch.randn(2, n, 4, 16) for n in (1, slots, slots))
     seqlens = torch.tensor(lengths, dtype=torch.int32)
     with Operations() as ran:
-        eager.window_attn_with_kvcache(q, k, v, seqlens, 20, 0.25)
+        eager.window_attn_with_kvcache(q, k, v, seqlens, AttentionOptions(19, 0, 0.25), None)
     assert ran.names.count("aten::_scaled_dot_product_flash_attention_for_cpu") == kernels
     copies = {"aten::cat", "aten::clone", "aten::copy_", "aten::repeat", "aten::masked_fill_"}
     assert not copies & set(ran.names)
     assert len(ran.names) <= 40
 
 
-@pytest.mark.skipif(not ON_CPU, reason="of the eager backend")
-def test_appending_a_token_writes_it_and_little_else():
-    ring, _ = ring_and_rows(2, 5)
-    k, v = new_tokens(ring, 1)
-    with Operations() as ran:
-        ring.append(k, v)
-    assert ran.names.count("aten::copy_") == 2 and "aten::index_copy_" not in ran.names
-    assert len(ran.names) <= 8
-
-
 def check_kernels(case, dtype, num_splits, config):
-    def fn(q, k, v, window_size, cache_seqlens=None):
-        inputs = (q, k, v, cache_seqlens, window_size or 2**30, q.shape[-1] ** -0.5)
+    def fn(q, k, v, window_size, softcap, sinks=None, cache_seqlens=None):
+        window = check_window("window_size", window_size)
+        options = attention_options(q, window, None, softcap).within(q.shape[1], UNLIMITED)
         with filled_with_nan():
-            return launch(*inputs, config=config, num_splits=num_splits)
+            return launch(
+                q,
+                k,
+                v,
+                cache_seqlens,
+                options,
+                inner_sinks(q, sinks),
+                config=config,
+                num_splits=num_splits,
+            )
 
     check(fn, case, dtype)
 
@@ -262,21 +284,25 @@ def test_a_query_reads_its_window_and_nothing_else(length):
     """At any position of a cache of a million slots. Each part reads the query and the length of its row."""
     W, S, D, Dv = 50, 10**6, 16, 24
     q, k, v = (torch.zeros(1, n, 1, d) for n, d in ((1, D), (S, D), (S, Dv)))
-    seqlens = torch.tensor([length], dtype=torch.int32)
+    seqlens, options = torch.tensor([length], dtype=torch.int32), AttentionOptions(W - 1, 0, 1.0)
     for num_splits in (1, 2):
         with count_loaded_elements() as loaded:
-            launch(q, k, v, seqlens, W, 1.0, config=SMALL, num_splits=num_splits)
+            launch(q, k, v, seqlens, options, None, config=SMALL, num_splits=num_splits)
         combined = 0 if num_splits == 1 else num_splits * (Dv + 1)
         assert sum(loaded) == W * (D + Dv) + num_splits * (D + 1) + combined
 
 
 @pytest.mark.skipif(not ON_CPU, reason="counts in the interpreter")
-def test_a_tile_of_queries_reads_what_it_sees_and_nothing_else():
+@pytest.mark.parametrize("right", [0, 5, 12, 39, -20])
+def test_a_tile_of_queries_reads_what_it_sees_and_nothing_else(right):
+    """Up to the last token, and where queries end before themselves up to theirs."""
     Tq, W, D, S = 40, 50, 16, 1000
     q, k, v = (torch.zeros(1, n, 1, D) for n in (Tq, S, S))
+    options = AttentionOptions(W - 1, right, 1.0)
     with count_loaded_elements() as loaded:
-        launch(q, k, v, None, W, 1.0, config=SMALL, num_splits=1)
-    keys = sum(W - 1 + rows for rows in (16, 16, 8))
+        o, _ = launch(q, k, v, None, options, None, config=SMALL, num_splits=1)
+    after = [min(right, later) for later in (24, 8, 0)]  # tokens after the last query of a tile
+    keys = sum(W - 1 + rows + later for rows, later in zip((16, 16, 8), after))
     assert sum(loaded) == 2 * D * keys + D * Tq
 
 
@@ -287,7 +313,8 @@ def test_nothing_outside_the_cache_is_read():
     q, k, v = (torch.zeros(1, n, 1, D) for n in (1, S, S))
     seqlens = torch.tensor([1000], dtype=torch.int32)
     with count_loaded_elements() as loaded:
-        o, _ = launch(q, k, v, seqlens, 2**30, 1.0, config=SMALL, num_splits=1)
+        options = AttentionOptions(UNLIMITED, 0, 1.0)
+        o, _ = launch(q, k, v, seqlens, options, None, config=SMALL, num_splits=1)
     assert o.isnan().all()
     assert sum(loaded) == 2 * D * S + D + 1
 
@@ -347,10 +374,10 @@ def test_a_row_that_has_lost_its_window_is_not_a_number(backend):
     op = lact_kernels.autograd.window_attn_with_kvcache.window_attn_with_kvcache
     q, k, v = (torch.randn(3, n, 2, 16, device=DEVICE) for n in (2, 10, 10))
     seqlens = torch.tensor([10, 11, 4], dtype=torch.int32, device=DEVICE)
-    o, lse = op(q, k, v, seqlens, 10, 0.25, backend)
+    o, lse = op(q, k, v, seqlens, 9, 0, 0.25, None, None, backend)
     assert [bool(x.isnan().all()) for x in o] == [False, True, False]
     assert [bool(x.isnan().any()) for x in lse] == [False, True, False]
-    o, _ = op(q, k, v, seqlens, 9, 0.25, backend)
+    o, _ = op(q, k, v, seqlens, 8, 0, 0.25, None, None, backend)
     assert not o.isnan().any()
 
 
@@ -372,9 +399,14 @@ BAD = [
     (
         {"cache_seqlens": torch.tensor([3, 9]).int(), "window_size": 8},
         ValueError,
-        "fewer slots, and than window_size . Tq - 1 = 9: 8",
+        "fewer slots, and than the 9 that the window needs: 8",
     ),
     ({"q": torch.ones(2, 2, 4, 4, requires_grad=True)}, ValueError, "q requires a gradient, and"),
+    ({"sinks": torch.ones(4, requires_grad=True)}, ValueError, "sinks requires a gradient, and"),
+    ({"sinks": torch.ones(2)}, ValueError, r"sinks must have the shape \[Hq\] = \(4,\)"),
+    ({"softcap": -1.0}, ValueError, "softcap must be above 0"),
+    ({"window_size": (3, -2)}, ValueError, "window_size must have sides of at least 0, or -1"),
+    ({"cache_seqlens": 9, "window_size": (-1, 3)}, ValueError, "fewer slots: 8"),
     ({"return_lse": None}, TypeError, "return_lse must be True or False"),
     ({"backend": "fast"}, ValueError, "backend must be"),
 ]
@@ -394,131 +426,3 @@ def test_bad_input(changed, error, message):
 def test_a_ring_of_just_enough_slots_is_accepted():
     q, k = torch.ones(2, 2, 4, 4), torch.ones(2, 8, 2, 4)
     window_attn_with_kvcache(q, k, k, 7, cache_seqlens=9)
-
-
-@dataclasses.dataclass
-class Rows:
-    """All keys and values that each row has had, which a ring buffer forgets."""
-
-    keys: list[torch.Tensor]
-    values: list[torch.Tensor]
-
-    def append(self, k, v, lengths):
-        for kept, new in ((self.keys, k), (self.values, v)):
-            for b, length in enumerate(lengths):
-                kept[b] = torch.cat([kept[b], new[b, :length]])
-
-
-def ring_and_rows(B, W, **options):
-    ring = RingKVCache(B, W, 2, 16, head_dim_v=24, device=DEVICE, **options)
-    empty = [torch.empty(0, 2, d, device=DEVICE, dtype=ring.k.dtype) for d in (16, 24)]
-    return ring, Rows(*([x] * B for x in empty))
-
-
-def new_tokens(ring, t):
-    B, dtype = len(ring.k), ring.k.dtype
-    return [torch.randn(B, t, 2, d, device=DEVICE, dtype=dtype) for d in (16, 24)]
-
-
-def check_ring(ring, rows, Tq, backend="auto"):
-    B = len(ring.k)
-    q = torch.randn(B, Tq, 4, 16, device=DEVICE, dtype=ring.k.dtype)
-    o, lse = ring.window_attn(q, return_lse=True, backend=backend)
-    for b in range(B):
-        k, v = rows.keys[b][None], rows.values[b][None]
-        expected = reference.window_attn(q[b : b + 1], k, v, ring.window_size, return_lse=True)
-        torch.testing.assert_close((o[b : b + 1], lse[b : b + 1]), expected)
-
-
-@pytest.mark.parametrize("backend", ["eager", "triton"])
-def test_ring_buffer_goes_round(backend):
-    """Token by token, with prompts shorter and longer than the ring before and in between."""
-    ring, rows = ring_and_rows(2, 5)
-    for t in (3, 1, 1, 1, 1, 1, 12, 1, 1, 1, 0, 4, 5, 6, 1):
-        k, v = new_tokens(ring, t)
-        ring.append(k, v)
-        rows.append(k, v, (t, t))
-        check_ring(ring, rows, 1, backend)
-    assert ring.seqlens.tolist() == [39, 39] and ring.max_seqlen == 39
-    assert ring.k.shape == (2, 5, 2, 16) and ring.v.shape == (2, 5, 2, 24)
-
-
-def test_rows_of_different_lengths_and_several_queries():
-    ring, rows = ring_and_rows(3, 6, max_queries=3, dtype=torch.float64)
-    assert ring.k.shape[1] == 8
-    steps = [(7, (0, 3, 7)), (2, (2, 0, 1)), (1, (1, 1, 1)), (20, (20, 8, 9)), (3, (3, 2, 0))]
-    for t, lengths in 3 * steps:
-        k, v = new_tokens(ring, t)
-        ring.append(k, v, torch.tensor(lengths, dtype=torch.int32, device=DEVICE))
-        rows.append(k, v, lengths)
-        for Tq in (1, 2, 3):
-            check_ring(ring, rows, Tq)
-        assert ring.seqlens.tolist() == [len(x) for x in rows.keys]
-
-
-def test_view_is_in_order_and_aligned_at_the_end():
-    ring, rows = ring_and_rows(2, 4)
-    for t, lengths in [(0, (0, 0)), (2, (2, 1)), (1, (1, 1)), (9, (0, 9)), (1, (1, 0))]:
-        k, v = new_tokens(ring, t)
-        ring.append(k, v, torch.tensor(lengths, dtype=torch.int32, device=DEVICE))
-        rows.append(k, v, lengths)
-        for kept, seen in zip((rows.keys, rows.values), ring.view()):
-            assert seen.shape[1] == min(ring.max_seqlen, 4)
-            for b in range(2):
-                last = kept[b][-4:]
-                padding = seen.shape[1] - len(last)
-                assert torch.equal(seen[b, padding:], last)
-                assert not seen[b, :padding].any()
-
-
-def test_a_prompt_goes_on_behind_the_view():
-    """Any split of a sequence into pieces and single tokens gives the outputs of one call."""
-    T, W = 40, 7
-    q, k, v = (torch.randn(2, T, h, 16, device=DEVICE) for h in (4, 2, 2))
-    whole = reference.window_attn(q, k, v, W)
-    ring, outputs, start = RingKVCache(2, W, 2, 16, device=DEVICE), [], 0
-    for t in (3, 1, 1, 11, 1, 5, 1, 1, 9, 7):
-        piece = slice(start, start + t)
-        kept = ring.view()
-        keys, values = (torch.cat(x, dim=1) for x in zip(kept, (k[:, piece], v[:, piece])))
-        ring.append(k[:, piece], v[:, piece])
-        if t == 1:
-            outputs.append(ring.window_attn(q[:, piece]))
-        else:
-            outputs.append(window_attn(q[:, piece], keys, values, W))
-        start += t
-    torch.testing.assert_close(torch.cat(outputs, dim=1), whole)
-
-
-RING_BAD = [
-    (
-        lambda ring, k, v: ring.append(k[:1], v),
-        ValueError,
-        r"k must have the shape .*\(2, 3, 2, 16",
-    ),
-    (lambda ring, k, v: ring.append(k, v[:, :2]), ValueError, "v must have the shape"),
-    (lambda ring, k, v: ring.append(k.half(), v), TypeError, "k must have the dtype torch.float32"),
-    (lambda ring, k, v: ring.append(k, v, [1, 2]), TypeError, "lengths must be a tensor"),
-    (lambda ring, k, v: ring.append(k, v, torch.tensor([1, 4]).int()), ValueError, "0 and t = 3"),
-    (lambda ring, k, v: ring.append(k, v, torch.tensor([-1, 1]).int()), ValueError, "got -1"),
-    (lambda ring, k, v: ring.window_attn(torch.ones(2, 2, 4, 16)), ValueError, "max_queries = 1"),
-    (lambda ring, k, v: ring.window_attn(torch.ones(3, 1, 4, 16)), ValueError, "^q must have the"),
-    (
-        lambda ring, k, v: ring.window_attn(torch.ones(2, 1, 4, 16).half()),
-        TypeError,
-        "^q must have",
-    ),
-    (lambda ring, k, v: RingKVCache(2, 0, 2, 16), ValueError, "window_size must be at least 1"),
-    (lambda ring, k, v: RingKVCache(2, None, 2, 16), TypeError, "window_size must be an int"),
-    (lambda ring, k, v: RingKVCache(2, 4, 2, 16, max_queries=0), ValueError, "max_queries"),
-]
-
-
-@pytest.mark.skipif(not ON_CPU, reason="lengths are read on the CPU only")
-@pytest.mark.parametrize("call, error, message", RING_BAD)
-def test_ring_buffer_refuses(call, error, message):
-    ring, _ = ring_and_rows(2, 5)
-    k, v = new_tokens(ring, 3)
-    with pytest.raises(error, match=message):
-        call(ring, k, v)
-    assert not ring.seqlens.any() and not ring.k.any()

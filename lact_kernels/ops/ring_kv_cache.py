@@ -8,7 +8,7 @@ from torch import Tensor
 from lact_kernels.ops import checks
 from lact_kernels.ops.autocast import matching_dtype
 from lact_kernels.ops.checks import Backend
-from lact_kernels.ops.window_attn import check_scores
+from lact_kernels.ops.window_attn import attention_options, check_scores
 from lact_kernels.ops.window_attn_with_kvcache import (
     NAMES,
     check_no_gradient,
@@ -20,7 +20,8 @@ class RingKVCache:
     """A ring buffer of the last keys and values of each of B rows, which may have different lengths.
 
     The token at position p of a row is in slot `p % S`, where the next round overwrites it. There are
-    `S = window_size + max_queries - 1` slots: all that `max_queries` new tokens see between them.
+    `S = window_size + max_queries - 1` slots: all that `max_queries` new tokens see between them. For a pair
+    of sides that is `left + max_queries`: later tokens are among the new ones.
 
         cache = RingKVCache(B, window_size, Hkv, D, dtype=torch.bfloat16, device="cuda")
         cache.append(k, v)                   # of new tokens, [B, t, Hkv, D]
@@ -31,8 +32,8 @@ class RingKVCache:
 
     Args:
         batch_size: rows B.
-        window_size: tokens that a query sees, itself included, at least 1. Also a pair `(left, 0)` as in
-            `window_attn`, but for `(-1, 0)`, which sees all.
+        window_size: as in `window_attn`: tokens that a query sees, itself and those before it, or a pair
+            `(left, right)`, whose left side needs a limit.
         num_kv_heads: heads Hkv of keys and values.
         head_dim: channels D of a key.
         head_dim_v: channels Dv of a value, D by default.
@@ -50,7 +51,6 @@ class RingKVCache:
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape, device or value. Both name the argument.
-        NotImplementedError: a pair `window_size` with a right side other than 0.
     """
 
     def __init__(
@@ -71,14 +71,15 @@ class RingKVCache:
         if head_dim_v is None:
             head_dim_v = head_dim
         head_dim_v = checks.check_positive_int("head_dim_v", head_dim_v)
-        window = checks.check_causal_window("window_size", window_size)
-        if window is None:
+        left, right = checks.check_window("window_size", window_size)
+        if left is None:
             raise TypeError(
-                f"window_size must be an int or a pair with an end, got {window_size!r}"
+                "window_size must be an int or a pair with a limit on the left side, got"
+                f" {window_size!r}"
             )
-        self.window_size = window
+        self.window_size = left + 1 if right == 0 else (left, -1 if right is None else right)
         self.max_queries = checks.check_positive_int("max_queries", max_queries)
-        shape = (batch_size, self.window_size + self.max_queries - 1, num_kv_heads)
+        shape = (batch_size, left + self.max_queries, num_kv_heads)
         self.k: Tensor = torch.zeros(*shape, head_dim, dtype=dtype, device=device)
         self.v: Tensor = torch.zeros(*shape, head_dim_v, dtype=dtype, device=device)
         self.seqlens: Tensor = torch.zeros(batch_size, dtype=torch.int32, device=device)
@@ -167,24 +168,26 @@ class RingKVCache:
 
     @overload
     def window_attn(
-        self, q: Tensor, *, softmax_scale: float | None = None, backend: Backend = "auto",
-        return_lse: Literal[False] = False,
+        self, q: Tensor, *, softmax_scale: float | None = None, softcap: float | None = None,
+        sinks: Tensor | None = None, backend: Backend = "auto", return_lse: Literal[False] = False,
     ) -> Tensor: ...  # fmt: skip
     @overload
     def window_attn(
-        self, q: Tensor, *, softmax_scale: float | None = None, backend: Backend = "auto",
-        return_lse: Literal[True],
+        self, q: Tensor, *, softmax_scale: float | None = None, softcap: float | None = None,
+        sinks: Tensor | None = None, backend: Backend = "auto", return_lse: Literal[True],
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
     @overload
     def window_attn(
-        self, q: Tensor, *, softmax_scale: float | None = None, backend: Backend = "auto",
-        return_lse: bool = False,
+        self, q: Tensor, *, softmax_scale: float | None = None, softcap: float | None = None,
+        sinks: Tensor | None = None, backend: Backend = "auto", return_lse: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
     def window_attn(
         self,
         q: Tensor,
         *,
         softmax_scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
         return_lse: bool = False,
         backend: Backend = "auto",
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -199,11 +202,13 @@ class RingKVCache:
                 f"q has {q.shape[1]} tokens, more than max_queries = {self.max_queries}, for which this"
                 " cache has slots"
             )
-        check_scores(q, Hkv, softmax_scale, None, None, NAMES)
+        check_scores(q, Hkv, softmax_scale, softcap, sinks, NAMES)
         checks.check_flag("return_lse", return_lse)
-        check_no_gradient(q, self.k, self.v)
+        check_no_gradient(q, self.k, self.v, sinks)
+        window = checks.check_window("window_size", self.window_size)
+        options = attention_options(q, window, softmax_scale, softcap)
         o, lse = run_window_attn_with_kvcache(
-            q, self.k, self.v, self.window_size, self.seqlens, softmax_scale, backend
+            q, self.k, self.v, options, sinks, self.seqlens, backend
         )
         return (o, lse) if return_lse else o
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from lact_kernels.autograd.window_attn_with_kvcache import window_attn_with_kvcache as op
+from lact_kernels.core.attention import AttentionOptions
 from lact_kernels.ops import checks
 from lact_kernels.ops.autocast import cast_inputs
 from lact_kernels.ops.checks import Backend
-from lact_kernels.ops.window_attn import attention_options, check_attention, choose_backend
+from lact_kernels.ops.window_attn import check_attention, choose_backend, inner_sinks
 
 NAMES = ("k_cache", "v_cache")
 
@@ -18,19 +19,22 @@ NAMES = ("k_cache", "v_cache")
 def window_attn_with_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, window_size: int | tuple[int, int] | None = None, *,
     cache_seqlens: Tensor | int | None = None, softmax_scale: float | None = None,
-    backend: Backend = "auto", return_lse: Literal[False] = False,
+    softcap: float | None = None, sinks: Tensor | None = None, backend: Backend = "auto",
+    return_lse: Literal[False] = False,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def window_attn_with_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, window_size: int | tuple[int, int] | None = None, *,
     cache_seqlens: Tensor | int | None = None, softmax_scale: float | None = None,
-    backend: Backend = "auto", return_lse: Literal[True],
+    softcap: float | None = None, sinks: Tensor | None = None, backend: Backend = "auto",
+    return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def window_attn_with_kvcache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, window_size: int | tuple[int, int] | None = None, *,
     cache_seqlens: Tensor | int | None = None, softmax_scale: float | None = None,
-    backend: Backend = "auto", return_lse: bool = False,
+    softcap: float | None = None, sinks: Tensor | None = None, backend: Backend = "auto",
+    return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def window_attn_with_kvcache(
     q: Tensor,
@@ -40,6 +44,8 @@ def window_attn_with_kvcache(
     *,
     cache_seqlens: Tensor | int | None = None,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -48,7 +54,7 @@ def window_attn_with_kvcache(
     The token at position p has the slot `p % S` of a cache of S slots. With at most S tokens this is a
     cache as one writes it from the front; with more it is a ring buffer (`RingKVCache`). Only the
     slots that the window covers are read, whatever has been read or written before: one query costs
-    O(window_size), at any position.
+    O(window), at any position.
 
     Args:
         q: queries `[B, Tq, Hq, D]` of the last Tq tokens of each row; float16, bfloat16, float32, or
@@ -57,13 +63,15 @@ def window_attn_with_kvcache(
         k_cache: keys `[B, S, Hkv, D]`, those of the Tq tokens included. `Hkv` divides `Hq`. Read in
             place with any strides, as long as the last one is 1.
         v_cache: values `[B, S, Hkv, Dv]`.
-        window_size: tokens that a query sees, itself included, at least 1. `None` is all before it. Also
-            a pair `(left, 0)` as in `window_attn`.
+        window_size: as in `window_attn`. A query sees only tokens that its row has had, so the right side
+            of a pair counts for the first of several queries and not for the last one.
         cache_seqlens: how many tokens each row has had so far, the Tq of q included: int32 `[B]`, or an
-            int for all rows, or that in a tensor `[]`; S by default. Rows may differ. A query before the
-            first token of its row has the output 0 and the lse -inf.
+            int for all rows, or that in a tensor `[]`; S by default. Rows may differ. A query whose window
+            ends before the first token of its row has the output 0, and as lse its sink, or -inf.
         softmax_scale: factor on the scores, `D ** -0.5` by default.
-        return_lse: also return the log-sum-exp of the scaled scores of each query.
+        softcap: as in `window_attn`.
+        sinks: as in `window_attn`.
+        return_lse: also return the log-sum-exp of the logits of each query: its scores, and the sink.
         backend: as in `window_attn`.
 
     Returns:
@@ -74,47 +82,52 @@ def window_attn_with_kvcache(
     Raises:
         TypeError: an argument of the wrong type, or a tensor of the wrong dtype.
         ValueError: a wrong shape, device or value; an input that needs a gradient; or a row that has had
-            more than S tokens where `S < window_size + Tq - 1`, whose window is no longer in the cache.
+            more than S tokens where `S < left + Tq`, with `left` the left side of the window, which is
+            `window_size - 1` of a number: its window is no longer in the cache.
             Values of `cache_seqlens` on a GPU are not checked, nor does the Triton backend read them on
             the host, so that nothing waits and CUDA graphs can be recorded: such a row gives NaN there.
-        NotImplementedError: a pair `window_size` with a right side other than 0.
 
     Source: the sliding-window branch of the LaCT layer, arXiv 2505.23884, section 3.3.
     """
-    window_size = checks.check_causal_window("window_size", window_size)
-    check_attention(q, k_cache, v_cache, window_size, softmax_scale, names=NAMES)
+    options = check_attention(
+        q, k_cache, v_cache, window_size, softmax_scale, softcap, sinks, NAMES
+    )
     checks.check_flag("return_lse", return_lse)
-    check_no_gradient(q, k_cache, v_cache)
+    check_no_gradient(q, k_cache, v_cache, sinks)
     if cache_seqlens is not None:
         cache_seqlens = checks.check_cache_seqlens(cache_seqlens, q.shape[0], q.device)
-        _check_slots(cache_seqlens, q.shape[1], k_cache.shape[1], window_size)
+        _check_slots(cache_seqlens, q.shape[1], k_cache.shape[1], options.left)
     o, lse = run_window_attn_with_kvcache(
-        q, k_cache, v_cache, window_size, cache_seqlens, softmax_scale, backend
+        q, k_cache, v_cache, options, sinks, cache_seqlens, backend
     )
     return (o, lse) if return_lse else o
 
 
 def run_window_attn_with_kvcache(
-    q, k_cache, v_cache, window_size, cache_seqlens, softmax_scale, backend
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    options: AttentionOptions,
+    sinks: Tensor | None = None,
+    cache_seqlens: Tensor | int | None = None,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`window_attn_with_kvcache` of checked arguments."""
+    """`window_attn_with_kvcache` of checked arguments; outputs and lse."""
     backend = choose_backend(backend, q, v_cache)
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
         cache_seqlens = torch.full((len(q),), cache_seqlens, dtype=torch.int32, device=q.device)
-    scale = attention_options(q, (None, 0), softmax_scale, None).softmax_scale
     q, k_cache, v_cache = cast_inputs(q, k_cache, v_cache)
-    return op(q, k_cache, v_cache, cache_seqlens, window_size, scale, backend)
+    return op(q, k_cache, v_cache, cache_seqlens, *options, inner_sinks(q, sinks), backend)
 
 
-def check_no_gradient(q: Tensor, k_cache: Tensor, v_cache: Tensor) -> None:
-    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache}
+def check_no_gradient(q: Tensor, k_cache: Tensor, v_cache: Tensor, sinks: Tensor | None) -> None:
+    tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "sinks": sinks}
     checks.check_no_gradient("window_attn_with_kvcache", "window_attn", **tensors)
 
 
-def _check_slots(cache_seqlens: Tensor | int, Tq: int, S: int, window_size: int | None) -> None:
+def _check_slots(cache_seqlens: Tensor | int, Tq: int, S: int, left: int | None) -> None:
     """A row of more tokens than slots still has its window, as far as that is known without waiting."""
-    ring_slots = None if window_size is None else window_size + Tq - 1
     for seqlen in checks.known_seqlens(cache_seqlens):
-        if seqlen > S and (ring_slots is None or S < ring_slots):
-            ring = "" if ring_slots is None else f", and than window_size + Tq - 1 = {ring_slots}"
+        if seqlen > S and (left is None or S < left + Tq):
+            ring = "" if left is None else f", and than the {left + Tq} that the window needs"
             raise ValueError(f"cache_seqlens is {seqlen}, but the cache has fewer slots{ring}: {S}")

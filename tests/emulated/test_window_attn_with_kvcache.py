@@ -21,7 +21,11 @@ ATTEND = "_window_attn_with_kvcache_kernel"
 COMBINE = "_window_attn_combine_kernel"
 
 case_of = functools.partial(CacheCase, Hkv=1, D=64, Dv=64)
-IN_PARTS = case_of("rows of different lengths in parts", 700, 600, (700, 130, 1))
+ALL_OF_IT = {"softcap": 2.0, "sinks": True}
+IN_PARTS = [
+    case_of("rows of different lengths in parts", 700, 600, (700, 130, 1)),
+    case_of("all of it in parts", 300, (296, 2), (700, 299, 2, 0), Tq=4, **ALL_OF_IT),
+]
 OTHERS_IN_PARTS = [
     case_of("several queries on rings", 128, 120, (1000, 131, 3), Tq=4, Hkv=2, D=128, Dv=128),
     case_of("many rows and padded head dims", 160, 100, (500, 159), Tq=20, D=80, Dv=72),
@@ -32,6 +36,7 @@ WHOLE = [
     case_of("many rows and no window", 290, None, (290, 20), Tq=40),
     case_of("widest head dim and no lengths", 150, 100, Hq=2, Hkv=2, D=256, Dv=256),
     case_of("many rows of the widest head dim", 150, 70, (150,), Tq=20, D=256, Dv=256),
+    case_of("all of it with many rows", 140, (100, 7), (1000, 9), Tq=40, D=80, Dv=72, **ALL_OF_IT),
 ]
 
 
@@ -48,8 +53,9 @@ def check_emulated(arch, dtype, case, num_multiprocessors=1, layout=lambda x: x)
 
 
 @pytest.mark.parametrize("arch, dtype", TARGETS)
-def test_in_parts(arch, dtype):
-    check_emulated(arch, dtype, IN_PARTS, MULTIPROCESSORS)
+@pytest.mark.parametrize("case", IN_PARTS, ids=str)
+def test_in_parts(arch, dtype, case):
+    check_emulated(arch, dtype, case, MULTIPROCESSORS)
 
 
 @pytest.mark.parametrize("arch, dtype", TWO_TARGETS)

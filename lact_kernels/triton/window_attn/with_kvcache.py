@@ -10,7 +10,8 @@ and a second kernel weighs them:
     lse = ln sum_s exp(lse_s)      O = sum_s exp(lse_s - lse) O_s
 ```
 
-Lengths, slots, the window and the number of parts are runtime values.
+A sink is one more logit of the first part. Lengths, slots, the window and the number of parts are runtime
+values.
 """
 
 import torch
@@ -41,7 +42,7 @@ from lact_kernels.triton.primitives import (
     load_rows,
     visible,
 )
-from lact_kernels.triton.softmax import LOWEST, softmax_end, softmax_step
+from lact_kernels.triton.softmax import LOWEST, softcapped, softmax_end, softmax_step
 
 NARROW_ROWS = 16  # up to here a tile of the least rows that a matrix instruction takes
 MAX_SPLITS = 64
@@ -50,7 +51,16 @@ COMBINE_WARPS = 4
 
 
 @triton.jit(
-    do_not_specialize=["window_size", "Tq", "num_slots", "num_splits", "Hq", "Hkv", "stride_split"]
+    do_not_specialize=[
+        "window_size",
+        "right",
+        "Tq",
+        "num_slots",
+        "num_splits",
+        "Hq",
+        "Hkv",
+        "stride_split",
+    ]
 )
 def _window_attn_with_kvcache_kernel(
     q_ptr,
@@ -59,8 +69,11 @@ def _window_attn_with_kvcache_kernel(
     o_ptr,  # [num_splits, B, Tq, Hq, Dv], contiguous
     lse_ptr,  # [num_splits, B, Hq, Tq], contiguous
     seqlens_ptr,  # [B], or None: num_slots each
-    softmax_scale,  # > 0
-    window_size,
+    sinks_ptr,  # [B, Hq], the heads side by side, or None
+    softmax_scale,  # of the exponents, > 0
+    bend,  # of the scores, or None
+    window_size,  # of the query and what comes before it
+    right,  # how many keys after the query it sees, or None: none
     Tq,
     num_slots,
     num_splits,
@@ -69,6 +82,7 @@ def _window_attn_with_kvcache_kernel(
     q_strides,  # of batch row, token and head, like the next two
     k_strides,
     v_strides,
+    sinks_strides,  # of batch row
     stride_split,  # rows of the output of one part: B * Hq * Tq
     SIZES: tl.constexpr,
 ):
@@ -102,7 +116,10 @@ def _window_attn_with_kvcache_kernel(
     last_query = tl.minimum((tile * SIZES.BLOCK_M + SIZES.BLOCK_M - 1) // groups, Tq - 1)
     first_seen = length - Tq + tile * SIZES.BLOCK_M // groups - window_size + 1
     first_seen = tl.maximum(tl.maximum(first_seen, length - num_slots), 0)
-    num_seen = tl.maximum(length - Tq + last_query + 1 - first_seen, 0)
+    end = length - Tq + last_query + 1
+    if right is not None:
+        end = length - tl.maximum(Tq - 1 - last_query - right, 0)
+    num_seen = tl.maximum(end - first_seen, 0)
     part = tl.cdiv(tl.cdiv(num_seen, SIZES.BLOCK_N), num_splits) * SIZES.BLOCK_N
     first_key = first_seen + split * part
     num_keys = tl.minimum(part, num_seen - split * part)
@@ -123,7 +140,12 @@ def _window_attn_with_kvcache_kernel(
         k = load_rows(k_pointers, steps, num_keys, cols_qk, SIZES.D, SIZES.BLOCK_D, True)
         v = load_rows(v_pointers, steps, num_keys, cols_v, SIZES.DV, SIZES.BLOCK_DV, True)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
-        seen = visible(positions[:, None], keys[None, :], window_size)
+        scores = softcapped(scores, bend, FULL_PRECISION)
+        if right is None:
+            seen = visible(positions[:, None], keys[None, :], window_size)
+        else:  # no sum of a position and `right`, which 32 bits need not hold
+            distance = keys[None, :] - positions[:, None]
+            seen = (distance <= right) & (distance > -window_size)
         scores = tl.where(seen & (steps < num_keys)[None, :], scores, float("-inf"))
         probs, decay, row_max, row_sum = softmax_step(
             scores, row_max, row_sum, scale_log2, FULL_PRECISION
@@ -131,7 +153,11 @@ def _window_attn_with_kvcache_kernel(
         acc = acc * decay[:, None]
         acc = tl.dot(probs.to(v.dtype), v, acc, input_precision="ieee")  # [BLOCK_M, BLOCK_DV]
 
-    o, lse = softmax_end(acc, row_max, row_sum, softmax_scale, None, FULL_PRECISION)
+    sinks = None
+    if sinks_ptr is not None:
+        sinks = tl.load(sinks_ptr + b * sinks_strides[0] + heads)  # [BLOCK_M]
+        sinks = tl.where(split == 0, sinks, float("-inf"))
+    o, lse = softmax_end(acc, row_max, row_sum, softmax_scale, sinks, FULL_PRECISION)
     # The window of a row that has outgrown the cache is not in it any more.
     if (length > num_slots) & (num_slots - Tq + 1 < window_size):
         o, lse = o + float("nan"), lse + float("nan")
@@ -192,16 +218,16 @@ def window_attn_with_kvcache(
     k_cache: Tensor,  # [B, S, Hkv, D]
     v_cache: Tensor,  # [B, S, Hkv, Dv]
     cache_seqlens: Tensor | None,  # [B], int32; S each by default
-    window_size: int,
-    softmax_scale: float,
+    options: AttentionOptions,
+    sinks: Tensor | None,  # [B, Hq], float32
     *,
     config: KernelConfig | None = None,
     num_splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, Tq, Hq, Dv]` in the dtype of `q`, and the lse `[B, Hq, Tq]` in float32.
 
-    `window_size` is at least 1 and at most 2^30. `config` overrides the table, and `num_splits` the
-    number of parts into which the keys are cut.
+    The window of `options` has both limits, at most 2^30 and Tq - 1. `config` overrides the table, and
+    `num_splits` the number of parts into which the keys are cut.
     """
     B, Tq, Hq, D = q.shape
     S, Hkv, Dv = v_cache.shape[1:]
@@ -209,15 +235,16 @@ def window_attn_with_kvcache(
     lse = q.new_empty(B, Hq, Tq, dtype=torch.float32)
     if o.numel() == 0:
         return o, lse
-    options = AttentionOptions(window_size - 1, 0, softmax_scale)
-    q, _, softmax_scale, _ = positive_scale(q, options)
+    q, _, scale, bend = positive_scale(q, options)
     q, k, v = readable_in_place(q, k_cache, v_cache)
+    if sinks is not None:
+        (sinks,) = readable_in_place(sinks)
     rows = Tq * Hq // Hkv
     name = "window_attn_with_kvcache" + ("" if rows <= NARROW_ROWS else "_wide")
     config = config or kernel_config(name, D, Dv, q.dtype, capability_of(q.device))
     programs = B * Hkv * -(-rows // config.block_m)
     if num_splits is None:
-        num_splits = choose_splits(min(window_size + Tq - 1, S), programs, config, q.device)
+        num_splits = choose_splits(min(options.left + Tq, S), programs, config, q.device)
     # Without parts to combine the kernel writes the result itself.
     parts, part_lse = o, lse
     if num_splits > 1:
@@ -227,8 +254,8 @@ def window_attn_with_kvcache(
         launch(
             KVCACHE_KERNELS, config, (programs * num_splits,),
             q, k, v, parts, part_lse, None if cache_seqlens is None else cache_seqlens.contiguous(),
-            softmax_scale, window_size, Tq, S, num_splits, Hq, Hkv,
-            *outer_strides(q, k, v), lse.numel(),
+            sinks, scale, bend, options.left + 1, options.right or None, Tq, S, num_splits, Hq, Hkv,
+            *outer_strides(q, k, v, sinks), lse.numel(),
             SIZES=Sizes.of(D, Dv, config),
         )  # fmt: skip
         if num_splits > 1:
