@@ -126,4 +126,4 @@ def _types(
     for ending, number in _STRIDES.items():
         if name.endswith(ending):
             return ("i32",) * number
-    return "fp32" if name.endswith(("scale", "factor")) else "i32"
+    return "fp32" if name.endswith(("scale", "factor", "bend")) else "i32"

@@ -91,21 +91,27 @@ def _bwd(arch: int) -> Iterator[CompileCase]:
 
 
 def _with_kvcache(arch: int) -> Iterator[CompileCase]:
-    """Of every row of the table."""
+    """Of every row of the table, without and with sinks, a soft cap and a right side of the window."""
+    options = dict.fromkeys(("sinks_ptr", "sinks_strides", "bend", "right"))
     for name in ("window_attn_with_kvcache", "window_attn_with_kvcache_wide"):
         for dtype, head_dim, config, more in shipped_cases(name, arch):
             pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "o_ptr"), dtype)
-            yield CompileCase(
+            pointers |= {"lse_ptr": torch.float32, "seqlens_ptr": torch.int32}
+            sizes = Sizes.of(head_dim, head_dim, config)
+            case = CompileCase(
                 name=name,
                 kernel=kernel_of(with_kvcache.KVCACHE_KERNELS, config),
                 arch=arch,
                 dtype=dtype,
                 shape=f"D{head_dim}",
                 config=config,
-                pointers={**pointers, "lse_ptr": torch.float32, "seqlens_ptr": torch.int32},
-                constexprs={"SIZES": Sizes.of(head_dim, head_dim, config)},
+                pointers={**pointers, "sinks_ptr": torch.float32},
+                constexprs={"SIZES": sizes},
                 **more,
             )
+            none = {**case.constexprs, **options}
+            yield replace(case, pointers=pointers, constexprs=none, demanding=False)
+            yield replace(case, shape=f"{case.shape} options")
     if arch in ARCHITECTURES:
         head_dim = HEAD_DIM_CLASSES[-1]
         floats = ("parts_ptr", "part_lse_ptr", "lse_ptr")
