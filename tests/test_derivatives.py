@@ -39,7 +39,7 @@ def op_calls():
     o, lse = ops.window_attn_fwd(q, k, v, *window)
     yield "window_attn_fwd", (q, k, v, *window)
     yield "window_attn_bwd", (o, None, q, k, v, o, lse, *window)
-    yield "window_attn_with_kvcache", (q, k, v, None, 3, 0.5, "eager")
+    yield "window_attn_with_kvcache", (q, k, v, None, *window[:5], "eager")
 
     start = [*randn(3, B, H, 4, 4), *randn(3, B, H, 4)]
     tokens = (q, k, v, *randn(3, B, T, H), None, start, None)
@@ -313,13 +313,19 @@ def test_a_cache_of_each_sample():
     q, k, v = randn(V, B, 1, H, 4), randn(V, B, 8, H, 4), randn(B, 8, H, 4)
     lengths = torch.tensor([[3, 8], [1, 12], [4, 4]], dtype=torch.int32)
 
-    def attend(q, k, lengths):
-        return window_attn_with_kvcache(q, k, v, 4, cache_seqlens=lengths)
+    def attend(q, k, lengths, sinks):
+        return window_attn_with_kvcache(q, k, v, (3, 1), cache_seqlens=lengths, sinks=sinks)
 
-    expected = torch.stack([attend(*row) for row in zip(q, k, lengths)])
-    assert_close(vmap(attend)(q, k, lengths), expected)
+    own = randn(V, H)
+    for sinks, of_each, dim in (
+        (None, V * [None], None),
+        (own, own, 0),
+        (own[0], V * [own[0]], None),
+    ):
+        expected = torch.stack([attend(*row) for row in zip(q, k, lengths, of_each)])
+        assert_close(vmap(attend, (0, 0, 0, dim))(q, k, lengths, sinks), expected)
     with pytest.raises(NotImplementedError, match="window_attn_with_kvcache has no backward"):
-        grad(lambda q: vmap(attend)(q, k, lengths).sum())(q)
+        grad(lambda q: vmap(attend)(q, k, lengths, own).sum())(q)
 
 
 def test_a_layers_gradients_of_each_sample():

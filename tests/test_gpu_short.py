@@ -60,6 +60,20 @@ CACHES = [
     for kind, tiles, lengths in (("narrow", narrow, (700, 130, 1)), ("wide", wide, (700, 39)))
     for D, Dv in ((64, 64), (80, 72), (128, 128), (192, 128), (256, 256))
 ]
+CACHES += [
+    tiles(
+        f"{kind} with all options",
+        700,
+        (500, 2),
+        (1500, 130, 1),
+        Tq=Tq,
+        D=64,
+        Dv=64,
+        softcap=2.0,
+        sinks=True,
+    )
+    for kind, tiles, Tq in (("narrow", narrow, 4), ("wide", wide, 40))
+]
 # Several updates and a rest, and heads enough for the gradients of momentum to have statistics.
 OPTIONS = {str(case): case for case in ttt.MEDIUM}
 TTT = [
@@ -177,7 +191,7 @@ def run_all(dtype):
     for case in CACHES:
         (q, k, v), options = case.inputs(dtype)
         for num_splits in (1, 3):
-            kvcache.launch(q, k, v, options["cache_seqlens"], 600, 1.0, num_splits=num_splits)
+            kvcache.kernels(num_splits, None)(q, k, v, **options)
     for fn, case in [(triton_block_causal_ttt, case) for case in TTT] + [(pieces, TTT[0])]:
         inputs = case.inputs(dtype)
         differentiate(fn(**inputs, **case.options()), list(inputs.values()))

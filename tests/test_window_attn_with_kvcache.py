@@ -186,23 +186,21 @@ def test_decoding_runs_one_kernel_over_the_cache_as_it_is(slots, lengths, kernel
     assert len(ran.names) <= 40
 
 
-def check_kernels(case, dtype, num_splits, config):
+def kernels(num_splits, config):
+    """The launcher, with the arguments of the function."""
+
     def fn(q, k, v, window_size, softcap, sinks=None, cache_seqlens=None):
         window = check_window("window_size", window_size)
         options = attention_options(q, window, None, softcap).within(q.shape[1], UNLIMITED)
-        with filled_with_nan():
-            return launch(
-                q,
-                k,
-                v,
-                cache_seqlens,
-                options,
-                inner_sinks(q, sinks),
-                config=config,
-                num_splits=num_splits,
-            )
+        inputs = q, k, v, cache_seqlens, options, inner_sinks(q, sinks)
+        return launch(*inputs, config=config, num_splits=num_splits)
 
-    check(fn, case, dtype)
+    return fn
+
+
+def check_kernels(case, dtype, num_splits, config):
+    with filled_with_nan():
+        check(kernels(num_splits, config), case, dtype)
 
 
 @pytest.mark.skipif(not ON_CPU, reason="runs in the interpreter only")

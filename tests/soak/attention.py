@@ -88,8 +88,9 @@ def window_attn_with_kvcache(draw: Draw) -> None:
     longest = 30 if backend == "triton" else 80
     (Hq, Hkv), D, Dv = heads(draw), draw.randint(1, 40), draw.randint(1, 40)
     B, Tq, S = draw.randint(1, 3), draw.choice((0, 1, 1, 2, 5)), draw.randint(1, longest)
-    W = window(draw, S)
-    goes_round = W is not None and S >= W + Tq - 1
+    W = two_sided_window(draw, S)
+    left = -1 if W is None else W[0] if isinstance(W, tuple) else W - 1
+    goes_round = left >= 0 and S >= left + Tq
     lengths = [draw.randint(0, 4 * S if goes_round else S) for _ in range(B)]
     inputs = {
         "q": draw.laid_out(draw.normal(B, Tq, Hq, D, dtype=dtype) * draw.choice(SIZES[:5])),
@@ -100,15 +101,17 @@ def window_attn_with_kvcache(draw: Draw) -> None:
         for b, length in enumerate(lengths):
             inputs[name][b, length:] = torch.nan
         inputs[name] = draw.laid_out(inputs[name])
-    options = {"softmax_scale": scale(draw), "return_lse": True}
+    if draw.chance(0.3):
+        inputs["sinks"] = (draw.normal(Hq) * draw.choice(SIZES)).to(dtype)
+    options = {"softmax_scale": scale(draw), "softcap": softcap(draw), "return_lse": True}
     if lengths != [S] * B or draw.chance(0.5):
         options["cache_seqlens"] = int32(lengths)
     draw.note(dtype=dtype, backend=backend, Tq=Tq, S=S, window=W, heads=(Hq, Hkv), D=D, Dv=Dv)
-    draw.note(**options)
+    draw.note(**options, sinks="sinks" in inputs)
 
     def call(fn, **more):
         def run(x):
-            o, lse = fn(x["q"], x["k"], x["v"], W, **options, **more)
+            o, lse = fn(x["q"], x["k"], x["v"], W, **options, sinks=x.get("sinks"), **more)
             return {"o": o, "lse": lse}
 
         return run
@@ -160,7 +163,8 @@ def ring_kv_cache(draw: Draw) -> None:
     backend, dtype = draw.backend(0.1)
     (Hq, Hkv), D, Dv = heads(draw), draw.randint(1, 20), draw.randint(1, 20)
     B, W, most = draw.randint(1, 3), draw.randint(1, 12), draw.randint(1, 3)
-    ring = RingKVCache(B, W, Hkv, D, head_dim_v=Dv, max_queries=most, dtype=dtype)
+    window = W if draw.chance(0.5) else (W - 1, draw.choice((-1, 0, 1, 2, 2**40)))
+    ring = RingKVCache(B, window, Hkv, D, head_dim_v=Dv, max_queries=most, dtype=dtype)
     rows = [
         [torch.empty(0, Hkv, d, dtype=dtype) for d in (D, Dv)] for _ in range(B)
     ]  # k and v of each
@@ -196,8 +200,12 @@ def _check_ring(draw, ring, rows, Hq, backend, dtype) -> None:
     for b, (k, v) in enumerate(rows):
         inputs |= {f"k{b}": k, f"v{b}": v}
 
+    if draw.chance(0.3):
+        inputs["sinks"] = draw.normal(Hq, dtype=dtype)
+    options = {"softcap": softcap(draw), "return_lse": True}
+
     def ours(x):
-        o, lse = ring.window_attn(x["q"], return_lse=True, backend=backend)
+        o, lse = ring.window_attn(x["q"], sinks=x.get("sinks"), **options, backend=backend)
         return {"o": o, "lse": lse}
 
     def plain(x):
@@ -207,7 +215,8 @@ def _check_ring(draw, ring, rows, Hq, backend, dtype) -> None:
                 x[f"k{b}"][None],
                 x[f"v{b}"][None],
                 ring.window_size,
-                return_lse=True,
+                sinks=x.get("sinks"),
+                **options,
             )
             for b in range(B)
         ]
