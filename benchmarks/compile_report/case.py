@@ -1,5 +1,7 @@
 """`CompileCase`: one kernel, as it ships in a row of the table, and how to compile it without a GPU."""
 
+import functools
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,8 +20,8 @@ class CompileCase:
 
     `pointers` gives the element dtype of each pointer argument, a tuple of them for a tuple of pointers,
     or the type of a descriptor, and `constexprs` the compile-time arguments. Arguments in neither are
-    float32 where the name ends in `scale` or `factor`, tuples of integers where it ends in `strides`, and
-    else integers, of 32 bits.
+    float32 where the name ends in `scale`, `factor` or `bend`, tuples of integers where it ends in
+    `strides`, and else integers, of 32 bits.
     """
 
     name: str
@@ -41,11 +43,18 @@ def packing_cases(case: CompileCase) -> Iterator[CompileCase]:
     yield replace(case, shape=f"{case.shape} packed", pointers=packed)
 
 
-def shipped_cases(name: str, arch: int) -> Iterator[tuple[torch.dtype, int, KernelConfig, dict]]:
+def shipped_cases(
+    name: str, arch: int, softcap: bool = False
+) -> Iterator[tuple[torch.dtype, int, KernelConfig, dict]]:
     """The rows of pass `name` that are compiled for `arch`: dtype, head dim, row, more fields of the case."""
+
+    def rows(dtype: torch.dtype, key: int) -> dict[int, KernelConfig]:
+        names = (name, f"{name}_softcap") if softcap else (name,)
+        found = (configs._TABLE.get((x, key, 8 * dtype.itemsize), {}) for x in names)
+        return functools.reduce(operator.or_, found)
+
     for dtype, key in _compiled_for(arch):
-        row = configs._TABLE.get((name, key, 8 * dtype.itemsize), {})
-        own = configs._TABLE.get((name, SMALL, 8 * dtype.itemsize), {})
+        row, own = rows(dtype, key), rows(dtype, SMALL)
         for head_dim, config in row.items():
             padded = row.get({128: 96, 256: 192}.get(head_dim))
             also = () if head_dim in own else others(arch)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 import torch
 
@@ -56,13 +57,13 @@ def _inputs(
 
 
 def _bwd(arch: int) -> Iterator[CompileCase]:
-    """Of every row of the table."""
+    """Of every row of the table: plain, and with all options."""
     passes = {
         "window_attn_bwd_dkv": (bwd.DKV_KERNELS, ("do_ptr", "dk_ptr", "dv_ptr")),
         "window_attn_bwd_dq": (bwd.DQ_KERNELS, ("o_ptr", "do_ptr", "dq_ptr")),
     }
-    for name, (kernels, outputs) in passes.items():
-        for dtype, head_dim, config, more in shipped_cases(name, arch):
+    for (name, (kernels, outputs)), softcap in product(passes.items(), (False, True)):
+        for dtype, head_dim, config, more in shipped_cases(name, arch, softcap):
             is_dq = name == "window_attn_bwd_dq"
             of = bwd._dq_constexprs if is_dq else bwd._dkv_constexprs
             constexprs = of(head_dim, head_dim, dtype, config)
@@ -72,7 +73,7 @@ def _bwd(arch: int) -> Iterator[CompileCase]:
                 pointers, absent = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), dtype), {}
             pointers |= dict.fromkeys(outputs, dtype)
             pointers |= dict.fromkeys(("lse_ptr", "stats_ptr"), torch.float32)
-            for variant in [{"dlse_ptr": None}] if is_dq else bwd._owned(config):
+            for owned in [{"dlse_ptr": None}] if is_dq else bwd._owned(config):
                 case = CompileCase(
                     name=name,
                     kernel=kernel_of(kernels, config),
@@ -81,13 +82,30 @@ def _bwd(arch: int) -> Iterator[CompileCase]:
                     shape=f"D{head_dim}",
                     config=config,
                     pointers=pointers,
-                    constexprs=constexprs | absent | variant,
+                    constexprs=constexprs | absent | owned,
                     **more,
                 )
-                if config.descriptors:  # dense input alone
-                    yield replace(case, constexprs={**case.constexprs, "cu_seqlens": None})
-                else:
-                    yield from packing_cases(case)
+                sinks = ("sinks_ptr", "sinks_ds_ptr") if is_dq else ()
+                for variant in _option_cases(case, sinks, softcap):
+                    if config.descriptors:  # dense input alone
+                        yield replace(variant, constexprs=variant.constexprs | {"cu_seqlens": None})
+                    else:
+                        yield from packing_cases(variant)
+
+
+def _option_cases(
+    case: CompileCase, sinks: tuple[str, ...], softcap: bool
+) -> Iterator[CompileCase]:
+    """A kernel with all options, of which `sinks` are the pointers: or without a soft cap, and with none."""
+    pointers = case.pointers | dict.fromkeys(sinks, torch.float32)
+    if softcap:
+        yield replace(case, shape=f"{case.shape} capped", pointers=pointers)
+        return
+    uncapped = case.constexprs | {"bend": None}
+    plain = uncapped | dict.fromkeys(("right", *sinks))
+    yield replace(case, constexprs=plain)
+    shape = f"{case.shape} right"
+    yield replace(case, shape=shape, pointers=pointers, constexprs=uncapped, demanding=False)
 
 
 def _with_kvcache(arch: int) -> Iterator[CompileCase]:

@@ -128,6 +128,9 @@ _TABLE: dict[tuple[str, int, int], dict[int, KernelConfig]] = {
     ("window_attn_bwd_dkv", 100, 16): _row(
         (64, 128, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2), (32, 64, 8, 3), (32, 64, 8, 3)
     ),
+    # With a soft cap, of which the scores are needed twice, in fewer queries at a time.
+    ("window_attn_bwd_dkv_softcap", 80, 16): {64: KernelConfig(32, 64, 4, 2)},
+    ("window_attn_bwd_dkv_softcap", 90, 16): dict.fromkeys((96, 128), KernelConfig(32, 128, 8, 3)),
     ("window_attn_bwd_dq", 80, 16): _row(
         (64, 64, 4, 2), (128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 4, 3), (64, 32, 4, 3)
     ),
@@ -222,17 +225,20 @@ def kernel_config(
     dtype: torch.dtype,
     capability: tuple[int, int] | None,
     described: bool = False,
+    softcap: bool = False,
 ) -> KernelConfig:
     """The row of pass `name` for these head dims, dtype and compute capability.
 
     `capability` is `(major, minor)`; None stands for no GPU (the interpreter) and reads as sm_90.
-    `described`: whether the tensors can have descriptors.
+    `described`: whether the tensors can have descriptors. `softcap`: whether the scores have one, for which
+    some passes have rows of their own.
     """
     head_dim = _head_dim_class(head_dim_qk, head_dim_v)
     archs = _architectures(capability, dtype)
     if described and archs == (90,):
         archs = (DESCRIBED, 90)
-    rows = (_TABLE.get((name, arch, 8 * dtype.itemsize), {}) for arch in archs)
+    names = (f"{name}_softcap", name) if softcap else (name,)
+    rows = (_TABLE.get((x, arch, 8 * dtype.itemsize), {}) for arch in archs for x in names)
     return next(row[head_dim] for row in rows if head_dim in row)
 
 

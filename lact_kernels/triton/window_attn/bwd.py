@@ -5,6 +5,10 @@
     dQ = scale * dS K             dV = P^T dO                        dK = scale * dS^T Q
 ```
 
+With a soft cap S is a tanh (see `softmax`), and dS has its derivative, 1 - S^2, as one more factor. A sink
+has the probability `exp(sink - lse)` in each row of its head, and a dP of 0: the dq pass leaves its dS for
+each row, and the gradient is their sum.
+
 The dq pass walks the key tiles that a tile of queries sees, as the forward does, and leaves the
 row statistics (lse and `delta`) for the other. The dk/dv pass walks the query tiles that see a tile
 of keys, for each query head of its kv head. Each pass has one loop over its tiles, from left to right, so
@@ -61,36 +65,40 @@ def window_attn_bwd(
     v: Tensor,  # [B, Tk, Hkv, Dv]
     o: Tensor,  # [B, Tq, Hq, Dv]
     lse: Tensor,  # [B, Hq, Tq]
-    window_size: int,
-    softmax_scale: float,
+    options: AttentionOptions,  # with both limits
+    sinks: Tensor | None,  # [B, Hq], float32
     cu_seqlens_q: Tensor | None = None,  # [N + 1], int32, contiguous, with B = 1; likewise:
     cu_seqlens_k: Tensor | None = None,
     *,
     config: KernelConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients `(dq, dk, dv)` in the shapes and dtypes of q, k and v, contiguous.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients `(dq, dk, dv, dsinks)` in the shapes and dtypes of q, k, v and sinks, contiguous.
 
-    `window_size` counts the query itself, is at least 1 and at most Tk (or 1). `config` overrides the
-    table for both passes.
+    Without sinks the last is empty. The lse is that of the forward, in which they count. `config` overrides
+    the table for both passes.
     """
     B, Tq, Hq, D = q.shape
     Tk, Hkv, Dv = v.shape[1:]
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if do.numel() == 0:
-        return dq.zero_(), dk.zero_(), dv.zero_()
-    options = AttentionOptions(window_size - 1, 0, softmax_scale)
-    q, sign, softmax_scale, _ = positive_scale(q, options)
+        dsinks = lse.new_zeros(0 if sinks is None else sinks.shape)
+        return dq.zero_(), dk.zero_(), dv.zero_(), dsinks
+    q, sign, softmax_scale, bend = positive_scale(q, options)
     q, k, v, o, do = readable_in_place(q, k, v, o, do)
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
+    sinks = None if sinks is None else sinks.contiguous()
     capability = capability_of(q.device)
     tensors, strides = (q, k, v), list(map(aligned_strides, (q, k, v)))
     described = cu_seqlens_q is None and None not in strides
-    dq_config = config or kernel_config("window_attn_bwd_dq", D, Dv, q.dtype, capability, described)
-    dkv_config = config or kernel_config("window_attn_bwd_dkv", D, Dv, q.dtype, capability)
+    row, softcap = (D, Dv, q.dtype, capability), bend is not None
+    dq_config = config or kernel_config("window_attn_bwd_dq", *row, described, softcap)
+    dkv_config = config or kernel_config("window_attn_bwd_dkv", *row, softcap=softcap)
     stats = lse.new_empty(B, Hq, _num_stats(q.dtype), Tq)
+    sinks_ds = None if sinks is None else lse.new_empty(B, Hq, Tq)
     packing = packing_arguments(cu_seqlens_q, cu_seqlens_k, q.device)
-    sizes = (*packing, softmax_scale, window_size, Tq, Tk, Hq, Hkv)
+    window = (options.width, options.right or None)
+    sizes = (*packing, softmax_scale, bend, *window, Tq, Tk, Hq, Hkv)
     query_slots = num_tile_slots(Tq, packing[-1], dq_config.block_m)
     key_slots = num_tile_slots(Tk, packing[-1], dkv_config.block_n)
     if dq_config.descriptors:
@@ -101,7 +109,7 @@ def window_attn_bwd(
     with on_device(q):
         launch(
             DQ_KERNELS, dq_config, (query_slots * B * Hq,),
-            *tensors, o, do, lse, dlse, stats, dq, *sizes,
+            *tensors, o, do, lse, dlse, sinks, stats, dq, sinks_ds, *sizes,
             *strides, *outer_strides(o, do, dq), **_dq_constexprs(D, Dv, q.dtype, dq_config),
         )  # fmt: skip
         for owned in _owned(dkv_config):
@@ -110,7 +118,13 @@ def window_attn_bwd(
                 q, k, v, do, stats, dk, dv, *sizes, *outer_strides(q, k, v, do, dk, dv),
                 **_dkv_constexprs(D, Dv, q.dtype, dkv_config), **owned,
             )  # fmt: skip
-    return (dq if sign == 1 else dq * sign), dk, dv
+    dsinks = lse.new_empty(0) if sinks is None else _sum_over_rows(sinks_ds, stats)
+    return (dq if sign == 1 else dq * sign), dk, dv, dsinks
+
+
+def _sum_over_rows(sinks_ds: Tensor, stats: Tensor) -> Tensor:
+    """Gradient `[B, Hq]` of the sinks from their dS in each row, which in float32 lack the normaliser."""
+    return (sinks_ds * stats[:, :, 2] if stats.shape[2] == 3 else sinks_ds).sum(dim=-1)
 
 
 def _owned(config: KernelConfig) -> list[dict[str, bool]]:

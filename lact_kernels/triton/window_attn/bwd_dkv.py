@@ -13,7 +13,7 @@ from lact_kernels.triton.primitives import (
     store_rows,
     tile_slots,
 )
-from lact_kernels.triton.softmax import softmax_from_lse, softmax_from_shift
+from lact_kernels.triton.softmax import softcapped, softmax_from_lse, softmax_from_shift
 
 
 @triton.jit
@@ -43,12 +43,13 @@ def _dkv_tiles(
     do_tiles,
     stats_ptr,  # of the first query head
     stats_strides,  # of a statistic and of a head
-    diagonal,  # the query that stands at each key: [BLOCK_N]
+    diagonal,  # the first query that may see each key: [BLOCK_N]
     bounds,  # of the query tiles, from `query_tile_bounds`
     groups,
     Tq,
     window_size,
     softmax_scale,
+    bend,
     SIZES: tl.constexpr,
     COPIES: tl.constexpr,
     OWNS_DK: tl.constexpr,
@@ -87,6 +88,7 @@ def _dkv_tiles(
         # Before the exponentials, which then run beside this product.
         if OWNS_DK:
             dprobs = tl.dot(v, tl.trans(do), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+        scores = softcapped(scores, bend, q.dtype == tl.float32)
         if q.dtype == tl.float32:
             normaliser_pointers = stats_pointers + 2 * stats_strides[0]
             normaliser, _ = _load_statistics(
@@ -99,13 +101,16 @@ def _dkv_tiles(
             distance = (start - diagonal)[:, None] + rows[None, :]
             limit = tl.maximum(tl.minimum(Tq - diagonal, window_size), 0)
             probs = tl.where(is_below(distance, limit[:, None]), probs, 0.0)
+        weights = probs  # of what is a gradient of the scores
+        if bend is not None:
+            weights *= 1.0 - scores * scores
         if OWNS_DV and DV_FIRST:
             dv = tl.dot(probs.to(do.dtype), do, dv, input_precision="ieee")  # [BLOCK_N, BLOCK_DV]
         if OWNS_DK:
             if APART:
                 stats_pointers += stats_strides[0]
                 delta, _ = _load_statistics(stats_pointers, queries, Tq, SIZES.BLOCK_M, COPIES)
-            dscores = probs * (dprobs - delta[None, :])
+            dscores = weights * (dprobs - delta[None, :])
             dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
         if OWNS_DV and not DV_FIRST:
             dv = tl.dot(probs.to(do.dtype), do, dv, input_precision="ieee")  # [BLOCK_N, BLOCK_DV]
@@ -123,7 +128,7 @@ def _step(row_stride, head_stride, back, is_last, BLOCK_M: tl.constexpr):
     return tl.where(is_last, head_stride - back * row_stride, BLOCK_M * row_stride)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "window_size", "Tq", "Tk", "Hq", "Hkv"])
+@triton.jit(do_not_specialize=["num_sequences", "window_size", "right", "Tq", "Tk", "Hq", "Hkv"])
 def _window_attn_bwd_dkv_kernel(
     q_ptr,
     k_ptr,
@@ -134,8 +139,10 @@ def _window_attn_bwd_dkv_kernel(
     dv_ptr,
     cu_seqlens,  # borders in q and in k, [N + 1] each, or None
     num_sequences,  # N, or 0
-    softmax_scale,  # > 0
-    window_size,
+    softmax_scale,  # of the exponents, > 0
+    bend,  # of the scores, or None
+    window_size,  # keys that a query sees
+    right,  # those of them that come after it, or None: none
     Tq,
     Tk,
     Hq,
@@ -184,6 +191,8 @@ def _window_attn_bwd_dkv_kernel(
     first_key = tile * SIZES.BLOCK_N
     keys = first_key + tl.arange(0, SIZES.BLOCK_N)
     diagonal = keys - (Tk - Tq)
+    if right is not None:
+        diagonal -= right
     cols_qk = tl.arange(0, SIZES.BLOCK_D)
     cols_v = tl.arange(0, SIZES.BLOCK_DV)
     rows_m = tl.arange(0, SIZES.BLOCK_M)[:, None]
@@ -198,10 +207,10 @@ def _window_attn_bwd_dkv_kernel(
 
     dk = tl.full([SIZES.BLOCK_N, SIZES.BLOCK_D], 0.0, tl.float32)
     dv = tl.full([SIZES.BLOCK_N, SIZES.BLOCK_DV], 0.0, tl.float32)
-    bounds = query_tile_bounds(first_key, Tq, Tk, window_size, None, SIZES.BLOCK_M, SIZES.BLOCK_N)
+    bounds = query_tile_bounds(first_key, Tq, Tk, window_size, right, SIZES.BLOCK_M, SIZES.BLOCK_N)
     dk, dv = _dkv_tiles(
         dk, dv, k, v, (q_ptr, q_offsets, q_strides), (do_ptr, do_offsets, do_strides),
-        stats_ptr, stats_strides, diagonal, bounds, groups, Tq, window_size, softmax_scale,
+        stats_ptr, stats_strides, diagonal, bounds, groups, Tq, window_size, softmax_scale, bend,
         SIZES, COPIES, OWNS_DK, OWNS_DV,
     )  # fmt: skip
     # Rows are counted from the tile's first key here: nothing computed above stays in registers.
@@ -209,6 +218,8 @@ def _window_attn_bwd_dkv_kernel(
     rows = tl.arange(0, SIZES.BLOCK_N)
     num_rows = Tk - first_key
     if OWNS_DK:
+        if bend is not None:
+            softmax_scale *= bend
         dk_offsets = rows[:, None] * dk_strides[1] + cols_qk[None, :]
         dk_pointers = dk_ptr + first_row * dk_strides[1] + dk_offsets
         store_rows(dk_pointers, dk * softmax_scale, rows, num_rows, cols_qk, SIZES.D)

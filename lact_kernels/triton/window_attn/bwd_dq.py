@@ -22,7 +22,12 @@ from lact_kernels.triton.primitives import (
     query_tile_program,
     store_rows,
 )
-from lact_kernels.triton.softmax import minus_lse_log2, softmax_from_lse, softmax_from_shift
+from lact_kernels.triton.softmax import (
+    minus_lse_log2,
+    softcapped,
+    softmax_from_lse,
+    softmax_from_shift,
+)
 
 
 @triton.jit
@@ -35,11 +40,12 @@ def _dq_tiles(
     delta,  # [BLOCK_M]
     k_tiles,  # pointer to this kv head, offsets within a tile, strides
     v_tiles,
-    positions,  # [BLOCK_M]
+    last_keys,  # that each query sees: [BLOCK_M]
+    limit,  # how many keys up to that one: for all queries, or [BLOCK_M, 1]
     bounds,  # of the key tiles, from `key_tile_bounds`
     Tk,
-    window_size,
     softmax_scale,
+    bend,
     SIZES: tl.constexpr,
 ):
     cols_qk = tl.arange(0, SIZES.BLOCK_D)
@@ -58,15 +64,18 @@ def _dq_tiles(
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
         # Before the exponentials, which then run beside this product.
         dprobs = tl.dot(do, tl.trans(v), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+        scores = softcapped(scores, bend, q.dtype == tl.float32)
         if q.dtype == tl.float32:
             probs = softmax_from_shift(scores, lse[:, None], softmax_scale)
         else:
             probs = softmax_from_lse(scores, lse[:, None], softmax_scale * LOG2_E)
         if (tile < interior) | (tile >= diagonal):
-            distance = (positions - first_key)[:, None] - rows[None, :]
-            probs = tl.where(is_below(distance, window_size), probs, 0.0)
+            distance = (last_keys - first_key)[:, None] - rows[None, :]
+            probs = tl.where(is_below(distance, limit), probs, 0.0)
         if q.dtype == tl.float32:
             row_sum += tl.sum(probs, axis=1)
+        if bend is not None:
+            probs *= 1.0 - scores * scores  # from here on they are weights of dP
         dscores = probs * (dprobs - delta[:, None])
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")  # [BLOCK_M, BLOCK_D]
         k_ptr += SIZES.BLOCK_N * k_strides[1]
@@ -76,7 +85,7 @@ def _dq_tiles(
 
 @triton.jit
 def _dq_described_tiles(
-    dq,  # as in `_dq_tiles`, like the next four and `window_size`
+    dq,  # as in `_dq_tiles`, like the next four and the last ones
     q,
     do,
     lse,
@@ -85,8 +94,11 @@ def _dq_described_tiles(
     v_head,
     tiles,  # of keys: the first, and the one after the last
     edges,  # position of the first query, and the first tile without keys that have left the window
+    Tk,
     window_size,
+    right,
     scale_log2,
+    bend,
     SIZES: tl.constexpr,
 ):
     first, end = tiles
@@ -98,18 +110,32 @@ def _dq_described_tiles(
         scores = tl.dot(q, tl.trans(k))  # [BLOCK_M, BLOCK_N]
         # Before the exponentials, which then run beside this product.
         dprobs = tl.dot(do, tl.trans(v))  # [BLOCK_M, BLOCK_N]
+        scores = softcapped(scores, bend, False)
         probs = softmax_from_lse(scores, lse[:, None], scale_log2)
+        if bend is not None:
+            probs *= 1.0 - scores * scores  # from here on they are weights of dP
         dscores = probs * (dprobs - delta[:, None])
         own = first_position - first_key
         if tile < interior:
             dscores = mask_before_window(dscores, own, window_size, 0.0)
-        if own < SIZES.BLOCK_N - 1:
-            dscores = mask_after_query(dscores, own, 0.0)
+        last = None if right is None else Tk - 1 - first_key
+        if (own if right is None else tl.minimum(own, last)) < SIZES.BLOCK_N - 1:
+            dscores = mask_after_query(dscores, own, 0.0, last)
         dq = tl.dot(dscores.to(k.dtype), k, dq)  # [BLOCK_M, BLOCK_D]
     return dq
 
 
-@triton.jit(do_not_specialize=["num_sequences", "window_size", "Tq", "Tk", "Hq", "Hkv"])
+@triton.jit
+def _sink_probs(sink, lse, softmax_scale, FULL_PRECISION: tl.constexpr):
+    """Of a logit without a key: as `softmax_from_lse`, or in full precision `softmax_from_shift`."""
+    if FULL_PRECISION:
+        exponents = tl.minimum(tl.fma(lse, -softmax_scale, sink) * LOG2_E, 64.0)
+    else:
+        exponents = tl.minimum(tl.fma(sink, LOG2_E, lse), 0.0)
+    return tl.exp2(exponents)
+
+
+@triton.jit(do_not_specialize=["num_sequences", "window_size", "right", "Tq", "Tk", "Hq", "Hkv"])
 def _window_attn_bwd_dq_kernel(
     q_tensor,  # a pointer, or a descriptor of [B, H, T, D] and no strides, like the next two
     k_tensor,
@@ -118,12 +144,16 @@ def _window_attn_bwd_dq_kernel(
     do_ptr,
     lse_ptr,  # [B, Hq, Tq], contiguous, like dlse
     dlse_ptr,  # or None
+    sinks_ptr,  # [B, Hq], contiguous, or None
     stats_ptr,  # [B, Hq, NUM_STATS, Tq], contiguous
     dq_ptr,
+    sinks_ds_ptr,  # dS of the sinks, [B, Hq, Tq], contiguous; None without them
     cu_seqlens,  # borders in q and in k, [N + 1] each, or None
     num_sequences,  # N, or 0
-    softmax_scale,  # > 0
-    window_size,
+    softmax_scale,  # of the exponents, > 0
+    bend,  # of the scores, or None
+    window_size,  # keys that a query sees
+    right,  # those of them that come after it, or None: none
     Tq,
     Tk,
     Hq,
@@ -178,19 +208,27 @@ def _window_attn_bwd_dq_kernel(
     tl.store(stats_pointers, lse, mask=queries < Tq)
     tl.store(stats_pointers + stride_stats, delta, mask=queries < Tq)
 
-    dq = tl.full([SIZES.BLOCK_M, SIZES.BLOCK_D], 0.0, tl.float32)
     row_sum = tl.full([SIZES.BLOCK_M], 0.0, tl.float32)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + b * Hq + h)
+        row_sum = _sink_probs(sink, lse, softmax_scale, FULL_PRECISION)
+        tl.store(sinks_ds_ptr + row_offset + queries, -row_sum * delta, mask=queries < Tq)
+
+    dq = tl.full([SIZES.BLOCK_M, SIZES.BLOCK_D], 0.0, tl.float32)
     if q_strides is None:  # dense: of a sequence that ends, tiles would go on with the next
         q_head = described_rows(q_tensor, b, h, 0)
         k_head = described_rows(k_tensor, b, h_kv, 0)
         v_head = described_rows(v_tensor, b, h_kv, 0)
         q = load_described_rows(q_head, first_query, SIZES.BLOCK_M, SIZES.BLOCK_D)
         first, interior, _, end = key_tile_bounds(
-            first_query, Tq, Tk, window_size, None, SIZES.BLOCK_M, SIZES.BLOCK_N
+            first_query, Tq, Tk, window_size, right, SIZES.BLOCK_M, SIZES.BLOCK_N
         )
+        first_position = first_query + Tk - Tq
+        if right is not None:
+            first_position += right
         dq = _dq_described_tiles(
-            dq, q, do, lse, delta, k_head, v_head, (first, end), (first_query + Tk - Tq, interior),
-            window_size, softmax_scale * LOG2_E, SIZES,
+            dq, q, do, lse, delta, k_head, v_head, (first, end), (first_position, interior),
+            Tk, window_size, right, softmax_scale * LOG2_E, bend, SIZES,
         )  # fmt: skip
     else:
         q_ptr = head_rows(q_tensor, q_strides, b, h, q_start)
@@ -203,12 +241,16 @@ def _window_attn_bwd_dq_kernel(
         k_offsets = (rows_n * k_strides[1] + cols_qk[None, :]).to(tl.uint32)  # [BLOCK_N, BLOCK_D]
         v_offsets = (rows_n * v_strides[1] + cols_v[None, :]).to(tl.uint32)  # [BLOCK_N, BLOCK_DV]
         bounds = key_tile_bounds(
-            first_query, Tq, Tk, window_size, None, SIZES.BLOCK_M, SIZES.BLOCK_N
+            first_query, Tq, Tk, window_size, right, SIZES.BLOCK_M, SIZES.BLOCK_N
         )
+        last_keys, limit = queries + (Tk - Tq), window_size
+        if right is not None:
+            positions = last_keys + right
+            last_keys = tl.minimum(positions, Tk - 1)
+            limit = (window_size - (positions - last_keys))[:, None]
         dq, row_sum = _dq_tiles(
             dq, row_sum, q, do, lse, delta, (k_ptr, k_offsets, k_strides),
-            (v_ptr, v_offsets, v_strides), queries + (Tk - Tq), bounds, Tk, window_size,
-            softmax_scale, SIZES,
+            (v_ptr, v_offsets, v_strides), last_keys, limit, bounds, Tk, softmax_scale, bend, SIZES,
         )  # fmt: skip
     # Rows are counted from the tile's first query here: nothing computed above stays in registers.
     rows = tl.arange(0, SIZES.BLOCK_M)
@@ -218,4 +260,6 @@ def _window_attn_bwd_dq_kernel(
         tl.store(stats_pointers + 2 * stride_stats, normaliser, mask=queries < Tq)
     dq_offsets = rows[:, None] * dq_strides[1] + cols_qk[None, :]
     dq_pointers = dq_ptr + tl.cast(first_query, tl.int64) * dq_strides[1] + dq_offsets
+    if bend is not None:
+        softmax_scale *= bend
     store_rows(dq_pointers, dq * softmax_scale, rows, Tq - first_query, cols_qk, SIZES.D)
