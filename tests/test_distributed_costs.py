@@ -29,7 +29,7 @@ class Case:
 
     @property
     def starts(self):
-        return [0, *itertools.accumulate(self.lengths)][:-1]
+        return starts_of(self.lengths)
 
     def pieces(self):
         mesh = mesh_of(len(self.lengths))
@@ -55,6 +55,10 @@ def kinds(sent):
     return set().union(*(direction for rank in sent for direction in rank))
 
 
+def starts_of(lengths):
+    return [0, *itertools.accumulate(lengths)][:-1]
+
+
 def sent_from(starts, reach):
     """Tokens that each rank sends to others."""
     sent = [0] * len(starts)
@@ -76,19 +80,33 @@ def window_sent(case, W, dtype):
     return forward_and_backward(lambda: window_attn(*tensors, W, pieces=pieces))
 
 
+WINDOWS = {
+    "even": ((10, 10, 10, 10), 7),
+    "uneven": ((13, 2, 18, 7), 9),
+    "window longer than a piece": ((10, 3, 10, 7), 16),
+    "window longer than all": ((4, 9), 1000),
+    "two-sided": ((10, 10, 10, 10), (4, 3)),
+    "two-sided, uneven": ((13, 2, 18, 7), (9, 16)),
+}
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "lengths, W",
-    (((10, 10, 10, 10), 7), ((13, 2, 18, 7), 9), ((10, 3, 10, 7), 16), ((4, 9), 1000)),
-    ids=("even", "uneven", "window longer than a piece", "window longer than all"),
-)
+@pytest.mark.parametrize("lengths, W", WINDOWS.values(), ids=WINDOWS)
 def test_window_halo(ranks: Ranks, lengths, W, dtype):
     case = Case(lengths)
     sent = ranks.run(window_sent, case, W, dtype)[: len(lengths)]
-    halo = [formulas.window_halo_elements(x, W, B, HKV, D, DV) for x in case.starts]
-    each = formulas.window_halo_elements(1, 2, B, HKV, D, DV)  # of one token
-    others = [each * n for n in sent_from(case.starts, [W - 1] * len(lengths))]
-    for direction, expected in enumerate((others, halo)):  # back goes what has come
+    left, right = W if isinstance(W, tuple) else (W - 1, 0)
+
+    def halo(start, side):
+        return formulas.window_halo_elements(start, side + 1, B, HKV, D, DV)
+
+    # What is behind a piece is what is before it if all is read from the end.
+    sides = (case.starts, left), (starts_of(lengths[::-1]), right)
+    before, behind = ([halo(x, side) for x in starts] for starts, side in sides)
+    received = [x + y for x, y in zip(before, behind[::-1])]
+    before, behind = (sent_from(starts, [side] * len(lengths)) for starts, side in sides)
+    others = [halo(1, 1) * (x + y) for x, y in zip(before, behind[::-1])]  # so many tokens
+    for direction, expected in enumerate((others, received)):  # back goes what has come
         assert column(sent, direction, "all_to_all_single") == expected
         in_bytes = [DTYPES[dtype] * x for x in expected]
         assert column(sent, direction, "all_to_all_single bytes") == in_bytes

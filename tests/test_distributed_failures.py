@@ -45,6 +45,9 @@ def attention(change, rank=2):
 
 CHANGES = {
     "window": lambda x, options: (x, {"window_size": 6}),
+    "sides": lambda x, options: (x, {"window_size": (4, -1)}),
+    "softcap": lambda x, options: (x, options | {"softcap": 30}),
+    "sinks": lambda x, options: (x, options | {"sinks": torch.zeros(2)}),
     "heads": lambda x, options: ({name: y[:, :, :1] for name, y in x.items()}, options),
     "dtype": lambda x, options: ({name: y.double() for name, y in x.items()}, options),
     "rows": lambda x, options: ({name: y[:1] for name, y in x.items()}, options),
@@ -60,7 +63,22 @@ def attention_changed(name):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("window", "different window_size: 5 on rank 0, 5 on rank 1, 6 on rank 2, 5 on rank 3"),
+        (
+            "window",
+            "different window_size: (4, 0) on rank 0, (4, 0) on rank 1, (5, 0) on rank 2, (4, 0)",
+        ),
+        (
+            "sides",
+            "different window_size: (4, 0) on rank 0, (4, 0) on rank 1, (4, -1) on rank 2, (4, 0)",
+        ),
+        (
+            "softcap",
+            "different softcap: None on rank 0, None on rank 1, 30.0 on rank 2, None on rank 3",
+        ),
+        (
+            "sinks",
+            "different sinks: None on rank 0, None on rank 1, (2,) on rank 2, None on rank 3",
+        ),
         ("heads", "different heads of q: "),
         ("dtype", "different dtype: torch.float32 on rank 0"),
         ("rows", "different B: 2 on rank 0, 2 on rank 1, 1 on rank 2"),

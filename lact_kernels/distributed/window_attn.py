@@ -1,20 +1,26 @@
-"""`window_attn` of sequences in pieces: each rank fetches the keys that its first queries still see.
+"""`window_attn` of sequences in pieces: each rank fetches the keys around its piece that its queries see.
 
-A rank's piece begins with up to `window_size - 1` queries that see keys of the ranks before it, the *edge*.
-All others see its own keys only, the *interior*. So the keys and values before the piece, the *halo*, travel
-while the interior is computed; in the backward the edge comes first, and the gradients of the halo travel
-home while the interior is computed.
+The first `left` queries of a piece see keys of the ranks before it, the last `right` ones keys of those
+behind it: the *edges*. All others see its own keys only, the *interior*. So the keys and values on both
+sides, the *halo*, travel while the interior is computed; in the backward the edges come first, and the
+gradients of the halo travel home while the interior is computed.
 
-        keys    halo | own piece
-                . . . x x x x x
-        edge    x x x x . . . .
-        edge    . x x x x . . .         window_size = 4
-        edge    . . x x x x . .
-        inside  . . . x x x x .
-        inside  . . . . x x x x
+        keys    halo  | own piece         | halo
+                . . . | x x x x x x x x x | .
+        edge    x x x | x x . . . . . . . | .
+        edge    . x x | x x x . . . . . . | .         window_size = (3, 1)
+        edge    . . x | x x x x . . . . . | .
+        inside  . . . | x x x x x . . . . | .
+                              ...
+        inside  . . . | . . . . x x x x x | .
+        edge    . . . | . . . . . x x x x | x
+
+A piece so short that its edges overlap is one edge, with the keys of both sides. A causal window has no edge
+at the end. Each query is in one call with all its keys, as a sink counts once in its softmax.
 """
 
 import bisect
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -22,6 +28,7 @@ from torch import Tensor
 
 from lact_kernels.autograd.derivatives import FirstOrderFunction
 from lact_kernels.autograd.window_attn import window_attn_bwd, window_attn_fwd
+from lact_kernels.core.attention import AttentionOptions
 from lact_kernels.distributed.exchange import TokenExchange
 from lact_kernels.distributed.pieces import SequencePieces
 from lact_kernels.ops import checks
@@ -33,20 +40,20 @@ from lact_kernels.ops.checks import Backend
 @overload
 def window_attn(
     q: Tensor, k: Tensor, v: Tensor, window_size: int | tuple[int, int] | None = None, *,
-    pieces: SequencePieces,
-    softmax_scale: float | None = None, backend: Backend = "auto", return_lse: Literal[False] = False,
+    pieces: SequencePieces, softmax_scale: float | None = None, softcap: float | None = None,
+    sinks: Tensor | None = None, backend: Backend = "auto", return_lse: Literal[False] = False,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def window_attn(
     q: Tensor, k: Tensor, v: Tensor, window_size: int | tuple[int, int] | None = None, *,
-    pieces: SequencePieces,
-    softmax_scale: float | None = None, backend: Backend = "auto", return_lse: Literal[True],
+    pieces: SequencePieces, softmax_scale: float | None = None, softcap: float | None = None,
+    sinks: Tensor | None = None, backend: Backend = "auto", return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 @overload
 def window_attn(
     q: Tensor, k: Tensor, v: Tensor, window_size: int | tuple[int, int] | None = None, *,
-    pieces: SequencePieces,
-    softmax_scale: float | None = None, backend: Backend = "auto", return_lse: bool = False,
+    pieces: SequencePieces, softmax_scale: float | None = None, softcap: float | None = None,
+    sinks: Tensor | None = None, backend: Backend = "auto", return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 @torch.compiler.disable  # what is compiled calls it as it is: all ranks must take part in the same order
 def window_attn(
@@ -57,6 +64,8 @@ def window_attn(
     *,
     pieces: SequencePieces,
     softmax_scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     backend: Backend = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -69,18 +78,23 @@ def window_attn(
         q: queries of this rank's tokens, `[B, t, Hq, D]`.
         k: their keys, `[B, t, Hkv, D]`.
         v: their values, `[B, t, Hkv, Dv]`. Dtypes and strides as in `lact_kernels.window_attn`.
-        window_size: tokens that a query sees, at least 1, or a pair `(left, 0)`, as in
-            `lact_kernels.window_attn`; None is full causal attention, for which every rank receives all
-            keys before its own: a ring attention suits that better.
+        window_size: tokens that a query sees, at least 1, or a pair `(left, right)`, as in
+            `lact_kernels.window_attn`. None is full causal attention, for which every rank receives all keys
+            before its own, as those on a side of -1: a ring attention suits that better.
         pieces: contiguous pieces, with the borders of packed sequences if there are any.
-        softmax_scale, return_lse, backend: as in `lact_kernels.window_attn`.
+        sinks: `[Hq]`, a parameter like any other: the same on every rank, which is not compared.
+        softmax_scale, softcap, return_lse, backend: as in `lact_kernels.window_attn`.
 
     Returns:
-        The outputs `[B, t, Hq, Dv]`, and with `return_lse` also lse `[B, Hq, t]`. Gradients flow to q, k
-        and v of all ranks; the objective is the sum of what the ranks derive. A rank receives the keys and
-        values of the `window_size - 1` tokens before its piece, from as many ranks as hold them:
-        B (W - 1) Hkv (D + Dv) elements of their dtype whatever T is, fewer near the start of a sequence, and
-        sends as many gradients back.
+        The outputs `[B, t, Hq, Dv]`, and with `return_lse` also lse `[B, Hq, t]`. The objective is the sum of
+        what the ranks derive. The gradients of q, k and v are whole, whichever ranks they come from. That of
+        the sinks is of this rank's queries alone, as that of every parameter which all ranks hold: the sum
+        over the ranks, which DDP and FSDP make, is the whole.
+
+        A rank receives the keys and values of the `left` tokens before its piece and the `right` ones behind
+        it, of its sequences and from as many ranks as hold them: B (left + right) Hkv (D + Dv) elements of
+        their dtype whatever T is, and sends as many gradients back. A window of W tokens has W - 1 on the
+        left.
 
     Raises:
         TypeError, ValueError: as `lact_kernels.window_attn`, or what the ranks give does not fit together.
@@ -89,22 +103,24 @@ def window_attn(
     """
     pieces.agree(
         "window_attn",
-        lambda: _facts(q, k, v, window_size, softmax_scale, return_lse, backend, pieces),
+        lambda: _facts(
+            q, k, v, window_size, softmax_scale, softcap, sinks, return_lse, backend, pieces
+        ),
     )
-    window_size = checks.check_causal_window("window_size", window_size)
+    options = ops.check_attention(q, k, v, window_size, softmax_scale, softcap, sinks)
     backend = ops.choose_backend(backend, q, v)
     q, k, v = cast_inputs(q, k, v)
-    plan = pieces.once(("window_attn", window_size), lambda: _Plan.of(pieces, window_size))
-    options = ops.attention_options(
-        q, checks.check_window("window_size", window_size), softmax_scale, None
-    )
-    o, lse = _WindowAttn.apply(q, k, v, options, plan, backend)
+    sinks = ops.inner_sinks(q, sinks)
+    left, right = options.left, options.right
+    plan = pieces.once(("window_attn", left, right), lambda: _Plan.of(pieces, left, right))
+    o, lse = _WindowAttn.apply(q, k, v, sinks, options, plan, backend)
     return (o, lse) if return_lse else o
 
 
-def _facts(q, k, v, window_size, softmax_scale, return_lse, backend, pieces) -> dict:
-    window_size = checks.check_causal_window("window_size", window_size)
-    ops.check_attention(q, k, v, window_size, softmax_scale)
+def _facts(
+    q, k, v, window_size, softmax_scale, softcap, sinks, return_lse, backend, pieces
+) -> dict:
+    options = ops.check_attention(q, k, v, window_size, softmax_scale, softcap, sinks)
     checks.check_flag("return_lse", return_lse)
     ops.choose_backend(backend, q, v)
     if pieces.chunk_size is not None:
@@ -117,83 +133,171 @@ def _facts(q, k, v, window_size, softmax_scale, return_lse, backend, pieces) -> 
         "heads of k": k.shape[2:],
         "heads of v": v.shape[2:],
         "dtype": str(autocast_dtype(q)),
-        "window_size": window_size,
-        "softmax_scale": softmax_scale,
-        "gradients": checks.needs_gradient(q, k, v),
+        "window_size": tuple(
+            -1 if side is None else side for side in (options.left, options.right)
+        ),
+        "softmax_scale": options.softmax_scale,
+        "softcap": options.softcap,
+        "sinks": None if sinks is None else tuple(sinks.shape),
+        "gradients": checks.needs_gradient(q, k, v, sinks),
     }
 
 
-class _Plan(NamedTuple):
-    """Where the edge ends, which keys it needs, and the borders of what is left."""
+class _Call(NamedTuple):
+    """Some of this rank's queries, and all keys that they see: a part of the halo, and of its own."""
 
-    halo: TokenExchange
-    edge: int  # queries that see keys before the piece
-    cu_seqlens_q: Tensor | None  # of the interior, on the host
-    cu_seqlens_k: Tensor | None
+    queries: slice
+    own: slice  # of this rank's keys
+    before: int = 0  # keys of the halo at the start of the piece,
+    behind: int = 0  # and at its end
+    ahead: int = 0  # keys that follow the one of the last query
+    borders: tuple[Tensor | None, Tensor | None] = None, None  # of queries and keys, on the host
+
+    def options(self, options: AttentionOptions) -> AttentionOptions:
+        """The same window, for queries that are taken to stand where the keys end."""
+        left, right = options.left, options.right
+        return options._replace(
+            left=None if left is None else left + self.ahead,
+            right=None if right is None else right - self.ahead,
+        )
+
+    def keys(self, own: Tensor, halo: Tensor) -> Tensor:
+        """The keys among this rank's own `[B, t, ...]` and those of the halo `[B, n, ...]`."""
+        own = own[:, self.own]
+        if not (self.before or self.behind):
+            return own
+        before, behind = halo[:, : self.before], halo[:, halo.shape[1] - self.behind :]
+        return torch.cat([before, own, behind], dim=1)
+
+    def parts(self, keys: Tensor) -> tuple[Tensor, ...]:
+        """What `keys` has put together: before the piece, its own, behind it."""
+        return keys.split((self.before, self.own.stop - self.own.start, self.behind), dim=1)
+
+
+class _Plan(NamedTuple):
+    """What a rank receives, and the calls for its piece: every query is in exactly one of them."""
+
+    halo: TokenExchange  # tokens before the piece, then those behind it
+    edges: list[_Call]
+    interior: list[_Call]  # one or two, whose keys are all of its own, end to end
 
     @classmethod
-    def of(cls, pieces: SequencePieces, window_size: int | None) -> "_Plan":
-        borders, cu_seqlens, wanted = pieces.borders, pieces.cu_seqlens, []
-        behind = pieces.num_tokens if window_size is None else window_size - 1
+    def of(cls, pieces: SequencePieces, left: int | None, right: int | None) -> "_Plan":
+        left, right = (pieces.num_tokens if side is None else side for side in (left, right))
+        borders, wanted = pieces.borders, []
         for start, stop in pieces.spans:
             # A border belongs to the sequence that begins there.
             first = borders[bisect.bisect_right(borders, start) - 1]
-            wanted.append([(max(first, start - behind), start)] if start < stop else [])
-        halo, edge = TokenExchange(pieces, wanted), 0
-        if halo.num_tokens:
-            end = borders[bisect.bisect_right(borders, pieces.start)]
-            edge = min(behind, min(end, pieces.stop) - pieces.start)
-        if cu_seqlens is None or not edge:
-            return cls(halo, edge, cu_seqlens, cu_seqlens)
-        return cls(halo, edge, (cu_seqlens - edge).clamp_min(0), cu_seqlens)
+            last = borders[bisect.bisect_left(borders, stop)]
+            around = [(max(first, start - left), start), (stop, min(last, stop + right))]
+            wanted.append(around if start < stop else [])
+        halo, t = TokenExchange(pieces, wanted), pieces.num_local_tokens
+        before, behind = [stop - start for start, stop in wanted[pieces.rank]] or (0, 0)
+        # The first sequence ends here, the last one begins.
+        inside = [b - pieces.start for b in borders if pieces.start < b < pieces.stop]
+        end, begin = (inside[0], inside[-1]) if inside else (t, 0)
+
+        head, tail = min(left, end) * (before > 0), min(right, t - begin) * (behind > 0)
+        if head + tail > t:  # of one sequence: all its queries are an edge
+            edge = _Call(slice(0, t), slice(0, t), before, behind, ahead=behind)
+            return cls(halo, [edge], _interior(pieces, t, 0, begin))
+        edges = []
+        if head:
+            seen = min(head + right, end)
+            edges.append(_Call(slice(0, head), slice(0, seen), before, ahead=seen - head))
+        if tail:
+            own = slice(max(begin, t - tail - left), t)
+            edges.append(_Call(slice(t - tail, t), own, behind=behind, ahead=behind))
+        return cls(halo, edges, _interior(pieces, head, tail, begin))
+
+    def in_order(self, outputs: Sequence[Tensor], dim: int) -> Tensor:
+        """What edges and interior have for their queries, in the order of these."""
+        outputs = zip([*self.edges, *self.interior], outputs)
+        return _joined([x for _, x in sorted(outputs, key=lambda x: x[0].queries.start)], dim)
+
+
+def _interior(pieces: SequencePieces, head: int, tail: int, begin: int) -> list[_Call]:
+    """The calls of all but the first `head` and the last `tail` queries; the last sequence starts at `begin`.
+
+    Where an edge is cut off the end of the last of several sequences, this one has keys ahead that the others
+    have not, and so a call of its own.
+    """
+    t, calls = pieces.num_local_tokens, []
+    if pieces.packed and (begin or not tail):
+        stop = begin if tail else t
+        of_keys = pieces.cu_seqlens.clamp_max(stop)
+        of_queries = (of_keys - head).clamp_min(0) if head else of_keys
+        calls.append(_Call(slice(head, stop), slice(0, stop), borders=(of_queries, of_keys)))
+        head = stop
+    else:
+        begin = 0
+    if tail or not pieces.packed:
+        calls.append(_Call(slice(head, t - tail), slice(begin, t), ahead=tail))
+    return calls
 
 
 class _WindowAttn(FirstOrderFunction):
     op = "lact_kernels.distributed.window_attn"
 
     @staticmethod
-    def forward(ctx, q, k, v, options, plan: _Plan, backend):
-        edge, options = plan.edge, (*options, None)
-        borders = plan.cu_seqlens_q, plan.cu_seqlens_k
+    def forward(ctx, q, k, v, sinks, options: AttentionOptions, plan: _Plan, backend):
+        def attend(call: _Call, *halo: Tensor):
+            ks, vs = map(call.keys, (k, v), halo)
+            return window_attn_fwd(
+                q[:, call.queries], ks, vs, *call.options(options), sinks, *call.borders, backend
+            )
+
+        halo = k[:, :0], v[:, :0]
         transfer = None if plan.halo.is_empty else plan.halo.start((k, v))
-        interior = window_attn_fwd(q[:, edge:], k, v, *options, *borders, backend)
-        halo = (k[:, :0], v[:, :0]) if transfer is None else plan.halo.finish(transfer)
-        o, lse = interior
-        if edge:
-            ks, vs = (torch.cat([h, x[:, :edge]], dim=1) for h, x in zip(halo, (k, v)))
-            first = window_attn_fwd(q[:, :edge], ks, vs, *options, None, None, backend)
-            o, lse = torch.cat([first[0], o], dim=1), torch.cat([first[1], lse], dim=2)
-        ctx.save_for_backward(q, k, v, *halo, o, lse, *borders)
+        interior = [attend(call, *halo) for call in plan.interior]
+        if transfer is not None:
+            halo = plan.halo.finish(transfer)
+        edges = [attend(call, *halo) for call in plan.edges]
+        os, lses = zip(*edges, *interior)
+        o, lse = plan.in_order(os, dim=1), plan.in_order(lses, dim=2)
+        ctx.save_for_backward(q, k, v, sinks, o, lse, *halo)
         ctx.options, ctx.plan, ctx.backend = options, plan, backend
         ctx.set_materialize_grads(False)
         return o, lse
 
     @staticmethod
     def backward(ctx, do, dlse):
-        q, k, v, halo_k, halo_v, o, lse, *borders = ctx.saved_tensors
-        plan, edge = ctx.plan, ctx.plan.edge
+        q, k, v, sinks, o, lse, *halo = ctx.saved_tensors
+        plan = ctx.plan
         if do is None:
             do = torch.zeros_like(o)
 
-        def backward(queries: slice, k, v, *borders):
+        def gradients(call: _Call):
+            rows, (ks, vs) = call.queries, map(call.keys, (k, v), halo)
             return window_attn_bwd(
-                do[:, queries], None if dlse is None else dlse[:, :, queries], q[:, queries], k, v,
-                o[:, queries], lse[:, :, queries], *ctx.options, *borders, ctx.backend,
+                do[:, rows], None if dlse is None else dlse[:, :, rows], q[:, rows], ks, vs,
+                o[:, rows], lse[:, :, rows], *call.options(ctx.options), sinks, *call.borders,
+                ctx.backend,
             )  # fmt: skip
 
-        transfer, dhalo = None, (torch.empty_like(halo_k), torch.empty_like(halo_v))
-        if edge:
-            n = halo_k.shape[1]
-            ks, vs = (torch.cat([h, x[:, :edge]], dim=1) for h, x in ((halo_k, k), (halo_v, v)))
-            dq_edge, *dedge, _ = backward(slice(0, edge), ks, vs, None, None)
-            dhalo = [x[:, :n] for x in dedge]
+        edges = [gradients(call) for call in plan.edges]
+        # Of keys and of values, by edges: before the piece, its own, behind it.
+        parts = [[call.parts(x[i]) for call, x in zip(plan.edges, edges)] for i in (1, 2)]
+        transfer = None
         if not plan.halo.is_empty:
-            transfer = plan.halo.start_home(dhalo)
-        dq, dk, dv, _ = backward(slice(edge, None), k, v, *borders)
-        if edge:
-            dq = torch.cat([dq_edge, dq], dim=1)
-            for own, part in zip((dk, dv), dedge):
-                own[:, :edge] += part[:, n:]
+            home = [
+                _joined([h[:, :0], *(x[0] for x in xs), *(x[2] for x in xs)], dim=1)
+                for h, xs in zip(halo, parts)
+            ]
+            transfer = plan.halo.start_home(home)
+        interior = [gradients(call) for call in plan.interior]
+        dk, dv = (_joined([x[i] for x in interior], dim=1) for i in (1, 2))
+        for own, xs in zip((dk, dv), parts):
+            for call, x in zip(plan.edges, xs):
+                own[:, call.own] += x[1]
         if transfer is not None:
             plan.halo.finish_home(transfer, (dk, dv))
-        return dq, dk, dv, None, None, None
+        dqs, _, _, dsinks = zip(*edges, *interior)
+        dsinks = None if sinks is None else sum(dsinks)
+        return plan.in_order(dqs, dim=1), dk, dv, dsinks, None, None, None
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """Tensors end to end, without a copy where only one of them is not empty."""
+    parts = [x for x in parts if x.shape[dim]] or parts[:1]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
