@@ -49,6 +49,23 @@ def test_from_recordings_to_transcripts(tmp_path, corpus, capsys, monkeypatch): 
     assert "latency by design 200 ms" in streamed.err
 
 
+def test_a_window_with_later_frames(tmp_path, corpus, capsys):  # noqa: F811
+    """Everything but streams, of whose error the output is one line."""
+    manifest, model = tmp_path / "tones.jsonl", tmp_path / "model"
+    write_manifest(manifest, corpus[:8])
+    settings = [f"{name}={value}" for name, value in (SIZES | {"window_size": [4, 3]}).items()]
+    arguments = ["train", str(model), "--train", str(manifest), "--set", *settings]
+    assert main([*arguments, "--unit", "word", "--epochs", "1", "--workers", "0"]) == 0
+    assert json.loads((model / "config.json").read_text())["window_size"] == [4, 3]
+    assert main(["evaluate", str(model), str(manifest)]) == 0
+    assert main(["transcribe", str(model), corpus[0].path]) == 0
+    capsys.readouterr()
+    assert main(["stream", str(model), corpus[0].path, "--fast"]) == 1
+    said = capsys.readouterr()
+    assert not said.out and said.err.count("\n") == 1
+    assert said.err.startswith("lact-asr: a stream needs a window_size without a right side")
+
+
 def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit) as error:
         main(["--help"])

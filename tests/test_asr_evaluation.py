@@ -158,7 +158,21 @@ def test_padded_batches_say_what_each_recording_says_alone(recogniser, utterance
         )
 
 
-def test_a_recording_too_long_for_a_batch_is_heard_in_pieces(recogniser, utterances, monkeypatch):
+def two_sided(recogniser):
+    """The same weights with windows that look ahead."""
+    config = LaCTASRConfig(**recogniser.model.config.to_diff_dict() | {"window_size": (16, 15)})
+    model = LaCTForCTC(config).eval()
+    model.load_state_dict(recogniser.model.state_dict())
+    return recogniser._replace(model=model)
+
+
+@pytest.mark.parametrize("windows", ["causal", "two-sided"])
+def test_a_recording_too_long_for_a_batch_is_heard_alone(
+    recogniser, utterances, monkeypatch, windows
+):
+    """In pieces, if it can be."""
+    if windows == "two-sided":
+        recogniser = two_sided(recogniser)
     expected = transcribe_utterances(recogniser, utterances, progress=False)
     monkeypatch.setattr("lact_kernels.asr.evaluation.BATCH_SECONDS", 1)
     assert transcribe_utterances(recogniser, utterances, progress=False) == expected

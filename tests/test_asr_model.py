@@ -34,6 +34,13 @@ OPTIONS = {
     "one convolution": {"conv_kernel_sizes": (3,), "conv_strides": (1,), "look_ahead": 9},
     "no window": {"window_size": None},
 }
+TWO_SIDED = {"window_size": (3, 2)}
+LOOKING_AHEAD = {
+    "two-sided": TWO_SIDED,
+    "two-sided, grouped": {"window_size": (0, 1), "temporal_reduction": 2, "look_ahead": 3},
+    "seeing all": {"window_size": (-1, -1), "look_ahead": 0},
+}
+ALL_OPTIONS = OPTIONS | LOOKING_AHEAD
 
 
 def small_model(seed: int = 0, **options) -> LaCTForCTC:
@@ -110,7 +117,7 @@ def test_spec_augment_masks_each_row_in_training_only():
     assert augment.eval()(x) is x
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", ALL_OPTIONS.values(), ids=ALL_OPTIONS)
 def test_a_padded_batch_equals_its_rows(options):
     model = small_model(**options)
     lengths = [9000, 20000, 1, 640, 641, 0, 12799]
@@ -126,10 +133,10 @@ def test_a_padded_batch_equals_its_rows(options):
     assert not together.isnan().any()
 
 
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_more_padding_changes_nothing(mode):
+@pytest.mark.parametrize("mode, windows", [("train", {}), ("eval", {}), ("train", TWO_SIDED)])
+def test_more_padding_changes_nothing(mode, windows):
     """Loss, gradients, and in training the statistics of the batch norms."""
-    options = {"dropout": 0.0, "num_freq_masks": 0, "num_time_masks": 0}
+    options = {"dropout": 0.0, "num_freq_masks": 0, "num_time_masks": 0} | windows
     lengths = [9000, 20000, 14000]
     x, mask = padded_batch(lengths)
     labels = torch.tensor([[1, 2, -100], [3, 3, 4], [5, -100, -100]])
@@ -195,25 +202,30 @@ def test_an_utterance_too_short_for_its_text_does_no_harm():
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
-    gradients = []
+@pytest.mark.parametrize("windows", [{}, TWO_SIDED], ids=["causal", "two-sided"])
+def test_gradient_checkpointing_gives_the_same_gradients(windows):
+    gradients, (x, mask) = [], padded_batch([9000, 6000])
     for checkpointing in (False, True):
-        model = small_model().train()
+        model = small_model(**windows).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
         torch.manual_seed(3)
-        model(noise(2, 9000), labels=torch.tensor([[1, 2], [3, 4]])).loss.backward()
+        model(x, mask, torch.tensor([[1, 2], [3, 4]])).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, msg=name)
 
 
-def test_hidden_states():
-    model = small_model()
-    outputs = model(noise(2, 6400), output_hidden_states=True)
+@pytest.mark.parametrize("windows", [{}, TWO_SIDED], ids=["causal", "two-sided"])
+def test_hidden_states(windows):
+    model = small_model(**windows)
+    x, mask = padded_batch([6400, 3200])
+    outputs = model(x, mask, output_hidden_states=True)
     assert len(outputs.hidden_states) == 3
-    last = outputs.hidden_states[-1][:, model.config.look_ahead :]
-    torch.testing.assert_close(model.ctc_head(last), outputs.logits)
+    assert {state.shape for state in outputs.hidden_states} == {(2, 10 + 4, 16)}
+    last = model.ctc_head(outputs.hidden_states[-1][:, model.config.look_ahead :])
+    for row, n in enumerate((10, 5)):
+        torch.testing.assert_close(last[row, :n], outputs.logits[row, :n])
 
 
 def test_the_learning_rate_of_fast_weights_before_training():
@@ -273,13 +285,14 @@ def test_a_chunk_that_no_utterance_fills_is_said():
 
 def test_folder_of_a_recogniser(tmp_path):
     tokenizer = build_tokenizer(["one two three"], "char")
-    model = small_model(vocab_size=len(tokenizer))
+    model = small_model(vocab_size=len(tokenizer), **TWO_SIDED)
     save_recogniser(tmp_path, model, tokenizer, ["one", "three", "two"])
     assert (tmp_path / "model.safetensors").is_file()
     loaded = load_recogniser(tmp_path)
     x = noise(1, 8000)
     torch.testing.assert_close(loaded.model(x).logits, model(x).logits, rtol=0, atol=0)
     assert loaded.words == ("one", "three", "two")
+    assert loaded.model.config.window_size == (3, 2)  # a list in its file
     assert loaded.tokenizer("one").input_ids == tokenizer("one").input_ids
     assert not loaded.model.training
     automatic = AutoModelForCTC.from_pretrained(tmp_path)
@@ -293,11 +306,11 @@ def test_folder_of_a_recogniser(tmp_path):
         load_recogniser(tmp_path)
 
 
-@pytest.mark.parametrize("unit", ["char", "word"])
-def test_pipeline_of_transformers(tmp_path, unit):
+@pytest.mark.parametrize("unit, window_size", [("char", 8), ("word", (5, 2))])
+def test_pipeline_of_transformers(tmp_path, unit, window_size):
     """Long recordings in chunks, batches, and the times of words."""
     tokenizer = build_tokenizer(["one two three"], unit)
-    model = small_model(vocab_size=len(tokenizer), window_size=8)
+    model = small_model(vocab_size=len(tokenizer), window_size=window_size)
     x = noise(100_000).numpy()
     with torch.no_grad():
         model.ctc_head.weight.mul_(20)
@@ -331,6 +344,7 @@ def test_pipeline_of_transformers(tmp_path, unit):
         ({"pad_token_id": 40}, "below vocab_size = 7"),
         ({"fast_weight_lr": 0.0}, "fast_weight_lr must be positive"),
         ({"num_attn_heads": 5}, "num_attn_heads must divide hidden_size"),
+        ({"window_size": (3, -2)}, "window_size must have sides of at least 0, or -1"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )

@@ -1,4 +1,6 @@
-"""FrameStream: pieces of any size give the frames of one pass, in time and in constant memory."""
+"""FrameStream: pieces of any size give the frames of one pass, in time and in constant memory. WholeRecording."""
+
+import math
 
 import pytest
 import torch
@@ -6,8 +8,8 @@ import torch
 from lact_kernels.asr import streaming
 from lact_kernels.asr.config import LaCTASRConfig
 from lact_kernels.asr.features import _mel_spectrogram
-from lact_kernels.asr.streaming import FrameStream
-from tests.test_asr_model import OPTIONS, noise, small_model
+from lact_kernels.asr.streaming import FrameStream, WholeRecording
+from tests.test_asr_model import LOOKING_AHEAD, OPTIONS, noise, small_model
 
 LENGTH = 30_000  # no multiple of anything
 
@@ -17,7 +19,7 @@ def in_one_pass(model, x: torch.Tensor) -> torch.Tensor:
         return model(x[None]).logits[0].log_softmax(dim=-1)
 
 
-def in_pieces(stream: FrameStream, pieces) -> torch.Tensor:
+def in_pieces(stream: FrameStream | WholeRecording, pieces) -> torch.Tensor:
     return torch.cat([*(stream.push(piece) for piece in pieces), stream.finish()])
 
 
@@ -39,6 +41,19 @@ def test_short_recordings(options, length):
     model, x = small_model(**options), noise(length)
     frames = in_pieces(FrameStream(model), [x])
     torch.testing.assert_close(frames, in_one_pass(model, x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", LOOKING_AHEAD.values(), ids=LOOKING_AHEAD)
+def test_a_window_with_later_frames_is_for_whole_recordings(options):
+    model, x, buffer = small_model(**options), noise(LENGTH), torch.empty(9999)
+    with pytest.raises(ValueError, match=r"window_size without a right side, .* got \("):
+        FrameStream(model)
+    recording = WholeRecording(model)
+    for piece in x.split(9999):  # through a buffer that is used again
+        assert recording.push(buffer[: len(piece)].copy_(piece)).shape == (0, 7)
+    torch.testing.assert_close(recording.finish(), in_one_pass(model, x))
+    assert len(recording.finish()) == 0
+    assert len(WholeRecording(model).finish()) == 0
 
 
 def test_training_after_a_stream():
@@ -78,16 +93,19 @@ def test_latency_is_what_the_configuration_says(name):
     assert max(delays) <= 0.32
 
 
-def test_a_frame_hears_its_look_ahead_and_no_more():
-    model, x, frame = small_model(), noise(LENGTH), 20
-    expected = in_one_pass(model, x)
-    end = (frame + model.config.look_ahead + 1) * model.config.inputs_to_logits_ratio
+@pytest.mark.parametrize("options", [{}, *LOOKING_AHEAD.values()][:3], ids=str)
+def test_a_frame_hears_its_look_ahead_and_no_more(options):
+    model, x = small_model(**options), noise(LENGTH)
+    expected, frame = in_one_pass(model, x), 20
+    frame += -(frame + model.config.look_ahead) % model.config.temporal_reduction  # first of its group
+    start = frame * model.config.inputs_to_logits_ratio
+    end = start + round(model.config.latency_seconds * 16000)
     changed = x.clone()
     changed[end:] = noise(LENGTH - end, seed=5)
     torch.testing.assert_close(
         in_one_pass(model, changed)[: frame + 1], expected[: frame + 1], atol=1e-6, rtol=1e-6
     )
-    changed[end - 200 :] = noise(LENGTH - end + 200, seed=6)  # the last window's middle
+    changed[end - 200 :] = 10 * noise(LENGTH - end + 200, seed=6)  # the last spectrum's middle
     difference = (in_one_pass(model, changed) - expected).abs().amax(dim=1)
     assert difference[:frame].max() < 1e-6 < 1e-4 < difference[frame]
 
@@ -111,16 +129,21 @@ def test_memory_does_not_grow():
     assert len(set(sizes[4:])) == 1
 
 
-def test_bad_use():
+def test_a_window_without_an_end_has_no_latency():
+    assert LaCTASRConfig(window_size=(7, -1)).latency_seconds == math.inf
+
+
+@pytest.mark.parametrize("kind", [FrameStream, WholeRecording])
+def test_bad_use(kind):
     model = small_model()
     with pytest.raises(ValueError, match="evaluation mode"):
-        FrameStream(model.train())
-    stream = FrameStream(model.eval())
+        kind(model.train())
+    stream = kind(model.eval())
     with pytest.raises(TypeError, match="floating-point"):
         stream.push(torch.zeros(4, dtype=torch.int16))
     with pytest.raises(ValueError, match=r"shape \[n\], got \(1, 4\)"):
         stream.push(torch.zeros(1, 4))
     stream.push(torch.zeros(1000))
     assert len(stream.finish()) == 2 and len(stream.finish()) == 0
-    with pytest.raises(RuntimeError, match="a new one needs a new FrameStream"):
+    with pytest.raises(RuntimeError, match=f"a new one needs a new {kind.__name__}"):
         stream.push(torch.zeros(4))

@@ -1,6 +1,7 @@
 """Segments of a recording: where they end, when their words are, how they are written; the commands."""
 
 import argparse
+import copy
 import io
 import json
 import os
@@ -217,6 +218,33 @@ def test_without_pauses_the_text_is_that_of_all_frames(recogniser, speech):
 def test_pieces_of_a_recording_give_the_same_segments(recogniser, speech, expected, size):
     segments = in_pieces(Transcriber(recogniser), speech, size)
     assert [rounded(s) for s in segments] == [rounded(s) for s in expected]
+
+
+@pytest.fixture(scope="module")
+def two_sided(recogniser):
+    """The same weights with windows that look ahead."""
+    config = copy.deepcopy(recogniser.model.config)
+    config.window_size = (16, 15)
+    model = LaCTForCTC(config).eval()
+    model.load_state_dict(recogniser.model.state_dict())
+    return recogniser._replace(model=model)
+
+
+def test_a_file_is_transcribed_as_a_whole_where_windows_look_ahead(
+    two_sided, speech, expected, recording, tmp_path, capsys
+):
+    save_recogniser(tmp_path, *two_sided)
+    assert run(transcribe, tmp_path, recording) == 0
+    said = capsys.readouterr().out.splitlines()
+    with torch.no_grad():
+        frames = two_sided.model(speech[None]).logits[0].log_softmax(dim=-1)
+    given = SimpleNamespace(push=lambda x: x, finish=lambda: frames[:0])
+    segments = in_pieces(Transcriber(two_sided, stream=given), frames, 50)
+    assert said == [s.text for s in segments] and said != [s.text for s in expected]
+    with pytest.raises(ValueError, match=r"window_size without a right side, .* \(16, 15\)"):
+        run(stream, tmp_path, recording)
+    with pytest.raises(ValueError, match="window_size without a right side"):
+        Transcriber(two_sided)
 
 
 def test_a_file_is_transcribed_and_its_seconds_are_told(recogniser, expected, recording):

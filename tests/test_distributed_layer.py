@@ -200,14 +200,14 @@ def test_compiled_layer(two_ranks: Ranks):
     two_ranks.run(compiled_layer, 2)
 
 
-def recogniser_equals_one_process(size, reduction):
+def recogniser_equals_one_process(size, reduction, window_size):
     from lact_kernels.asr import LaCTASRConfig, LaCTForCTC
 
     torch.manual_seed(0)
     config = LaCTASRConfig(
         hidden_size=32, num_hidden_layers=2, num_attn_heads=4, num_lact_heads=2, vocab_size=12,
-        window_size=7, lact_chunk_size=8, intermediate_size=48, temporal_reduction=reduction,
-        dropout=0.0,
+        window_size=window_size, lact_chunk_size=8, intermediate_size=48,
+        temporal_reduction=reduction, dropout=0.0,
     )  # fmt: skip
     whole = LaCTForCTC(config).double().train()
     whole.spec_augment.eval()
@@ -228,9 +228,9 @@ def recogniser_equals_one_process(size, reduction):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("size, reduction", [(2, 1), (4, 2)])
-def test_recogniser(ranks: Ranks, size, reduction):
-    ranks.run(recogniser_equals_one_process, size, reduction)
+@pytest.mark.parametrize("size, reduction, window_size", [(2, 1, 7), (4, 2, 7), (4, 2, (4, 3))])
+def test_recogniser(ranks: Ranks, size, reduction, window_size):
+    ranks.run(recogniser_equals_one_process, size, reduction, window_size)
 
 
 def draws_are_the_same(size):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from lact_kernels import LaCTLayer
+from lact_kernels import LaCTCache, LaCTLayer
 from tests.cases import WRITES
 from tests.lact_layer_cases import CASES, SMALL, gradients, make_layer, oracle
 from tests.tolerance import assert_close_to_float64
@@ -56,7 +56,7 @@ def test_equals_the_oracle(case):
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("case", ["paper", "full-attention", "reduction"])
+@pytest.mark.parametrize("case", ["paper", "full-attention", "reduction", "two-sided"])
 def test_a_padded_row_equals_the_unpadded_sequence(case, mask):
     assert_padded_equals_unpadded(case, mask)
 
@@ -90,7 +90,7 @@ def test_a_buffer_that_is_used_again(argument, write):
     y.sum().backward()
 
 
-@pytest.mark.parametrize("case", ["paper", "prenorm-muon", "reduction"])
+@pytest.mark.parametrize("case", ["paper", "prenorm-muon", "reduction", "two-sided"])
 def test_packed_sequences_do_not_see_one_another(case):
     layer = make_layer(case)
     lengths = [13, 0, 25, 1]
@@ -273,6 +273,8 @@ def test_checkpointing_gives_the_same_gradients():
         (dict(num_attn_heads=32), ValueError, "heads of 1 channels"),
         (dict(inter_multi=0.01), ValueError, "inter_multi must leave at least one"),
         (dict(window_size=0), ValueError, "window_size must be at least 1, got 0"),
+        (dict(window_size=(2, -2)), ValueError, "window_size must have sides of at least 0, or -1"),
+        (dict(window_size=(2,)), ValueError, "window_size must be an int, a pair"),
         (dict(lact_chunk_size=2.0), TypeError, "lact_chunk_size must be an int, got 2.0"),
         (dict(temporal_reduction=0), ValueError, "temporal_reduction must be at least 1"),
         (dict(rope_theta=0.0), ValueError, "rope_theta must be positive, got 0.0"),
@@ -293,6 +295,38 @@ def test_bad_options(options, error, message):
 def test_muon_in_the_authors_fused_kernel_is_another_function():
     with pytest.warns(UserWarning, match="stacked into one matrix"):
         LaCTLayer(**SMALL, use_muon=True, use_fused_kernel=True)
+
+
+@pytest.mark.parametrize(
+    "given, kept",
+    [(5, 5), ((4, 0), 5), ([4, 0], 5), ((-1, 0), None), ([3, 2], (3, 2)), ((-1, -1), (-1, -1))],
+    ids=str,
+)
+def test_windows(given, kept):
+    """However a window is given, it is kept in one way; a pair is one that looks ahead."""
+    layer = LaCTLayer(**SMALL | dict(window_size=given))
+    assert layer.window_size == kept and layer.looks_ahead == isinstance(kept, tuple)
+    assert f"window_size={kept}" in repr(layer)
+
+
+@pytest.mark.parametrize("right", [0, 2, -1])
+@pytest.mark.parametrize("reduction", [1, 3])
+def test_how_far_a_token_hears(right, reduction):
+    """The last token that the output of one depends on: in its window, as long as fast weights stay causal."""
+    layer = make_layer("two-sided", window_size=(3, right), temporal_reduction=reduction)
+    x, token = torch.randn(1, T, 32, dtype=torch.float64, requires_grad=True), 10
+    layer(x)[0, token].sum().backward()
+    heard = x.grad[0].abs().amax(dim=1).nonzero()[:, 0]
+    last = (token // reduction + right + 1) * reduction - 1
+    assert heard[-1] == (T - 1 if right == -1 else last)
+
+
+@pytest.mark.parametrize("window_size", [(3, 2), (0, -1)], ids=str)
+def test_a_layer_that_looks_ahead_takes_no_cache(window_size):
+    layer, cache = make_layer("paper", torch.float32, window_size=window_size), LaCTCache()
+    with pytest.raises(ValueError, match=rf"cache must be None .* = \({window_size[0]}, .*right side"):
+        layer(X, cache=cache)
+    assert not cache.layers
 
 
 X = torch.zeros(2, 6, 32)

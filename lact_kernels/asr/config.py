@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from transformers import PretrainedConfig
 
+from lact_kernels.layers.inputs import Window, check_layer_window
 from lact_kernels.ops import checks
 
 
@@ -16,6 +17,9 @@ class LaCTASRConfig(PretrainedConfig):
     The encoder makes one frame of `prod(conv_strides)` log-mel frames. Look-ahead, window and chunk are
     counted in these frames (with `temporal_reduction` r, window and chunk in groups of r frames). With the
     defaults a frame is 40 ms, the window is 10.24 s, and the fast weights are updated every 2.56 s.
+
+    A window `(left, right)` that has later frames in it makes a recogniser of whole recordings, which cannot
+    stream.
 
     Args:
         vocab_size: number of tokens. The CTC blank, `pad_token_id`, is one of them.
@@ -54,7 +58,7 @@ class LaCTASRConfig(PretrainedConfig):
         num_attn_heads: int = 4,
         num_lact_heads: int = 4,
         inter_multi: float = 1,
-        window_size: int | None = 256,
+        window_size: Window = 256,
         lact_chunk_size: int = 64,
         qkv_bias: bool = False,
         attn_qk_norm: bool = True,
@@ -95,6 +99,7 @@ class LaCTASRConfig(PretrainedConfig):
                 setattr(self, name, checks.plain(value))  # JSON cannot hold NumPy's numbers
         self.conv_kernel_sizes = list(map(checks.plain, conv_kernel_sizes))
         self.conv_strides = list(map(checks.plain, conv_strides))
+        self.window_size = check_layer_window(window_size)
         self._check()
         super().__init__(pad_token_id=pad_token_id, **kwargs)
 
@@ -144,9 +149,21 @@ class LaCTASRConfig(PretrainedConfig):
         return self.lact_chunk_size * self.temporal_reduction * self.seconds_per_frame
 
     @property
+    def looks_ahead(self) -> bool:
+        """Whether windows have later frames in them, so that a recording is computed as a whole."""
+        return isinstance(check_layer_window(self.window_size), tuple)
+
+    @property
     def latency_seconds(self) -> float:
-        """The time from the first sample of a frame to the sample with which its output can be computed."""
-        return (self.look_ahead + self.temporal_reduction) * self.seconds_per_frame
+        """The time from the first sample of a frame to the last sample that its output depends on.
+
+        Every layer with a window `(left, right)` adds `right` to it, without a limit if that is -1.
+        """
+        right = self.window_size[1] if self.looks_ahead else 0
+        if right == -1:
+            return math.inf
+        groups = 1 + self.num_hidden_layers * right
+        return (self.look_ahead + self.temporal_reduction * groups) * self.seconds_per_frame
 
     @classmethod
     def named(

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 READERS = 2  # threads that read recordings
 BATCHES_AHEAD = 2  # are read while one is recognised
-BATCH_SECONDS = 320  # of a batch, padding included; a longer recording is streamed
+BATCH_SECONDS = 320  # of a batch, padding included; a longer recording is streamed if it can be
 MIN_SPEAKERS = 10  # below, an interval over speakers would mean nothing
 
 
@@ -318,7 +318,8 @@ def _read(utterance: Utterance, sampling_rate: int) -> Tensor | None:
 def _log_probs(model: LaCTForCTC, waveforms: Sequence[Tensor]) -> list[Tensor]:
     """Log-probabilities of each waveform's frames, float32 `[T, V]` on the CPU."""
     config = model.config
-    if len(waveforms) == 1 and len(waveforms[0]) > BATCH_SECONDS * config.sampling_rate:
+    is_long = len(waveforms) == 1 and len(waveforms[0]) > BATCH_SECONDS * config.sampling_rate
+    if is_long and not config.looks_ahead:
         stream = FrameStream(model)  # the same frames with less memory
         return [torch.cat([stream.push(waveforms[0]), stream.finish()]).cpu()]
     nothing = torch.empty(0, dtype=torch.int64)

@@ -26,6 +26,7 @@ from lact_kernels.distributed import SequencePieces
 from lact_kernels.layers import LaCTCache, LaCTLayer
 from lact_kernels.layers.lact import BASE_LR
 from lact_kernels.layers.mlp import SwiGLUMLP
+from lact_kernels.layers.padding import Padding
 
 # The options of a configuration that `LaCTLayer` has under the same name.
 LAYER_OPTIONS = set(signature(LaCTLayer).parameters) & set(signature(LaCTASRConfig).parameters)
@@ -52,9 +53,14 @@ class LaCTASRBlock(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, cache: LaCTCache | None = None, pieces: SequencePieces | None = None
+        self,
+        x: Tensor,
+        cache: LaCTCache | None = None,
+        cu_seqlens: Tensor | None = None,
+        pieces: SequencePieces | None = None,
     ) -> Tensor:
-        x = x + self.dropout(self.attn(self.attn_norm(x), cache=cache, pieces=pieces))
+        mixed = self.attn(self.attn_norm(x), cache=cache, cu_seqlens=cu_seqlens, pieces=pieces)
+        x = x + self.dropout(mixed)
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -62,8 +68,11 @@ class LaCTForCTC(PreTrainedModel):
     """A speech recogniser: log-mel, SpecAugment in training, convolutions, LaCT blocks, CTC.
 
     Its inputs are waveforms, so that it works in `pipeline("automatic-speech-recognition")` with a
-    `Wav2Vec2FeatureExtractor` that only pads. It is causal but for a look-ahead of `look_ahead` frames:
-    padding never changes a result, and `FrameStream` computes the same frames from blocks of any size.
+    `Wav2Vec2FeatureExtractor` that only pads. Padding never changes a result. The model is causal but for a
+    look-ahead of `look_ahead` frames, and `FrameStream` computes the same frames from blocks of any size.
+
+    With windows that have later frames in them (`config.looks_ahead`) it is an encoder of whole recordings.
+    Convolutions and fast weights are causal then, too.
 
     It warns if a chunk is longer than `max_utterance_seconds`: no utterance would reach an update of the fast
     weights.
@@ -138,7 +147,7 @@ class LaCTForCTC(PreTrainedModel):
             labels: int64 `[B, n]`, the tokens of each row, followed by padding of -100. With labels, the CTC
                 `loss` is returned: per token, averaged over rows.
             output_hidden_states: return the inputs of all blocks, and the output of the last norm; with a
-                `sequence_mesh`, those of this rank's part.
+                `sequence_mesh`, those of this rank's part, of rows end to end if windows look ahead.
 
         Returns:
             `logits [B, ceil(samples / inputs_to_logits_ratio), vocab_size]`. In frames of padding, the blank
@@ -157,16 +166,25 @@ class LaCTForCTC(PreTrainedModel):
         waveform = torch.where(samples < lengths[:, None], input_values, 0)
         waveform = F.pad(waveform, (0, T * ratio - waveform.shape[1]))
         states = [] if output_hidden_states else None
-        pieces = None
         with _same_draws(self.sequence_mesh if self.training else None, waveform.device):
             x, _ = self._convolve(self.spec_augment(self.features(waveform)), num_frames)
+        padding = self._padding(x, num_frames) if self.config.looks_ahead else None
+        pieces = cu_seqlens = None
+        if padding is not None:
+            x, cu_seqlens = padding.remove(x), padding.cu_seqlens
         if self.sequence_mesh is not None:
-            group = self.config.temporal_reduction
-            pieces = SequencePieces.even(self.sequence_mesh, x.shape[1], multiple_of=group)
-            x = pieces.take(x)
-        logits = self.ctc_head(self._mix(x, None, states, pieces))
+            group, T_packed = self.config.temporal_reduction, x.shape[1]
+            pieces = SequencePieces.even(
+                self.sequence_mesh, T_packed, cu_seqlens, multiple_of=group
+            )
+            x, cu_seqlens = pieces.take(x), None
+        logits = self.ctc_head(self._mix(x, None, states, cu_seqlens, pieces))
         if pieces is not None:
             logits = pieces.gather(logits)
+        if padding is not None:
+            logits = padding.restore(logits)
+            if output_hidden_states and pieces is None:
+                states = map(padding.restore, states)
         logits = logits[:, shift : shift + T]
 
         exists = torch.arange(T, device=lengths.device) < num_frames[:, None]  # [B, T]
@@ -178,21 +196,12 @@ class LaCTForCTC(PreTrainedModel):
         return CausalLMOutput(loss=loss, logits=logits, hidden_states=states)
 
     def encode(
-        self,
-        frames: Tensor,
-        num_frames: Tensor | None = None,
-        state: EncoderState | None = None,
-        *,
-        ends: bool = True,
+        self, frames: Tensor, state: EncoderState | None = None, *, ends: bool = True
     ) -> tuple[Tensor, EncoderState | None]:
-        """Convolutions and blocks, on normalised log-mel frames.
-
-        All of it is causal, so that rows that end earlier need no mask: silence follows them, and what is
-        computed there reaches no frame before it.
+        """Convolutions and blocks, on normalised log-mel frames of recordings of one length.
 
         Args:
             frames: `[B, T * mel_frames_per_frame, n_mels]`.
-            num_frames: int64 `[B]`, how many of the T frames in each row are not padding; None for all.
             state: of the part of the recording before this one; None for whole recordings.
             ends: the recording ends here. Silence (mean features) is appended: `look_ahead` frames, and what
                 completes a group of `temporal_reduction`.
@@ -201,7 +210,7 @@ class LaCTForCTC(PreTrainedModel):
             `[B, T (+ silence), C]`, and the `state` for the next part.
         """
         past, cache = (None, None) if state is None else state
-        x, past = self._convolve(frames, num_frames, past, ends)
+        x, past = self._convolve(frames, None, past, ends)
         x = self._mix(x, cache)
         return x, None if cache is None else EncoderState(past, cache)
 
@@ -223,18 +232,28 @@ class LaCTForCTC(PreTrainedModel):
             frames = F.pad(frames, (0, 0, 0, silence * config.mel_frames_per_frame))
         return self.encoder(frames.to(self.ctc_head.weight.dtype), num_frames, past)
 
+    def _padding(self, x: Tensor, num_frames: Tensor) -> Padding | None:
+        """What of `x [B, T, C]` is behind the ends of rows, and the silence that is appended to them.
+
+        Where all is causal it may stay, as what is computed there reaches no frame before it.
+        """
+        heard = num_frames + self.config.look_ahead
+        heard = heard + -heard % self.config.temporal_reduction
+        return Padding.of(torch.arange(x.shape[1], device=x.device) < heard[:, None], x.device)
+
     def _mix(
         self,
         x: Tensor,
         cache: LaCTCache | None,
         hidden_states: list[Tensor] | None = None,
+        cu_seqlens: Tensor | None = None,
         pieces: SequencePieces | None = None,
     ) -> Tensor:
         """Blocks and last norm. Their inputs and the last output are appended to `hidden_states`."""
         for layer in self.layers:
             if hidden_states is not None:
                 hidden_states.append(x)
-            x = layer(x, cache=cache, pieces=pieces)
+            x = layer(x, cache=cache, cu_seqlens=cu_seqlens, pieces=pieces)
         x = self.norm(x)
         if hidden_states is not None:
             hidden_states.append(x)

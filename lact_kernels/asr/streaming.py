@@ -1,4 +1,4 @@
-"""`FrameStream`: frame by frame, the output of a recording that arrives in blocks."""
+"""Samples of one recording in, frames out: `FrameStream` as it arrives, `WholeRecording` at its end."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,32 @@ from lact_kernels.layers import LaCTCache
 BLOCK_SECONDS = 20  # longer blocks are computed in parts of this length, to bound the memory
 
 
-class FrameStream:
+class _Recording:
+    """What both have: a model that evaluates, samples that are checked, and an end."""
+
+    def __init__(self, model: LaCTForCTC):
+        if model.training:
+            raise ValueError("a stream needs a model in evaluation mode: call model.eval()")
+        self.model = model
+        self._finished = False
+
+    def _checked(self, samples: Tensor) -> Tensor:
+        """The samples in float32 on the CPU."""
+        if not isinstance(samples, Tensor) or not samples.is_floating_point():
+            raise TypeError("samples must be a floating-point tensor [n]")
+        if samples.ndim != 1:
+            raise ValueError(f"samples must have the shape [n], got {tuple(samples.shape)}")
+        if self._finished:
+            raise RuntimeError(
+                f"the recording is finished: a new one needs a new {type(self).__name__}"
+            )
+        return samples.to("cpu", torch.float32)
+
+    def _empty(self) -> Tensor:
+        return torch.zeros(0, self.model.config.vocab_size, device=self.model.device)
+
+
+class FrameStream(_Recording):
     """Samples in, log-probabilities of the tokens out, frame by frame.
 
         stream = FrameStream(model)
@@ -22,20 +47,23 @@ class FrameStream:
     the fast weights. Its memory does not grow.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode, and without later frames in its windows.
 
     Attributes:
         num_frames: number of frames that have been returned.
 
     Raises:
-        ValueError: the model is in training mode.
+        ValueError: the model is in training mode, or its windows have later frames in them.
     """
 
     def __init__(self, model: LaCTForCTC):
-        if model.training:
-            raise ValueError("a stream needs a model in evaluation mode: call model.eval()")
+        super().__init__(model)
         config = model.config
-        self.model = model
+        if config.looks_ahead:
+            raise ValueError(
+                "a stream needs a window_size without a right side, whose frames need not wait for later"
+                f" ones: got {config.window_size}, of a model that transcribes whole recordings"
+            )
         self.num_frames = 0
         self._group = config.inputs_to_logits_ratio * config.temporal_reduction
         groups = int(BLOCK_SECONDS * config.sampling_rate) // self._group
@@ -45,7 +73,6 @@ class FrameStream:
         self._state = EncoderState(None, LaCTCache())
         self._num_heard = 0  # frames whose samples have been computed
         self._to_drop = config.look_ahead  # outputs that precede that of the first frame
-        self._finished = False
 
     @property
     def seconds(self) -> float:
@@ -62,13 +89,7 @@ class FrameStream:
             TypeError, ValueError: another type, dtype or shape.
             RuntimeError: the recording has been finished.
         """
-        if not isinstance(samples, Tensor) or not samples.is_floating_point():
-            raise TypeError("samples must be a floating-point tensor [n]")
-        if samples.ndim != 1:
-            raise ValueError(f"samples must have the shape [n], got {tuple(samples.shape)}")
-        if self._finished:
-            raise RuntimeError("the recording is finished: a new one needs a new FrameStream")
-        waiting = torch.cat([self._waiting, samples.to("cpu", torch.float32)])
+        waiting = torch.cat([self._waiting, self._checked(samples)])
         whole = len(waiting) // self._group * self._group
         self._waiting = waiting[whole:].clone()
         parts = waiting[:whole].split(self._longest)
@@ -102,5 +123,39 @@ class FrameStream:
         self.num_frames += x.shape[0]
         return model.ctc_head(x).float().log_softmax(dim=-1)
 
-    def _empty(self) -> Tensor:
-        return torch.zeros(0, self.model.config.vocab_size, device=self.model.device)
+
+class WholeRecording(_Recording):
+    """Called as a `FrameStream`, and has all frames at the end, whatever the windows of the model.
+
+    It keeps the samples: its memory grows with the recording.
+
+    Args:
+        model: in evaluation mode.
+
+    Raises:
+        ValueError: the model is in training mode.
+    """
+
+    def __init__(self, model: LaCTForCTC):
+        super().__init__(model)
+        self._blocks = [torch.zeros(0)]
+
+    def push(self, samples: Tensor) -> Tensor:
+        """Add `samples`, a float tensor `[n]` in -1 .. 1, n >= 0; no frames, `[0, vocab_size]`, are known.
+
+        Raises:
+            TypeError, ValueError: another type, dtype or shape.
+            RuntimeError: the recording has been finished.
+        """
+        self._blocks.append(self._checked(samples).clone())
+        return self._empty()
+
+    @torch.inference_mode()
+    def finish(self) -> Tensor:
+        """End the recording, and return its frames, float32 `[frames, vocab_size]`, on the model's device."""
+        if self._finished:
+            return self._empty()
+        samples = torch.cat(self._blocks)
+        logits = self.model(samples[None].to(self.model.device)).logits[0]
+        self._blocks, self._finished = [], True
+        return logits.float().log_softmax(dim=-1)

@@ -18,7 +18,7 @@ from lact_kernels.asr.decoding import (
     word_places,
 )
 from lact_kernels.asr.pretrained import Recogniser
-from lact_kernels.asr.streaming import FrameStream
+from lact_kernels.asr.streaming import FrameStream, WholeRecording
 
 Decoder = Callable[[Tensor], list[int]]
 
@@ -58,11 +58,13 @@ class Transcriber:
     Args:
         recogniser: model and tokenizer.
         decoder: maps log-probabilities `[T, V]` to tokens; None for a `GreedyDecoder`.
+        stream: what makes frames of samples; None for a `FrameStream`, which needs a causal model.
         pause_seconds: a silence of this length ends a segment.
         max_segment_seconds: the longest segment.
 
     Raises:
-        ValueError: `pause_seconds` is not positive, or not less than `max_segment_seconds`.
+        ValueError: `pause_seconds` is not positive, or not less than `max_segment_seconds`, or the model is
+            none for a `FrameStream`.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Transcriber:
         recogniser: Recogniser,
         decoder: Decoder | None = None,
         *,
+        stream: FrameStream | WholeRecording | None = None,
         pause_seconds: float = 0.6,
         max_segment_seconds: float = 30.0,
     ):
@@ -80,7 +83,7 @@ class Transcriber:
             )
         self._tokenizer = recogniser.tokenizer
         self._decoder = decoder or GreedyDecoder(recogniser.tokenizer)
-        self._stream = FrameStream(recogniser.model)
+        self._stream = FrameStream(recogniser.model) if stream is None else stream
         self._blank = recogniser.tokenizer.pad_token_id
         self._silent = {self._blank, delimiter_of(recogniser.tokenizer)}
         self._seconds_per_frame = recogniser.model.config.seconds_per_frame
@@ -178,16 +181,19 @@ def transcribe_file(
 ) -> Iterator[Segment]:
     """Transcribe a sound file of any length; segments are yielded as soon as they are final.
 
+    They all are at the end of the file, and memory grows with its length, if the model's windows look ahead.
+
     Args:
         recogniser, decoder: as for a `Transcriber`.
         path: of the file.
-        progress: called with the duration of each block that has been transcribed, in seconds.
+        progress: called with the duration of each block that has been heard, in seconds.
 
     Raises:
         OSError: the file is missing or broken. It is raised at the first block that cannot be read.
     """
-    transcriber = Transcriber(recogniser, decoder)
-    rate = recogniser.model.config.sampling_rate
+    model, rate = recogniser.model, recogniser.model.config.sampling_rate
+    stream = WholeRecording(model) if model.config.looks_ahead else FrameStream(model)
+    transcriber = Transcriber(recogniser, decoder, stream=stream)
     for block in audio_blocks(path, rate):
         yield from transcriber.push(block)
         if progress is not None:

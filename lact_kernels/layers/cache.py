@@ -41,7 +41,8 @@ class LaCTCache:
     Cutting a sequence anywhere, any number of times, gives the outputs of one call. The cache fills as
     the layers are called, each under its `layer_idx`, and serves one batch of B rows, which may have
     different lengths. Its memory does not grow with the length, but for layers without a window. No
-    gradient flows through it from one call into an earlier one.
+    gradient flows through it from one call into an earlier one. A layer whose window has later tokens in
+    it takes no cache.
 
     A call that was interrupted may have advanced some of the layers: go on from a copy
     (`copy.deepcopy(cache)`, or a saved `state_dict()`).

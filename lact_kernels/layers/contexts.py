@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lact_kernels.core.offsets import cu_seqlens_of, packed_offsets
 from lact_kernels.layers.cache import LayerCache
+from lact_kernels.layers.inputs import Window
 from lact_kernels.layers.padding import position_in_sequence
 from lact_kernels.ops import checks
 from lact_kernels.ops.block_causal_ttt import block_causal_ttt
@@ -48,9 +49,9 @@ class Context(Protocol):
         """The position in its sequence of each of the tokens x, int64 `[B, T]`, or `[1, T]` for all rows."""
 
     def window_attn(
-        self, q: Tensor, k: Tensor, v: Tensor, window_size: int | None, *, backend: Backend
+        self, q: Tensor, k: Tensor, v: Tensor, window_size: Window, *, backend: Backend
     ) -> Tensor:
-        """`lact_kernels.window_attn`, of these tokens to themselves and those before them."""
+        """`lact_kernels.window_attn`, of these tokens to themselves and their neighbours."""
 
     def block_causal_ttt(self, *tensors: Tensor, **options: Any) -> Tensor:
         """`lact_kernels.block_causal_ttt`, from where the tokens before these left the fast weights."""
@@ -116,7 +117,7 @@ class PackedContext(NamedTuple):
 
 
 class CachedContext:
-    """The next tokens of each row of a cache, which keeps what later ones need of them.
+    """The next tokens of each row of a cache, which keeps what later ones need of them. Windows are causal.
 
     Args:
         past: what the cache has of this layer.

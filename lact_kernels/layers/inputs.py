@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from lact_kernels.ops import checks
 
+Window = int | tuple[int, int] | None  # tokens that a query sees, `(left, right)`, all before it
+
 
 def check_input(name: str, x: Tensor, layout: str, channels: int, projection: nn.Module) -> None:
     """`x` has the layout, `channels` on its last axis, and can be multiplied by the layer's first projection.
@@ -28,3 +30,11 @@ def check_input(name: str, x: Tensor, layout: str, channels: int, projection: nn
         raise ValueError(f"{name} must be on {weight.device} like this layer, got {x.device}")
     if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"{name} must have the dtype {weight.dtype} of this layer, got {x.dtype}")
+
+
+def check_layer_window(window_size: Window) -> Window:
+    """A window as a layer keeps it: a pair if its queries see later tokens, otherwise a number or None."""
+    left, right = checks.check_window("window_size", window_size)
+    if right == 0:
+        return None if left is None else left + 1
+    return tuple(-1 if side is None else side for side in (left, right))

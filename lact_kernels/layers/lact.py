@@ -22,7 +22,7 @@ from lact_kernels.layers.contexts import (
     context_of_pieces,
 )
 from lact_kernels.layers.fast_weight import LowRankFastWeight
-from lact_kernels.layers.inputs import check_input
+from lact_kernels.layers.inputs import Window, check_input, check_layer_window
 from lact_kernels.layers.joint_linear import joint_linear
 from lact_kernels.layers.padding import Padding, checked_mask
 from lact_kernels.layers.rotary import rotary_tables
@@ -38,9 +38,9 @@ NORM_EPS = 1e-5
 class LaCTLayer(nn.Module):
     """The hybrid layer of "Test-Time Training Done Right": sees a window exactly, and learns the rest.
 
-    One projection gives queries, keys and values of two branches, whose outputs are added: causal
-    attention in a sliding window (`window_attn`), and a SwiGLU network per head whose weights are
-    trained on keys and values chunk by chunk (`block_causal_ttt`).
+    One projection gives queries, keys and values of two branches, whose outputs are added: attention in a
+    sliding window (`window_attn`), and a SwiGLU network per head whose weights are trained on keys and
+    values chunk by chunk (`block_causal_ttt`).
 
         q, k, v = qkv(x);  q, k = rms_norm(q), rms_norm(k)                                (attn_qk_norm)
         attention = window_attn(rope(q), rope(k), v)
@@ -57,8 +57,9 @@ class LaCTLayer(nn.Module):
         num_attn_heads: heads of the attention. They divide C into an even number of channels each.
         num_lact_heads: heads of the fast weights. They divide C.
         inter_multi: hidden width of the fast network, relative to its head's `C / num_lact_heads`.
-        window_size: tokens that a query sees, itself included; None is full causal attention. Also a pair
-            `(left, 0)` as in `window_attn`.
+        window_size: tokens that a query sees, itself and those before it; None is full causal attention.
+            Or a pair `(left, right)` as in `window_attn`: with `right` later tokens (-1: all) the layer is
+            one of an encoder, and takes no cache. Fast weights stay causal: those of earlier chunks.
         lact_chunk_size: tokens from one update of the fast weights to the next. A sequence that is not
             longer never updates them.
         qkv_bias: whether the projection has a bias.
@@ -100,7 +101,7 @@ class LaCTLayer(nn.Module):
         num_attn_heads: int,
         num_lact_heads: int,
         inter_multi: float = 1.0,
-        window_size: int | tuple[int, int] | None = 2048,
+        window_size: Window = 2048,
         lact_chunk_size: int = 2048,
         qkv_bias: bool = False,
         attn_qk_norm: bool = True,
@@ -137,7 +138,7 @@ class LaCTLayer(nn.Module):
         _check_supported(lr_dim, lr_parameterization, ttt_loss_type)
         lact_chunk_size = checks.check_count("lact_chunk_size", lact_chunk_size)
         temporal_reduction = checks.check_positive_int("temporal_reduction", temporal_reduction)
-        window_size = checks.check_causal_window("window_size", window_size)
+        window_size = check_layer_window(window_size)
         checks.check_flags(
             qkv_bias=qkv_bias,
             attn_qk_norm=attn_qk_norm,
@@ -222,6 +223,11 @@ class LaCTLayer(nn.Module):
         nn.init.zeros_(self.qk_offset)
 
     @property
+    def looks_ahead(self) -> bool:
+        """Whether queries see later tokens, so that no output is known before they are."""
+        return isinstance(self.window_size, tuple)
+
+    @property
     def _options(self) -> LayerOptions:
         return LayerOptions(
             self.num_attn_heads,
@@ -255,7 +261,7 @@ class LaCTLayer(nn.Module):
                 its output is 0. Each call waits for its device to read it; one on the CPU spares the wait.
             cache: go on behind the tokens of earlier calls with this cache, and keep in it what later
                 calls need. With `temporal_reduction`, only the last call of a row may have a number of
-                frames that the reduction does not divide.
+                frames that the reduction does not divide. None where the window has later tokens in it.
             cu_seqlens: int32 `[N+1]`, the borders of N sequences laid end to end in one row (`B = 1`),
                 none of which sees another; with a cache they are its rows. On the device of
                 `hidden_states`, where each call waits to read it, or on the CPU, where nothing waits.
@@ -276,6 +282,11 @@ class LaCTLayer(nn.Module):
         check_input("hidden_states", hidden_states, "[B, T, C]", self.hidden_size, self.qkv)
         if cache is not None and not isinstance(cache, LaCTCache):
             raise TypeError(f"cache must be a LaCTCache, got {type(cache).__name__}")
+        if cache is not None and self.looks_ahead:
+            raise ValueError(
+                "cache must be None in a layer whose queries see tokens that come later: window_size ="
+                f" {self.window_size} has a right side"
+            )
         if pieces is not None:
             for name, value in (("attention_mask", attention_mask), ("cache", cache)):
                 if value is not None:

@@ -128,6 +128,7 @@ class LaCTModel(LaCTPreTrainedModel):
     def __init__(self, config: LaCTSWIGLUConfig):
         if config.hidden_act not in ("swish", "silu"):
             raise NotImplementedError(f"hidden_act must be 'swish', got {config.hidden_act!r}")
+        checks.check_causal_window("window_size", config.window_size)
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(LaCTBlock(config, i) for i in range(config.num_hidden_layers))

@@ -16,7 +16,8 @@ class LaCTSWIGLUConfig(PretrainedConfig):
         num_attn_heads, num_lact_heads, inter_multi, qkv_bias, attn_qk_norm, lact_chunk_size, use_muon,
             lr_dim, qkv_silu, no_v_silu, lr_parameterization, learnable_ttt_scale, use_momentum,
             ttt_loss_type, ttt_prenorm, ttt_nope, w0_w2_low_rank, window_size, rope_theta,
-            max_position_embeddings, fw_init_gain, use_fused_kernel, fp32_states: as in `LaCTLayer`.
+            max_position_embeddings, fw_init_gain, use_fused_kernel, fp32_states: as in `LaCTLayer`; a model
+            that predicts the next token takes no `window_size` with later ones in it.
         hidden_ratio: width of the MLP: two thirds of `hidden_ratio * hidden_size`, rounded up to 256.
         intermediate_size: the width itself, instead.
         hidden_act: "swish", the MLP's activation.
