@@ -29,10 +29,13 @@ CASES = {
     "no-silu": PAPER | dict(qkv_silu=False),
     "no-v-silu": PAPER | dict(no_v_silu=True),
     "full-attention": PAPER | dict(window_size=None),
-    "two-sided": PAPER | dict(window_size=(3, 2)),
-    "sees-all": dict(window_size=(-1, -1)),
     "reduction": PAPER | dict(temporal_reduction=3, lact_chunk_size=3),
     "more-fast-heads": dict(num_attn_heads=2, num_lact_heads=4),
+}
+CAUSAL = tuple(CASES)  # what takes a cache
+CASES |= {
+    "two-sided": PAPER | dict(window_size=(3, 2)),
+    "sees-all": dict(window_size=(-1, -1)),
 }
 ORACLE_OPTIONS = (
     "num_attn_heads",

@@ -1,4 +1,4 @@
-"""FrameStream: pieces of any size give the frames of one pass, in time and in constant memory. WholeRecording."""
+"""FrameStream: pieces of any size give the frames of one pass, in time and in constant memory."""
 
 import math
 
@@ -97,7 +97,9 @@ def test_latency_is_what_the_configuration_says(name):
 def test_a_frame_hears_its_look_ahead_and_no_more(options):
     model, x = small_model(**options), noise(LENGTH)
     expected, frame = in_one_pass(model, x), 20
-    frame += -(frame + model.config.look_ahead) % model.config.temporal_reduction  # first of its group
+    frame += (
+        -(frame + model.config.look_ahead) % model.config.temporal_reduction
+    )  # first of its group
     start = frame * model.config.inputs_to_logits_ratio
     end = start + round(model.config.latency_seconds * 16000)
     changed = x.clone()

@@ -405,6 +405,8 @@ def test_generation_needs_more_tokens_than_the_cache_has(length):
         generate(model, first.sequences[:, :length], **{CACHE_FIELD: first[CACHE_FIELD]})
 
 
-def test_unsupported_activation():
+def test_unsupported_options():
     with pytest.raises(NotImplementedError, match="hidden_act must be 'swish', got 'gelu'"):
         LaCTModel(LaCTSWIGLUConfig(**SIZES, hidden_act="gelu"))
+    with pytest.raises(NotImplementedError, match=r"window_size .* later ones, as in \(8, 2\)"):
+        LaCTForCausalLM(LaCTSWIGLUConfig(**SIZES | {"window_size": (8, 2)}))

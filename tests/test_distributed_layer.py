@@ -67,7 +67,7 @@ def test_layer_of_every_option(ranks: Ranks, size):
 
 
 def test_packed_layer(ranks: Ranks):
-    cases = ["paper-muon", "qk-norm-bias", "prenorm", "full-attention"]
+    cases = ["paper-muon", "qk-norm-bias", "prenorm", "full-attention", "two-sided", "sees-all"]
     ranks.run(layer_equals_one_process, cases, 4, PACKED, False)
 
 

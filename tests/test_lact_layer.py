@@ -130,7 +130,7 @@ def assert_as_exact_as_plain_pytorch(case, dtype, **options):
         assert_close_to_float64(x, same_dtype[name], exact[name], name)
 
 
-@pytest.mark.parametrize("case", ["paper", "prenorm", "qk-norm-bias", "reduction"])
+@pytest.mark.parametrize("case", ["paper", "prenorm", "qk-norm-bias", "reduction", "two-sided"])
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 def test_float32_is_as_exact_as_plain_pytorch(case, backend):
     assert_as_exact_as_plain_pytorch(case, torch.float32, backend=backend)
@@ -312,7 +312,7 @@ def test_windows(given, kept):
 @pytest.mark.parametrize("right", [0, 2, -1])
 @pytest.mark.parametrize("reduction", [1, 3])
 def test_how_far_a_token_hears(right, reduction):
-    """The last token that the output of one depends on: in its window, as long as fast weights stay causal."""
+    """The last token that the output of one depends on is in its window, as fast weights are causal."""
     layer = make_layer("two-sided", window_size=(3, right), temporal_reduction=reduction)
     x, token = torch.randn(1, T, 32, dtype=torch.float64, requires_grad=True), 10
     layer(x)[0, token].sum().backward()
@@ -324,7 +324,9 @@ def test_how_far_a_token_hears(right, reduction):
 @pytest.mark.parametrize("window_size", [(3, 2), (0, -1)], ids=str)
 def test_a_layer_that_looks_ahead_takes_no_cache(window_size):
     layer, cache = make_layer("paper", torch.float32, window_size=window_size), LaCTCache()
-    with pytest.raises(ValueError, match=rf"cache must be None .* = \({window_size[0]}, .*right side"):
+    with pytest.raises(
+        ValueError, match=rf"cache must be None .* = \({window_size[0]}, .*right side"
+    ):
         layer(X, cache=cache)
     assert not cache.layers
 

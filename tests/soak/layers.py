@@ -15,15 +15,18 @@ from tests.lact_layer_cases import oracle, randomised
 from tests.soak.bar import hold_gradients, hold_results
 from tests.soak.draw import Draw, borders_of, int32, kind
 
+CAUSAL_WINDOWS = (None, 1, 2, 5, 9)
+WINDOWS = (*CAUSAL_WINDOWS, (3, 2), (0, 6), (-1, 1), (4, -1), (-1, -1))
 
-def draw_layer(draw: Draw, dtype: torch.dtype, backend: str) -> LaCTLayer:
+
+def draw_layer(draw: Draw, dtype: torch.dtype, backend: str, windows) -> LaCTLayer:
     chance, flag = draw.chance, lambda: draw.chance(0.5)
     heads = draw.choice(((4, 2), (2, 2), (2, 1), (1, 1), (2, 4) if backend == "eager" else (4, 1)))
     options = dict(
         num_attn_heads=heads[0],
         num_lact_heads=heads[1],
         inter_multi=draw.choice((0.5, 1, 1.5)),
-        window_size=draw.choice((None, 1, 2, 5, 9)),
+        window_size=draw.choice(windows),
         lact_chunk_size=draw.choice((1, 3, 4, 8)),
         qkv_bias=flag(),
         attn_qk_norm=flag(),
@@ -66,7 +69,7 @@ def draw_mask(draw: Draw, B: int, T: int) -> Tensor:
 def lact_layer(draw: Draw) -> None:
     """Outputs and gradients of input and parameters are those of every sequence alone."""
     backend, dtype = draw.backend(0.05)
-    layer = draw_layer(draw, dtype, backend)
+    layer = draw_layer(draw, dtype, backend, WINDOWS)
     B, T = draw.choice((0, 1, 1, 2, 2, 2, 3, 3)), draw.length(16)
     how = draw.choice(("full", "padded", "padded", "packed"))
     mask, borders = None, None
@@ -147,7 +150,7 @@ def lact_cache(draw: Draw) -> None:
         dtype = draw.choice((torch.float64, torch.float64, torch.float32))
     else:
         dtype = torch.float32
-    layer = draw_layer(draw, dtype, backend)
+    layer = draw_layer(draw, dtype, backend, CAUSAL_WINDOWS)
     rows, program = CachedRows(layer, draw.randint(1, 3)), []
     draw.note(program=program)
     with torch.no_grad(), draw.tiles():
