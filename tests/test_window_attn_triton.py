@@ -5,6 +5,7 @@ tokens straddle every edge. The tests marked `gpu` run the same cases with the b
 of tests/emulated run what is compiled of these, in every dtype.
 """
 
+import copy
 import dataclasses
 import math
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks.compile_report import window_attn_cases
+from lact_kernels.core.attention import AttentionOptions
 from lact_kernels.triton.configs import TRITON, KernelConfig
 from lact_kernels.triton.window_attn import fwd
 from lact_kernels.triton.window_attn.bwd import window_attn_bwd
@@ -70,6 +72,16 @@ LARGE_PACKED_CASES = [
 ]
 
 
+# B, Tq, Tk, Hq, Hkv, D, Dv, window, softcap, size of sinks, why
+OPTION_CASES = [
+    pytest.param(1, 65, 65, 2, 1, 16, 16, (20, 18), None, 1.0, id="two_sides_and_sinks"),
+    pytest.param(1, 33, 33, 2, 2, 16, 16, (-1, -1), 2.0, None, id="all_keys_and_a_soft_cap"),
+    pytest.param(2, 19, 52, 2, 1, 16, 24, (8, 13), 2.0, 1.0, id="all_of_them_on_a_cache"),
+    pytest.param(1, 40, 19, 1, 1, 16, 16, (9, 6), None, 1.0, id="queries_that_see_nothing"),
+    pytest.param(1, 40, 60, 1, 1, 16, 16, (30, -5), None, None, id="keys_end_before_the_query"),
+]
+
+
 def make_inputs(B, Tq, Tk, Hq, Hkv, D, Dv, dtype):
     q = torch.randn(B, Tq, Hq, D, device=DEVICE, dtype=dtype)
     k = torch.randn(B, Tk, Hkv, D, device=DEVICE, dtype=dtype)
@@ -79,39 +91,64 @@ def make_inputs(B, Tq, Tk, Hq, Hkv, D, Dv, dtype):
     return q, k, v, do, dlse
 
 
-def run_kernels(q, k, v, do, dlse, window_size, scale, config, cu_seqlens=(None, None)):
-    Tk = max(k.shape[1], 1)
-    options = (Tk if window_size is None else min(window_size, Tk), scale, *cu_seqlens)
+def options_of(q, k, window_size, scale, softcap=None):
+    """As the launchers take them."""
+    if window_size is None:
+        window_size = -1, 0
+    elif isinstance(window_size, int):
+        window_size = window_size - 1, 0
+    left, right = (None if side == -1 else side for side in window_size)
+    return AttentionOptions(left, right, scale, softcap).within(q.shape[1], k.shape[1])
+
+
+def run_kernels(q, k, v, do, dlse, options, config, cu_seqlens=(None, None), sinks=None):
+    """Outputs, lse, dq, dk and dv, and dsinks if there are any."""
+    sinks = None if sinks is None else sinks.expand(len(q), -1)
     with filled_with_nan():
-        o, lse = window_attn_fwd(q, k, v, *options, config=config)
-        grads = window_attn_bwd(do, dlse, q, k, v, o, lse, *options, config=config)
-    return o, lse, *grads
+        o, lse = window_attn_fwd(q, k, v, options, sinks, *cu_seqlens, config=config)
+        *grads, dsinks = window_attn_bwd(
+            do, dlse, q, k, v, o, lse, options, sinks, *cu_seqlens, config=config
+        )
+    if sinks is None:
+        assert dsinks.shape == (0,)
+        return o, lse, *grads
+    return o, lse, *grads, dsinks.sum(dim=0)
 
 
-def run_reference(q, k, v, do, dlse, window_size, scale, cu_seqlens, dtype):
-    q, k, v = (x.detach().to(dtype).requires_grad_() for x in (q, k, v))
+def run_reference(q, k, v, do, dlse, window, cu_seqlens, dtype, sinks=None):
+    """`window` has the arguments that the reference calls so, and softmax_scale and softcap."""
+    inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v, sinks) if x is not None]
     packing = dict(zip(("cu_seqlens", "cu_seqlens_k"), cu_seqlens))
-    o, lse = window_attn(q, k, v, window_size, softmax_scale=scale, **packing, return_lse=True)
+    window = {**window, "sinks": None if sinks is None else inputs[3]}
+    o, lse = window_attn(*inputs[:3], **window, **packing, return_lse=True)
     if dlse is None:
-        grads = torch.autograd.grad(o, (q, k, v), do.to(dtype))
+        grads = torch.autograd.grad(o, inputs, do.to(dtype))
     else:
-        grads = torch.autograd.grad((o, lse), (q, k, v), (do.to(dtype), dlse.to(dtype)))
+        grads = torch.autograd.grad((o, lse), inputs, (do.to(dtype), dlse.to(dtype)))
     return o.detach(), lse.detach(), *grads
 
 
-def check(q, k, v, do, dlse, window_size, config, scale=None, cu_seqlens=(None, None)):
+def check(
+    q, k, v, do, dlse, window_size, config,
+    scale=None, cu_seqlens=(None, None), softcap=None, sinks=None,
+):  # fmt: skip
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    actual = run_kernels(q, k, v, do, dlse, window_size, scale, config, cu_seqlens)
+    options = options_of(q, k, window_size, scale, softcap)
+    actual = run_kernels(q, k, v, do, dlse, options, config, cu_seqlens, sinks)
+    window = {"window_size": window_size, "softmax_scale": scale, "softcap": softcap}
     same, exact = (
-        run_reference(q, k, v, do, dlse, window_size, scale, cu_seqlens, dtype)
+        run_reference(q, k, v, do, dlse, window, cu_seqlens, dtype, sinks)
         for dtype in (q.dtype, torch.float64)
     )
-    assert [x.dtype for x in actual] == [q.dtype, torch.float32, *3 * [q.dtype]]
-    single_key = 1 in (window_size, k.shape[1])
-    for name, a, s, e in zip(("o", "lse", "dq", "dk", "dv"), actual, same, exact):
+    float32 = torch.float32
+    assert [x.dtype for x in actual] == [q.dtype, float32, *3 * [q.dtype], float32][: len(exact)]
+    single_key = 1 in (window_size, k.shape[1]) and sinks is None
+    for name, a, s, e in zip(("o", "lse", "dq", "dk", "dv", "dsinks"), actual, same, exact):
         if name == "lse":  # -inf where nothing is seen, on which no difference is possible
             assert torch.equal(a == -math.inf, e == -math.inf)
             a, s, e = (x.masked_fill(e == -math.inf, 0.0) for x in (a, s, e))
+        if name == "dsinks":
+            a = a.to(s.dtype)  # as autograd does
         if single_key and name in ("dq", "dk"):
             assert_cancelled(a, e, [q, k, v], do, name)
         else:
@@ -124,18 +161,34 @@ def test_kernels_match_reference(B, Tq, Tk, Hq, Hkv, D, Dv, window_size):
     check(*make_inputs(B, Tq, Tk, Hq, Hkv, D, Dv, torch.float32), window_size, SMALL)
 
 
-def check_packed(borders, Hq, Hkv, D, Dv, dtype, window_size, config):
+@needs_interpreter
+@pytest.mark.parametrize("B, Tq, Tk, Hq, Hkv, D, Dv, window, softcap, sinks", OPTION_CASES)
+def test_options(B, Tq, Tk, Hq, Hkv, D, Dv, window, softcap, sinks):
+    inputs = make_inputs(B, Tq, Tk, Hq, Hkv, D, Dv, torch.float32)
+    sinks = None if sinks is None else sinks * torch.randn(Hq)
+    check(*inputs, window, SMALL, softcap=softcap, sinks=sinks)
+
+
+def check_packed(borders, Hq, Hkv, D, Dv, dtype, window_size, config, **options):
     """`borders` are those of the queries, and of the keys if they differ."""
     borders = borders if isinstance(borders[0], tuple) else (borders, borders)
     inputs = make_inputs(1, borders[0][-1], borders[1][-1], Hq, Hkv, D, Dv, dtype)
     cu_seqlens = [torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in borders]
-    check(*inputs, window_size, config, cu_seqlens=cu_seqlens)
+    check(*inputs, window_size, config, cu_seqlens=cu_seqlens, **options)
 
 
 @needs_interpreter
 @pytest.mark.parametrize("borders, Hq, Hkv, D, Dv, window_size", PACKED_CASES)
 def test_packed_sequences_match_reference(borders, Hq, Hkv, D, Dv, window_size):
     check_packed(borders, Hq, Hkv, D, Dv, torch.float32, window_size, SMALL)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_packed_sequences_with_all_options(dtype):
+    """Sequences of fewer keys than a tile has, whose windows go beyond both of their ends."""
+    borders, sinks = ((0, 3, 23, 24, 50), (0, 6, 26, 26, 60)), torch.randn(4)
+    check_packed(borders, 4, 2, 16, 24, dtype, (9, 7), SMALL, softcap=2.0, sinks=sinks)
 
 
 @pytest.mark.gpu
@@ -151,14 +204,16 @@ def test_packed_sequences_match_reference_on_gpu(borders, Hq, Hkv, D, Dv, window
 )
 def test_unequal_blocks(block_m, block_n):
     config = KernelConfig(block_m, block_n, num_warps=4, num_stages=1)
-    for window_size in (15, 16, 17, 40):
+    for window_size in (15, 16, 17, 40, (9, 7)):
         check(*make_inputs(1, 70, 84, 1, 1, 16, 16, torch.float32), window_size, config)
 
 
 @needs_interpreter
 def test_dk_and_dv_in_launches_of_their_own():
     config = KernelConfig(16, 16, num_warps=4, num_stages=1, split=True)
-    check(*make_inputs(1, 31, 40, 4, 2, 16, 24, torch.float32), 13, config)
+    inputs = make_inputs(1, 31, 40, 4, 2, 16, 24, torch.float32)
+    check(*inputs, 13, config)
+    check(*inputs, (6, 6), config, softcap=2.0, sinks=torch.randn(4))
 
 
 @pytest.mark.gpu
@@ -182,7 +237,7 @@ def test_strided_inputs_are_read_in_place(monkeypatch):
     do = torch.randn(B, T, H, 2 * D, device=DEVICE)[..., :D]
     copied = []
     monkeypatch.setattr(torch.Tensor, "contiguous", lambda x: copied.append(x) or x)
-    run_kernels(q, k, v, do, None, 7, 0.25, SMALL)
+    run_kernels(q, k, v, do, None, options_of(q, k, 7, 0.25), SMALL)
     assert all(x.is_contiguous() for x in copied)
     monkeypatch.undo()
     check(q, k, v, do, None, 7, SMALL)
@@ -202,16 +257,19 @@ def test_offsets_beyond_32_bits(stride):
     config = KernelConfig(128, 128, num_warps=4, num_stages=1)
     near = far.contiguous()
     do = torch.randn(B, T, 1, D, device=DEVICE).half()
-    expected = run_kernels(near, near, near, do, None, 40, 0.25, config)
-    actual = run_kernels(far, far, far, far, None, 40, 0.25, config)
-    again = run_kernels(near, near, near, near, None, 40, 0.25, config)
+    options = AttentionOptions(39, 0, 0.25)
+    expected = run_kernels(near, near, near, do, None, options, config)
+    actual = run_kernels(far, far, far, far, None, options, config)
+    again = run_kernels(near, near, near, near, None, options, config)
     assert torch.equal(actual[0], expected[0])
     assert all(torch.equal(a, b) for a, b in zip(actual, again))
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.7, 3.0])
 def test_any_scale(scale):
-    check(*make_inputs(1, 20, 20, 1, 1, 16, 16, torch.float32), 7, SMALL, scale)
+    inputs = make_inputs(1, 20, 20, 1, 1, 16, 16, torch.float32)
+    check(*inputs, 7, SMALL, scale)
+    check(*inputs, 7, SMALL, scale, softcap=0.7)
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["", "dk_and_dv_apart"])
@@ -228,15 +286,44 @@ def test_large_scores(B, Tq, Tk, Hq, Hkv, D, Dv, window_size, split):
     check(q, 20 * k, *rest, window_size, config, 3.0)
 
 
+def test_sink_like_a_large_score():
+    """The probability of each is 1/2, of which the float32 lse, 320 and a bit, has too few digits."""
+    _, _, v, do, dlse = make_inputs(1, 20, 20, 2, 2, 16, 16, torch.float32)
+    q, k = torch.full_like(v, 4.0), torch.full_like(v, 5.0)
+    check(q, k, v, do, dlse, 1, SMALL, 1.0, sinks=torch.full((2,), 320.0, device=DEVICE))
+
+
+def test_sink_of_minus_infinity():
+    """It is none, also of a row that sees nothing."""
+    inputs = make_inputs(1, 40, 19, 2, 1, 16, 16, torch.float32)
+    options = AttentionOptions(8, 2, 0.25)
+    sinks = torch.full((2,), -math.inf, device=DEVICE)
+    *results, dsinks = run_kernels(*inputs, options, SMALL, sinks=sinks)
+    for actual, expected in zip(results, run_kernels(*inputs, options, SMALL)):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(dsinks, torch.zeros_like(sinks))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
+def test_keys_that_do_not_exist_have_no_gradient(descriptors):
+    """Tiles go on with zeros beyond the last key: times a gradient that is infinite in float16 they are NaN."""
+    zeros = torch.zeros(1, 20, 1, 16, dtype=torch.float16)
+    config = dataclasses.replace(SMALL, descriptors=descriptors)
+    inputs = zeros, zeros, zeros + 16.0, zeros + 1e4, None
+    *_, dq, dk, dv = run_kernels(*inputs, AttentionOptions(0, 4, 0.25), config)
+    assert torch.equal(dq, zeros) and torch.equal(dk, zeros) and dv.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_huge_scores_stay_finite(dtype):
     """Scores around 1e9, where float32 no longer resolves 1: the forward is still right."""
     q, k, v, do, dlse = make_inputs(1, 40, 40, 1, 1, 64, 64, dtype)
     q, k, scale = q * 1e4, k * 1e4, 0.125
-    actual = run_kernels(q, k, v, do, dlse, 17, scale, SMALL)
-    dense = (None, None)
-    same = run_reference(q.float(), k.float(), v.float(), do, dlse, 17, scale, dense, torch.float32)
-    exact = run_reference(q, k, v, do, dlse, 17, scale, dense, torch.float64)
+    actual = run_kernels(q, k, v, do, dlse, AttentionOptions(16, 0, scale), SMALL)
+    window, dense = {"window_size": 17, "softmax_scale": scale}, (None, None)
+    same = run_reference(q.float(), k.float(), v.float(), do, dlse, window, dense, torch.float32)
+    exact = run_reference(q, k, v, do, dlse, window, dense, torch.float64)
     assert all(x.isfinite().all() for x in actual)
     assert_close_to_float64(actual[0].float(), same[0].to(dtype).float(), exact[0], "o")
     assert_close_to_float64(actual[1], same[1], exact[1], "lse")
@@ -254,7 +341,7 @@ def test_scores_of_minus_infinity():
     q, k, v, do, dlse = make_inputs(1, 40, 40, 1, 1, 16, 16, torch.float32)
     q, k = torch.full_like(q, 1e30), k.clone()
     k[:, 7:31] = -1e30
-    o, lse, *grads = run_kernels(q, k, v, do, dlse, 10, 0.25, SMALL)
+    o, lse, *grads = run_kernels(q, k, v, do, dlse, AttentionOptions(9, 0, 0.25), SMALL)
     assert all(x.isfinite().all() for x in (o, *grads))
     assert torch.equal(o == 0, (lse.mT == -math.inf)[..., None].expand_as(o))
     assert (lse == -math.inf).nonzero()[:, 2].tolist() == list(range(16, 31))
@@ -263,20 +350,23 @@ def test_scores_of_minus_infinity():
 @pytest.mark.parametrize("B, Tq, Tk", [(0, 5, 5), (2, 0, 0), (2, 0, 7)])
 def test_empty_inputs(B, Tq, Tk):
     q, k, v, do, dlse = make_inputs(B, Tq, Tk, 2, 1, 16, 32, torch.float32)
-    o, lse, dq, dk, dv = run_kernels(q, k, v, do, dlse, None, 0.25, None)
+    options, sinks = options_of(q, k, None, 0.25), torch.randn(2, device=DEVICE)
+    o, lse, dq, dk, dv, dsinks = run_kernels(q, k, v, do, dlse, options, None, sinks=sinks)
     assert o.shape == (B, Tq, 2, 32) and lse.shape == (B, 2, Tq)
     assert dq.shape == q.shape
-    assert torch.equal(dk, torch.zeros_like(k)) and torch.equal(dv, torch.zeros_like(v))
+    for grad, x in ((dk, k), (dv, v), (dsinks, sinks)):
+        assert torch.equal(grad, torch.zeros_like(x))
 
 
 def test_nothing_saved_is_written_and_backward_repeats():
     q, k, v, do, dlse = make_inputs(1, 33, 33, 2, 1, 16, 16, torch.float32)
-    o, lse = window_attn_fwd(q, k, v, 9, 0.25, config=SMALL)
-    saved = (do, dlse, q, k, v, o, lse)
-    before = [x.clone() for x in saved]
-    first = window_attn_bwd(*saved, 9, 0.25, config=SMALL)
-    second = window_attn_bwd(*saved, 9, 0.25, config=SMALL)
-    assert all(torch.equal(a, b) for a, b in zip(before, saved))
+    options, sinks = AttentionOptions(8, 4, 0.25, softcap=2.0), torch.randn(1, 2, device=DEVICE)
+    o, lse = window_attn_fwd(q, k, v, options, sinks, config=SMALL)
+    saved = (do, dlse, q, k, v, o, lse, options, sinks)
+    before = copy.deepcopy(saved)
+    first = window_attn_bwd(*saved, config=SMALL)
+    second = window_attn_bwd(*saved, config=SMALL)
+    assert all(a == b if a is options else torch.equal(a, b) for a, b in zip(saved, before))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
@@ -290,10 +380,11 @@ def test_a_row_names_the_implementation_that_runs(monkeypatch):
 
     monkeypatch.setitem(fwd.FWD_KERNELS, "other", Other())
     q, k, v, _, _ = make_inputs(1, 33, 33, 1, 1, 16, 16, torch.float32)
-    plain = window_attn_fwd(q, k, v, 9, 0.25, config=SMALL)
+    options = AttentionOptions(8, 0, 0.25)
+    plain = window_attn_fwd(q, k, v, options, config=SMALL)
     assert not grids
     row = dataclasses.replace(SMALL, implementation="other")
-    other = window_attn_fwd(q, k, v, 9, 0.25, config=row)
+    other = window_attn_fwd(q, k, v, options, config=row)
     assert grids == [(3,)]
     assert all(map(torch.equal, plain, other))
 
@@ -302,5 +393,6 @@ def test_same_kernel_for_every_length():
     """Lengths, windows, batch sizes and head counts are runtime values, never compile-time ones."""
     for case in window_attn_cases.compile_cases(90):
         assert not {"Tq", "Tk", "Hq", "Hkv", "window_size"} & set(case.constexprs)
+        assert case.constexprs.get("right") is None
         strides = (x for name, x in case.constexprs.items() if "stride" in name)
         assert all(x is None for x in strides)  # a descriptor has them

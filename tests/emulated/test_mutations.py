@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from benchmarks.emulation import emulated_device
+from lact_kernels.core.attention import AttentionOptions
 from lact_kernels.triton.fast_weights.layout import Dims, Run
 from lact_kernels.triton.fast_weights.products import ttt_outer
 from lact_kernels.triton.window_attn.fwd import window_attn_fwd
@@ -35,7 +36,7 @@ def attention(*cases: tuple[int, ...]) -> Iterator[tuple[Tensor, ...]]:
     for B, Tq, Tk, H, W in cases:
         shapes = (B, Tq, H, 64), (B, Tk, H, 64), (B, Tk, H, 64)
         q, k, v = (torch.randn(shape, dtype=torch.float64).to(torch.bfloat16) for shape in shapes)
-        yield window_attn_fwd(q, k, v, W, 0.125)
+        yield window_attn_fwd(q, k, v, AttentionOptions(W - 1, 0, 0.125))
 
 
 def outer() -> Iterator[tuple[Tensor, ...]]:
