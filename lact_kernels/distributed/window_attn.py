@@ -21,7 +21,7 @@ at the end. Each query is in one call with all its keys, as a sink counts once i
 
 import bisect
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -101,28 +101,23 @@ def window_attn(
         RuntimeError: a wrong argument on another rank, or a rank that does not answer within the timeout of
             the process group.
     """
-    pieces.agree(
-        "window_attn",
-        lambda: _facts(
-            q, k, v, window_size, softmax_scale, softcap, sinks, return_lse, backend, pieces
-        ),
-    )
-    options = ops.check_attention(q, k, v, window_size, softmax_scale, softcap, sinks)
-    backend = ops.choose_backend(backend, q, v)
+
+    def checked() -> tuple[AttentionOptions, Backend]:
+        options = ops.check_attention(q, k, v, window_size, softmax_scale, softcap, sinks)
+        checks.check_flag("return_lse", return_lse)
+        return options, ops.choose_backend(backend, q, v)
+
+    pieces.agree("window_attn", lambda: _facts(q, k, v, sinks, checked()[0], pieces))
+    options, chosen = checked()
     q, k, v = cast_inputs(q, k, v)
     sinks = ops.inner_sinks(q, sinks)
     left, right = options.left, options.right
     plan = pieces.once(("window_attn", left, right), lambda: _Plan.of(pieces, left, right))
-    o, lse = _WindowAttn.apply(q, k, v, sinks, options, plan, backend)
+    o, lse = _WindowAttn.apply(q, k, v, sinks, options, plan, chosen)
     return (o, lse) if return_lse else o
 
 
-def _facts(
-    q, k, v, window_size, softmax_scale, softcap, sinks, return_lse, backend, pieces
-) -> dict:
-    options = ops.check_attention(q, k, v, window_size, softmax_scale, softcap, sinks)
-    checks.check_flag("return_lse", return_lse)
-    ops.choose_backend(backend, q, v)
+def _facts(q, k, v, sinks, options: AttentionOptions, pieces: SequencePieces) -> dict[str, Any]:
     if pieces.chunk_size is not None:
         raise ValueError(f"pieces must be contiguous for window_attn, got {pieces}")
     for name, x in (("q", q), ("k", k)):
