@@ -70,17 +70,16 @@ def softmax_end(acc, row_max, row_sum, scale, sink, FULL_PRECISION: tl.constexpr
     """
     blind = row_sum == 0.0
     unit = scale if FULL_PRECISION else LN_2  # of row_max
-    largest = row_max * unit
     if sink is None:
         row_sum = tl.where(blind, 1.0, row_sum)
-        lse = tl.where(blind, float("-inf"), largest + tl.log(row_sum))
+        lse = tl.where(blind, float("-inf"), row_max * unit + tl.log(row_sum))
         weight = 1.0 / row_sum
     else:
         # The log of what the keys have more than the sink, rounded once.
         lead = tl.where(blind, float("-inf"), tl.fma(row_max, unit, -sink))
         kept = tl.exp(tl.minimum(lead, 0.0))
         row_sum = row_sum * kept + tl.exp(tl.minimum(-lead, 0.0))
-        lse = tl.where(lead < 0.0, sink, largest) + tl.log(row_sum)
+        lse = tl.where(lead < 0.0, sink, row_max * unit) + tl.log(row_sum)
         weight = kept / row_sum
     return acc * weight[:, None], lse
 

@@ -61,7 +61,7 @@ from lact_kernels.triton.primitives import (
     store_rows,
     tile_pointers,
 )
-from lact_kernels.triton.softmax import LOWEST, softmax_end, softmax_step
+from lact_kernels.triton.softmax import LOWEST, softcapped, softmax_end, softmax_step
 from lact_kernels.triton.window_attn.with_kvcache import window_attn_with_kvcache
 
 FEW_QUERIES = 16  # of a row: up to here the kernel that splits the keys takes them
@@ -77,7 +77,9 @@ def _segment(
     first_position,
     Tk,
     window_size,
+    right,
     scale_log2,
+    bend,
     SIZES: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
@@ -92,9 +94,11 @@ def _segment(
         k_pointers = tile_pointers(k_tiles, first_key)
         v_pointers = tile_pointers(v_tiles, first_key)
         scores = scores_of(q, k_pointers, keys, Tk, SIZES, PRECISION, MASKED)
+        scores = softcapped(scores, bend, FULL_PRECISION)
         if MASKED:
+            last = None if right is None else Tk - 1 - first_key
             scores = mask_before_window(scores, first_position - first_key, window_size)
-            scores = mask_after_query(scores, first_position - first_key)
+            scores = mask_after_query(scores, first_position - first_key, last=last)
         probs, decay, row_max, row_sum = softmax_step(
             scores, row_max, row_sum, scale_log2, FULL_PRECISION
         )
@@ -110,13 +114,15 @@ def _scores_by_descriptor(q, k_head, tile, SIZES: tl.constexpr):
 
 
 @triton.jit
-def _masked_at_edge(scores, tile, edges, window_size, SIZES: tl.constexpr):
+def _masked_at_edge(scores, tile, edges, num_keys, window_size, SIZES: tl.constexpr):
+    """`num_keys` where the tile may go on beyond keys that a query would see, else None."""
     first_position, interior = edges
     own = first_position - tile * SIZES.BLOCK_N
+    last = None if num_keys is None else num_keys - 1 - tile * SIZES.BLOCK_N
     if tile < interior:
         scores = mask_before_window(scores, own, window_size)
-    if own < SIZES.BLOCK_N - 1:
-        scores = mask_after_query(scores, own)
+    if (own if last is None else tl.minimum(own, last)) < SIZES.BLOCK_N - 1:
+        scores = mask_after_query(scores, own, last=last)
     return scores
 
 
@@ -130,7 +136,9 @@ def _described_tiles(
     edges,  # position of the first query, and the first tile without keys that have left the window
     Tk,
     window_size,
+    right,
     scale_log2,
+    bend,
     SIZES: tl.constexpr,
     PACKED: tl.constexpr,
 ):
@@ -141,12 +149,15 @@ def _described_tiles(
     first, last = tiles
     scores = _scores_by_descriptor(q, k_head, first, SIZES)
     for tile in range(first, last):
-        scores = _masked_at_edge(scores, tile, edges, window_size, SIZES)
+        scores = softcapped(scores, bend, False)
+        scores = _masked_at_edge(scores, tile, edges, None, window_size, SIZES)
         probs, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2, False)
         scores = _scores_by_descriptor(q, k_head, tile + 1, SIZES)
         v = load_described_rows(v_head, tile * SIZES.BLOCK_N, SIZES.BLOCK_N, SIZES.BLOCK_DV)
         acc = tl.dot(probs.to(v.dtype), v, acc * decay[:, None])  # [BLOCK_M, BLOCK_DV]
-    scores = _masked_at_edge(scores, last, edges, window_size, SIZES)
+    scores = softcapped(scores, bend, False)
+    num_keys = None if right is None else Tk
+    scores = _masked_at_edge(scores, last, edges, num_keys, window_size, SIZES)
     probs, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, scale_log2, False)
     v = load_described_rows(v_head, last * SIZES.BLOCK_N, SIZES.BLOCK_N, SIZES.BLOCK_DV)
     if PACKED:
@@ -157,17 +168,20 @@ def _described_tiles(
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["num_sequences", "window_size", "Tq", "Tk", "Hq", "Hkv"])
+@triton.jit(do_not_specialize=["num_sequences", "window_size", "right", "Tq", "Tk", "Hq", "Hkv"])
 def _window_attn_fwd_kernel(
     q_tensor,  # a pointer, or a descriptor of [B, H, T, D] and no strides, like the next two
     k_tensor,
     v_tensor,
     o_ptr,
     lse_ptr,  # [B, Hq, Tq], contiguous
+    sinks_ptr,  # [B, Hq], contiguous, or None
     cu_seqlens,  # borders in q and in k, [N + 1] each, or None
     num_sequences,  # N, or 0
-    softmax_scale,  # > 0
-    window_size,
+    softmax_scale,  # of the exponents, > 0
+    bend,  # of the scores, or None
+    window_size,  # keys that a query sees
+    right,  # those of them that come after it, or None: none
     Tq,
     Tk,
     Hq,
@@ -191,6 +205,8 @@ def _window_attn_fwd_kernel(
     first_query = tile * SIZES.BLOCK_M
     num_rows = Tq - first_query
     first_position = first_query + Tk - Tq
+    if right is not None:
+        first_position += right
     lse_ptr += row_offset + (q_start + first_query)
     o_ptr = head_rows(o_ptr, o_strides, b, h, q_start + first_query)
 
@@ -201,7 +217,7 @@ def _window_attn_fwd_kernel(
     row_sum = tl.full([SIZES.BLOCK_M], 0.0, tl.float32)
     state = (acc, row_max, row_sum)
     first, interior, diagonal, end = key_tile_bounds(
-        first_query, Tq, Tk, window_size, None, SIZES.BLOCK_M, SIZES.BLOCK_N
+        first_query, Tq, Tk, window_size, right, SIZES.BLOCK_M, SIZES.BLOCK_N
     )
     if q_strides is None:
         q_head = described_rows(q_tensor, b, h, q_start)
@@ -210,7 +226,7 @@ def _window_attn_fwd_kernel(
         q = load_described_rows(q_head, first_query, SIZES.BLOCK_M, SIZES.BLOCK_D)
         acc, row_max, row_sum = _described_tiles(
             state, q, k_head, v_head, (first, tl.maximum(end - 1, 0)),
-            (first_position, interior), Tk, window_size, scale_log2,
+            (first_position, interior), Tk, window_size, right, scale_log2, bend,
             SIZES, cu_seqlens is not None,
         )  # fmt: skip
     else:
@@ -226,14 +242,15 @@ def _window_attn_fwd_kernel(
         inside = diagonal - interior
         state = _segment(
             state, q, k_tiles, v_tiles, (first, end - first - inside, interior, inside),
-            first_position, Tk, window_size, scale_log2, SIZES, PRECISION, MASKED=True,
+            first_position, Tk, window_size, right, scale_log2, bend, SIZES, PRECISION, MASKED=True,
         )  # fmt: skip
         acc, row_max, row_sum = _segment(
             state, q, k_tiles, v_tiles, (interior, inside, interior, 0),
-            first_position, Tk, window_size, scale_log2, SIZES, PRECISION, MASKED=False,
+            first_position, Tk, window_size, right, scale_log2, bend, SIZES, PRECISION, MASKED=False,
         )  # fmt: skip
 
-    o, lse = softmax_end(acc, row_max, row_sum, softmax_scale, None, FULL_PRECISION)
+    sink = None if sinks_ptr is None else tl.load(sinks_ptr + (b * Hq + h))
+    o, lse = softmax_end(acc, row_max, row_sum, softmax_scale, sink, FULL_PRECISION)
     rows, cols = tl.arange(0, SIZES.BLOCK_M), tl.arange(0, SIZES.BLOCK_DV)
     o_pointers = o_ptr + (rows[:, None] * o_strides[1] + cols[None, :])
     store_rows(o_pointers, o, rows, num_rows, cols, SIZES.DV)
@@ -247,8 +264,8 @@ def window_attn_fwd(
     q: Tensor,  # [B, Tq, Hq, D]
     k: Tensor,  # [B, Tk, Hkv, D]
     v: Tensor,  # [B, Tk, Hkv, Dv]
-    window_size: int,
-    softmax_scale: float,
+    options: AttentionOptions,
+    sinks: Tensor | None = None,  # [B, Hq], float32
     cu_seqlens_q: Tensor | None = None,  # [N + 1], int32, contiguous, with B = 1; likewise:
     cu_seqlens_k: Tensor | None = None,
     *,
@@ -256,9 +273,9 @@ def window_attn_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Output `[B, Tq, Hq, Dv]` in the dtype of `q`, and the lse `[B, Hq, Tq]` in float32.
 
-    `window_size` counts the query itself, is at least 1 and at most Tk (or 1). A query before the first
-    key has the output 0 and the lse -inf. Inputs are read in place unless their last stride is not 1.
-    `config` overrides the table.
+    `options` has limits on both sides (`AttentionOptions.within`). A query that sees no key has the output
+    0 and as the lse the sink of its head, or -inf. Inputs are read in place unless their last stride is not
+    1. `config` overrides the table.
     """
     B, Tq, Hq, D = q.shape
     Tk, Hkv, Dv = v.shape[1:]
@@ -267,9 +284,8 @@ def window_attn_fwd(
     if o.numel() == 0:
         return o, lse
     if Tq <= FEW_QUERIES and cu_seqlens_q is None and config is None:
-        return window_attn_with_kvcache(q, k, v, None, window_size, softmax_scale)
-    options = AttentionOptions(window_size - 1, 0, softmax_scale)
-    q, sign, softmax_scale, _ = positive_scale(q, options)
+        return window_attn_with_kvcache(q, k, v, None, options, sinks)
+    q, _, scale, bend = positive_scale(q, options)
     q, k, v = readable_in_place(q, k, v)
     strides = list(map(aligned_strides, (q, k, v)))
     config = config or kernel_config(
@@ -287,7 +303,8 @@ def window_attn_fwd(
     with on_device(q):
         launch(
             FWD_KERNELS, config, (slots * B * Hq,),
-            *tensors, o, lse, *packing, softmax_scale, window_size, Tq, Tk, Hq, Hkv, *strides,
+            *tensors, o, lse, None if sinks is None else sinks.contiguous(), *packing,
+            scale, bend, options.width, options.right or None, Tq, Tk, Hq, Hkv, *strides,
             SIZES=sizes, PRECISION=config.precision,
         )  # fmt: skip
     return o, lse
