@@ -1,0 +1,155 @@
+"""flash-attn's functions for batches of sequences of one length."""
+
+from typing import Literal, overload
+
+from torch import Tensor
+
+from lact_kernels.compat.flash_attn import arguments
+from lact_kernels.ops import checks
+from lact_kernels.ops.checks import Backend
+from lact_kernels.ops.window_attn import check_attention, run_window_attn
+
+
+@overload
+def flash_attn_func(
+    q: Tensor, k: Tensor, v: Tensor,
+    dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, deterministic: bool = False,
+    return_attn_probs: Literal[False] = False, *, backend: Backend = "auto",
+) -> Tensor: ...  # fmt: skip
+@overload
+def flash_attn_func(
+    q: Tensor, k: Tensor, v: Tensor,
+    dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, deterministic: bool = False,
+    *, return_attn_probs: Literal[True], backend: Backend = "auto",
+) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+@overload
+def flash_attn_func(
+    q: Tensor, k: Tensor, v: Tensor,
+    dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, deterministic: bool = False,
+    return_attn_probs: bool = False, *, backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """`lact_kernels.window_attn` with the signature of flash-attn's function.
+
+    Args:
+        q: queries `[B, Tq, Hq, D]`; float16, bfloat16, float32, or float64 (eager backend only).
+        k: keys `[B, Tk, Hkv, D]`. The last query is aligned with the last key. `Hkv` divides `Hq`; query
+            head h reads key head `h // (Hq // Hkv)`.
+        v: values `[B, Tk, Hkv, Dv]`.
+        dropout_p: 0.0.
+        softmax_scale: factor on the scores, `D ** -0.5` by default.
+        causal: must be True, unless `window_size` alone makes the attention causal.
+        window_size: `(left, right)`. A query sees itself and the `left` tokens before it, which is
+            `window_size = left + 1` in `window_attn`; with a negative `left`, all of them. With `causal`,
+            `right` has no effect, as in flash-attn. Without `causal` it must be 0, unless there is at most
+            one query, which has no later keys.
+        softcap: 0.0.
+        alibi_slopes: None.
+        deterministic: has no effect, as the backward is always deterministic.
+        return_attn_probs: also return lse, and an empty tensor `[0]`, which is what flash-attn returns as
+            probabilities without dropout.
+        backend: as in `window_attn`.
+
+    Returns:
+        The outputs `[B, Tq, Hq, Dv]` in the dtype of q, and with `return_attn_probs` also lse
+        `[B, Hq, Tq]`, float32 (float64 for float64 inputs), and the empty tensor. Gradients flow to q,
+        k and v.
+
+    What differs from flash-attn:
+        Where there are more queries than keys, the first `Tq - Tk` queries see no key. Their output is 0 in
+        both, but their lse is -inf here and +inf there. Gradients flow through lse, too; flash-attn has
+        none for it. float32, float64, `Dv` other than `D` and empty batches work here and are errors there.
+
+    Raises:
+        NotImplementedError: an option has a value that is not allowed above. The message names it.
+        TypeError: an argument has the wrong type, or a tensor the wrong dtype.
+        ValueError: a wrong shape, device or value. The messages of both name the argument.
+
+    Source: the signature is that of github.com/Dao-AILab/flash-attention at v2.8.3.
+    """
+    arguments.check_supported(dropout_p, softcap, alibi_slopes=alibi_slopes)
+    checks.check_flags(deterministic=deterministic, return_attn_probs=return_attn_probs)
+    options = check_attention(q, k, v, None, softmax_scale)
+    window = arguments.window(causal, window_size, q.shape[1])
+    options = options._replace(left=None if window is None else window - 1)
+    o, lse = run_window_attn(q, k, v, options, None, None, backend)
+    return (o, lse, q.new_empty(0)) if return_attn_probs else o
+
+
+@overload
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, deterministic: bool = False,
+    return_attn_probs: Literal[False] = False, *, backend: Backend = "auto",
+) -> Tensor: ...  # fmt: skip
+@overload
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, deterministic: bool = False,
+    *, return_attn_probs: Literal[True], backend: Backend = "auto",
+) -> tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+@overload
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0, softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1), softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None, deterministic: bool = False,
+    return_attn_probs: bool = False, *, backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor, Tensor]: ...  # fmt: skip
+def flash_attn_qkvpacked_func(
+    qkv: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    backend: Backend = "auto",
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    """`flash_attn_func` for queries, keys and values in one tensor, `qkv [B, T, 3, H, D]`.
+
+    The tensor is not copied, and its gradient is one tensor, too. Options, result, errors and differences
+    from flash-attn are those of `flash_attn_func`.
+    """
+    checks.check_floating("qkv", qkv, "[B, T, 3, H, D]")
+    if qkv.shape[2] != 3:
+        raise ValueError(f"qkv must have the shape [B, T, 3, H, D], got {tuple(qkv.shape)}")
+    return flash_attn_func(
+        *qkv.unbind(2),
+        dropout_p,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        return_attn_probs,
+        backend=backend,
+    )
