@@ -120,10 +120,10 @@ def test_lengths_of_flash_attn(number):
     longest = number(11)
     actual = flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
     assert torch.equal(actual, expected)
-    alone, one = torch.tensor([0, 1, 2], dtype=torch.int32), number(1)
-    flash_attn_varlen_func(q[:2], k, v, alone, cu, one, longest)  # no query has later keys
-    with pytest.raises(NotImplementedError, match="causal=False"):
-        flash_attn_varlen_func(q, k, v, cu, cu, longest, longest)
+    window = dict(window_size=(2, 3))
+    expected = flash_attn_varlen_func(q, k, v, cu, cu.clone(), 11, 11, **window)
+    actual = flash_attn_varlen_func(q, k, v, cu, cu.clone(), longest, longest, **window)
+    assert torch.equal(actual, expected)
 
     q, k, v = attention_inputs(2, 9)
     options = dict(causal=True, window_size=(4, 0))
@@ -141,8 +141,14 @@ def test_windows_and_numbers_of_flash_attn():
     expected = flash_attn_func(q, k, v, causal=True, window_size=(2, 0))
     options = dict(softmax_scale=np.float64(8**-0.5), dropout_p=np.float32(0))
     window_size = np.array([2, 0])
-    actual = flash_attn_func(q, k, v, causal=True, window_size=tuple(window_size), **options)
+    flags = dict(causal=np.True_, deterministic=np.False_, return_attn_probs=np.False_)
+    actual = flash_attn_func(q, k, v, window_size=tuple(window_size), **options, **flags)
     assert torch.equal(actual, expected)
+    options = dict(window_size=(2, 1), softcap=0.5)
+    numbers = dict(
+        causal=np.False_, window_size=(np.int64(2), np.int32(1)), softcap=np.float32(0.5)
+    )
+    assert torch.equal(flash_attn_func(q, k, v, **numbers), flash_attn_func(q, k, v, **options))
     expected = flash_attn_func(q, k, v, causal=True)
     assert torch.equal(flash_attn_func(q, k, v, causal=True, window_size=(HUGE, HUGE)), expected)
 

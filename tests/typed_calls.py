@@ -160,15 +160,31 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, flag: bool
     attn(q, k, v, causal=True, backend="cuda")  # type: ignore[call-overload]
     attn(q, k, v, causal=True, window_size=4)  # type: ignore[call-overload]
 
+    assert_type(attn(q, k, v, window_size=(-1, 4), softcap=30.0), Tensor)
+
     packed = compat.flash_attn_qkvpacked_func
     assert_type(packed(q, causal=True), Tensor)
     assert_type(packed(q, causal=True, return_attn_probs=True), Three)
     assert_type(packed(q, causal=True, return_attn_probs=flag), Tensor | Three)
+    kvpacked = compat.flash_attn_kvpacked_func
+    assert_type(kvpacked(q, k, 0.0, None, False, (3, 3), 30.0), Tensor)
+    assert_type(kvpacked(q, k, return_attn_probs=True), Three)
+    assert_type(kvpacked(q, k, return_attn_probs=flag), Tensor | Three)
+    kvpacked(q, k, v)  # type: ignore[call-overload]
 
     varlen = compat.flash_attn_varlen_func
     assert_type(varlen(q, k, v, lengths, lengths, 8, 8, causal=True, block_table=None), Tensor)
     assert_type(varlen(q, k, v, lengths, lengths, 8, 8, return_attn_probs=True), Three)
     assert_type(varlen(q, k, v, lengths, lengths, 8, 8, return_attn_probs=flag), Tensor | Three)
+    varlen_kv = compat.flash_attn_varlen_kvpacked_func
+    assert_type(varlen_kv(q, k, lengths, lengths, 8, lengths.max(), 0.0, None, True), Tensor)
+    assert_type(varlen_kv(q, k, lengths, lengths, 8, 8, return_attn_probs=True), Three)
+    assert_type(varlen_kv(q, k, lengths, lengths, 8, 8, return_attn_probs=flag), Tensor | Three)
+    varlen_packed = compat.flash_attn_varlen_qkvpacked_func
+    assert_type(varlen_packed(q, lengths, lengths.max(), window_size=(3, 3)), Tensor)
+    assert_type(varlen_packed(q, lengths, 8, return_attn_probs=True), Three)
+    assert_type(varlen_packed(q, lengths, 8, return_attn_probs=flag), Tensor | Three)
+    varlen_packed(q, lengths)  # type: ignore[call-overload]
 
     cached = compat.flash_attn_with_kvcache
     assert_type(cached(q, k, v, cache_seqlens=lengths, causal=True), Tensor)

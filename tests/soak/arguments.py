@@ -36,7 +36,10 @@ def layer() -> LaCTLayer:
     return LaCTLayer(16, 2, 1, window_size=3, lact_chunk_size=2, layer_idx=0)
 
 
-FLAGS = {"causal": True, "deterministic": False, "return_attn_probs": False}
+FLASH = {"causal": False, "deterministic": False, "return_attn_probs": False}
+FLASH |= {"dropout_p": 0.0, "softmax_scale": 0.5, "window_size": (3, 2), "softcap": 0.5}
+BORDERS = {"cu_seqlens_q": int32([0, 2, 6]), "cu_seqlens_k": int32([0, 3, 6])}
+BORDERS |= {"max_seqlen_q": 4, "max_seqlen_k": 3}
 CALLS = {
     "window_attn": lambda: (
         lact_kernels.window_attn,
@@ -80,27 +83,34 @@ CALLS = {
         {"q": torch.randn(2, 5, 2, 6), "w0": torch.randn(2, 7, 6), "w1": torch.randn(2, 4, 7)}
         | {"w2": torch.randn(2, 7, 6), "backend": "eager"},
     ),
-    "flash_attn_func": lambda: (
-        compat.flash_attn_func,
-        attention(dropout_p=0.0, softmax_scale=0.5, window_size=(3, 0), softcap=0.0) | FLAGS,
+    "flash_attn_func": lambda: (compat.flash_attn_func, attention(**FLASH)),
+    "flash_attn_kvpacked_func": lambda: (
+        compat.flash_attn_kvpacked_func,
+        {"q": torch.randn(2, 6, 4, 8), "kv": torch.randn(2, 6, 2, 2, 8)} | FLASH,
     ),
     "flash_attn_qkvpacked_func": lambda: (
         compat.flash_attn_qkvpacked_func,
-        {"qkv": torch.randn(2, 5, 3, 4, 8), "window_size": (3, 0), "softmax_scale": 0.5} | FLAGS,
+        {"qkv": torch.randn(2, 5, 3, 4, 8)} | FLASH,
     ),
     "flash_attn_varlen_func": lambda: (
         compat.flash_attn_varlen_func,
-        {name: x[0] for name, x in packed().items()}
-        | {"cu_seqlens_q": int32([0, 2, 6]), "cu_seqlens_k": int32([0, 3, 6])}
-        | {"max_seqlen_q": 4, "max_seqlen_k": 3, "window_size": (3, 0)}
-        | FLAGS,
+        {name: x[0] for name, x in packed().items()} | BORDERS | FLASH,
+    ),
+    "flash_attn_varlen_kvpacked_func": lambda: (
+        compat.flash_attn_varlen_kvpacked_func,
+        {"q": torch.randn(6, 4, 8), "kv": torch.randn(6, 2, 2, 8)} | BORDERS | FLASH,
+    ),
+    "flash_attn_varlen_qkvpacked_func": lambda: (
+        compat.flash_attn_varlen_qkvpacked_func,
+        {"qkv": torch.randn(6, 3, 4, 8), "cu_seqlens": int32([0, 2, 6]), "max_seqlen": 4} | FLASH,
     ),
     "flash_attn_with_kvcache": lambda: (
         compat.flash_attn_with_kvcache,
         {"q": torch.randn(2, 2, 4, 8), "k_cache": torch.randn(2, 6, 2, 8)}
         | {"v_cache": torch.randn(2, 6, 2, 8), "k": torch.randn(2, 2, 2, 8)}
         | {"v": torch.randn(2, 2, 2, 8), "cache_seqlens": int32([4, 3]), "causal": True}
-        | {"window_size": (3, 0), "softmax_scale": 0.5, "return_softmax_lse": False},
+        | {"window_size": (3, 0), "softmax_scale": 0.5, "return_softmax_lse": False}
+        | {"softcap": 0.5},
     ),
     "block_causal_lact_swiglu": lambda: (
         compat.block_causal_lact_swiglu,
@@ -152,13 +162,14 @@ RIGHT = {
     ("window_attn_with_kvcache", "v_cache", "a wider last axis"),
     ("window_attn_with_kvcache", "cache_seqlens", "too large"),  # a ring
     ("RingKVCache.window_attn", "softmax_scale", "None"),
-    ("flash_attn_func", "softmax_scale", "None"),
-    ("flash_attn_func", "v", "a wider last axis"),
-    ("flash_attn_qkvpacked_func", "softmax_scale", "None"),
-    *(("flash_attn_qkvpacked_func", "qkv", x) for x in ("a wider last axis", "float64", "half")),
+    *((x, "softmax_scale", "None") for x in CALLS if x.startswith("flash_attn")),
+    *((f"flash_attn_{x}func", "v", "a wider last axis") for x in ("", "varlen_")),
+    *(
+        (f"flash_attn_{x}qkvpacked_func", "qkv", y)
+        for x in ("", "varlen_")
+        for y in ("a wider last axis", "float64", "half")
+    ),
     *(("flash_attn_qkvpacked_func", "qkv", x) for x in ("another first axis", "on meta")),
-    ("flash_attn_varlen_func", "v", "a wider last axis"),
-    ("flash_attn_with_kvcache", "softmax_scale", "None"),
     *(
         (x, "cache_seqlens", axes)
         for x in ("window_attn_with_kvcache", "flash_attn_with_kvcache")

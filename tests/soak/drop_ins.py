@@ -6,6 +6,8 @@ import torch
 
 import reference
 from lact_kernels import compat
+from lact_kernels.core.offsets import cu_seqlens_of
+from tests.flash_attn_cases import limits
 from tests.soak.attention import SIZES, heads, scale
 from tests.soak.bar import hold, hold_gradients
 from tests.soak.draw import Draw, int32, kind
@@ -14,59 +16,64 @@ from tests.test_compat_lact_family import TRIPLE, by_reference
 from tests.test_compat_lact_family import make as make_family
 
 
-def draw_window(draw: Draw, Tk: int) -> tuple[dict, int | None]:
-    """flash-attn's `causal` and `window_size`, and the one of `window_attn`."""
-    left = draw.choice((-1, 0, 1, draw.randint(0, Tk + 3)))
-    causal = draw.chance(0.7)
-    right = draw.choice((-1, 0, 3)) if causal else 0
-    options = {"causal": causal, "window_size": (left, right), "softmax_scale": scale(draw)}
-    return options, left + 1 if left >= 0 else None
+def draw_window(draw: Draw, keys: int) -> dict:
+    """flash-attn's options of windows and scores; sides are of either sign, and up to beyond the keys."""
+    left, right = (draw.choice((-1, -2, 0, 1, draw.randint(0, keys + 3))) for _ in range(2))
+    options = {"causal": draw.chance(0.5), "window_size": (left, right)}
+    return options | {"softmax_scale": scale(draw), "softcap": draw.choice((0.0, -1.0, 0.5, 20.0))}
+
+
+def as_reference(options: dict, Tq: int, most_keys: int) -> dict:
+    """The same for `reference.window_attn`."""
+    sides = limits(options["causal"], options["window_size"], Tq, most_keys)
+    cap = options["softcap"]
+    scores = {"softmax_scale": options["softmax_scale"], "softcap": cap if cap > 0 else None}
+    return {"window_size": sides, "return_lse": True} | scores
 
 
 @kind(8)
 def flash_attn(draw: Draw) -> None:
-    """Dense, of one tensor, and packed with other lengths of queries than of keys."""
+    """Dense and packed end to end, with other lengths of queries than of keys, of one tensor or more."""
     backend, dtype = draw.backend(0.1)
     longest = 25 if backend == "triton" else 60
     (Hq, Hkv), D, Dv = heads(draw), draw.randint(1, 24), draw.randint(1, 24)
-    how = draw.choice(("dense", "qkvpacked", "varlen"))
+    how, varlen = draw.choice(("", "kvpacked", "qkvpacked")), draw.chance(0.4)
     B, Tq, Tk = draw.randint(0, 2), draw.length(longest), draw.length(longest)
-    packing = {}
     if how == "qkvpacked":
-        Tk, Hkv, Dv = Tq, Hq, D
-    elif how == "varlen":
+        Tk, Hkv = Tq, Hq
+    Dv = D if how else Dv
+    packing, most = {}, [Tq, Tk]
+    if varlen:
         B = 1
         lengths = [(draw.length(12), draw.length(12)) for _ in range(draw.randint(1, 5))]
-        borders = [[0], [0]]
-        for pair in lengths:
-            for of, length in zip(borders, pair):
-                of.append(of[-1] + length)
-        Tq, Tk = (of[-1] for of in borders)
-        packing = dict(zip(("cu_seqlens", "cu_seqlens_k"), map(int32, borders)))
-    options, W = draw_window(draw, Tk)
+        if how == "qkvpacked":
+            lengths = [(n, n) for n, _ in lengths]
+        of_queries, of_keys = zip(*lengths)
+        names = ("cu_seqlens", "cu_seqlens_k")
+        packing = {n: cu_seqlens_of(x) for n, x in zip(names, (of_queries, of_keys))}
+        Tq, Tk, most = sum(of_queries), sum(of_keys), [max(of_queries), max(of_keys)]
+    options = draw_window(draw, most[1])
     shapes = {"q": (Tq, Hq, D), "k": (Tk, Hkv, D), "v": (Tk, Hkv, Dv)}
     inputs = {n: draw.normal(B, *s) * draw.choice(SIZES[:5]) for n, s in shapes.items()}
     inputs = {n: draw.laid_out(x.to(dtype)) for n, x in inputs.items()}
     draw.note(how=how, dtype=dtype, backend=backend, B=B, shapes=shapes, **options, **packing)
+    fn = getattr(compat, "_".join(filter(None, ("flash_attn", "varlen" * varlen, how, "func"))))
 
     def ours(x):
-        more = options | {"return_attn_probs": True, "backend": backend}
-        if how == "varlen":
-            most = [max(x) for x in zip(*lengths)]
-            o, lse, _ = compat.flash_attn_varlen_func(
-                *(x[n][0] for n in "qkv"), *packing.values(), *most, **more
-            )
-            return {"o": o[None], "lse": lse[None]}
+        tensors, arguments = [x[n] for n in "qkv"], [*packing.values(), *most * varlen]
         if how == "qkvpacked":
-            qkv = torch.stack([x[n] for n in "qkv"], dim=2)
-            o, lse, _ = compat.flash_attn_qkvpacked_func(qkv, **more)
-        else:
-            o, lse, _ = compat.flash_attn_func(x["q"], x["k"], x["v"], **more)
-        return {"o": o, "lse": lse}
+            tensors, arguments = [torch.stack(tensors, dim=2)], arguments[::2]
+        elif how == "kvpacked":
+            tensors = [tensors[0], torch.stack(tensors[1:], dim=2)]
+        tensors = [t[0] for t in tensors] if varlen else tensors
+        more = {"return_attn_probs": True, "backend": backend}
+        o, lse, _ = fn(*tensors, *arguments, **options, **more)
+        return {"o": o[None], "lse": lse[None]} if varlen else {"o": o, "lse": lse}
 
     def plain(x):
-        more = {"softmax_scale": options["softmax_scale"], "return_lse": True}
-        o, lse = reference.window_attn(x["q"], x["k"], x["v"], W, **packing, **more)
+        o, lse = reference.window_attn(
+            x["q"], x["k"], x["v"], **as_reference(options, *most), **packing
+        )
         return {"o": o, "lse": lse}
 
     gradients = draw.gradients(dtype, inputs)
@@ -84,7 +91,7 @@ def flash_attn_with_kvcache(draw: Draw) -> None:
     same = draw.chance(0.3)
     lengths = [draw.randint(0, S - (n or 0)) for _ in range(B)]
     lengths = lengths[:1] * B if same else lengths
-    options, W = draw_window(draw, S)
+    options = draw_window(draw, S)
     caches = [draw.laid_out(draw.normal(B, S, Hkv, d, dtype=dtype)) for d in (D, Dv)]
     inputs = {"q": draw.laid_out(draw.normal(B, Tq, Hq, D, dtype=dtype))}
     new = {}
@@ -117,9 +124,7 @@ def flash_attn_with_kvcache(draw: Draw) -> None:
                 x["q"][b, None],
                 x["k"][b, None, :t],
                 x["v"][b, None, :t],
-                W,
-                softmax_scale=options["softmax_scale"],
-                return_lse=True,
+                **as_reference(options, Tq, S),
             )
             for b, t in enumerate(totals)
         ]

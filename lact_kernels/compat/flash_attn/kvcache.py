@@ -82,7 +82,8 @@ def flash_attn_with_kvcache(
             the queries are aligned with the last tokens, new ones included. Required with k; otherwise the
             default is S.
         cache_batch_idx, cache_leftpad, block_table: None.
-        softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`.
+        softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`. Where that says
+            what holds for more queries than keys, `Tk` is S here.
         rotary_interleaved: has no effect without `rotary_cos`.
         num_splits: has no effect, as the shapes decide how the work is split.
         return_softmax_lse: also return lse.
@@ -108,7 +109,6 @@ def flash_attn_with_kvcache(
     Source: the signature is that of github.com/Dao-AILab/flash-attention at v2.8.3.
     """
     arguments.check_supported(
-        softcap=softcap,
         rotary_cos=rotary_cos,
         rotary_sin=rotary_sin,
         cache_batch_idx=cache_batch_idx,
@@ -116,10 +116,14 @@ def flash_attn_with_kvcache(
         block_table=block_table,
         alibi_slopes=alibi_slopes,
     )
-    checks.check_flags(rotary_interleaved=rotary_interleaved, return_softmax_lse=return_softmax_lse)
+    arguments.check_flags(
+        rotary_interleaved=rotary_interleaved, return_softmax_lse=return_softmax_lse
+    )
     checks.check_int("num_splits", num_splits)
-    check_attention(q, k_cache, v_cache, None, softmax_scale, names=("k_cache", "v_cache"))
-    window = arguments.window(causal, window_size, q.shape[1])
+    softcap, names = arguments.soft_cap(softcap), ("k_cache", "v_cache")
+    options = check_attention(q, k_cache, v_cache, None, softmax_scale, softcap, names=names)
+    left, right = arguments.window(causal, window_size, k_cache.shape[1])
+    options = options._replace(left=left, right=right)
     backend = choose_backend(backend, q, v_cache)
     _check_new_tokens(k, v, k_cache, v_cache)
     if cache_seqlens is not None:
@@ -132,7 +136,7 @@ def flash_attn_with_kvcache(
         _write(v_cache, v, cache_seqlens)
         cache_seqlens = cache_seqlens + k.shape[1]
     o, lse = run_window_attn_with_kvcache(
-        q, k_cache, v_cache, window, cache_seqlens, softmax_scale, backend
+        q, k_cache, v_cache, options, None, cache_seqlens, backend
     )
     return (o, lse) if return_softmax_lse else o
 
