@@ -85,7 +85,7 @@ def test_sizes_of_a_ring():
     )
     assert cache.k.shape == cache.v.shape == (2, 4, 2, 8)
     assert type(cache.window_size) is type(cache.max_queries) is int
-    with pytest.raises(TypeError, match=r"a pair with an end, got \(-1, 0\)"):
+    with pytest.raises(TypeError, match=r"a limit on the left side, got \(-1, 0\)"):
         RingKVCache(2, (-1, 0), 2, 8)
 
 

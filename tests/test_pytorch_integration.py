@@ -218,15 +218,15 @@ def packed_inputs(N, T):
     return *dense_inputs(1, T), torch.linspace(0, T, N + 1, dtype=torch.int32)
 
 
-def call_kvcache(q, k_cache, v_cache, cache_seqlens):
-    return window_attn_with_kvcache(
-        q, k_cache, v_cache, 7, cache_seqlens=cache_seqlens, return_lse=True
-    )
+def call_kvcache(q, k_cache, v_cache, cache_seqlens, sinks):
+    options = {"cache_seqlens": cache_seqlens, "softcap": 2.0, "sinks": sinks}
+    return window_attn_with_kvcache(q, k_cache, v_cache, (6, 1), **options, return_lse=True)
 
 
 def kvcache_inputs(B, S):
     inputs = WindowCase("", 2, 7, B=B, Tk=S, **HEADS).inputs(torch.float32)
-    return *(x.detach() for x in inputs), torch.full((B,), S + 1, dtype=torch.int32)
+    lengths = torch.full((B,), S + 1, dtype=torch.int32)
+    return *(x.detach() for x in inputs), lengths, torch.randn(HEADS["Hq"])
 
 
 def call_fast_weights(*inputs):

@@ -59,6 +59,7 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, flag: bool) -> None:
     assert_type(window_attn_with_kvcache(q, k, v, (3, 0), backend="triton"), Tensor)
     assert_type(window_attn_with_kvcache(q, k, v, cache_seqlens=q, return_lse=True), Two)
     assert_type(window_attn_with_kvcache(q, k, v, return_lse=flag), Tensor | Two)
+    assert_type(window_attn_with_kvcache(q, k, v, (3, -1), softcap=30.0, sinks=q), Tensor)
     window_attn_with_kvcache(q, k, v, backend="cuda")  # type: ignore[call-overload]
 
     cache = RingKVCache(1, 4, 2, 8, max_queries=2, dtype=torch.bfloat16, device="cuda")
@@ -72,6 +73,7 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, flag: bool) -> None:
     assert_type(cache.seqlens, Tensor)
     assert_type(cache.max_seqlen, int)
     cache.window_attn(q, window_size=4)  # type: ignore[call-overload]
+    assert_type(RingKVCache(1, (3, -1), 2, 8).window_attn(q, softcap=30.0, sinks=q), Tensor)
     RingKVCache(1, None, 2, 8)  # type: ignore[arg-type]
 
 

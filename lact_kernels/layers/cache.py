@@ -243,7 +243,7 @@ class LayerCache:
             while size < needed:
                 size *= 2
             size = size if window_size is None else min(size, window_size)
-        if self.kv is not None and self.kv.window_size >= size:
+        if self.kv is not None and self.kv.k.shape[1] >= size:
             return
         B, _, H, D = k.shape
         kv = RingKVCache(B, size, H, D, head_dim_v=v.shape[3], dtype=k.dtype, device=k.device)

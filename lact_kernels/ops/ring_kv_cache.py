@@ -205,8 +205,12 @@ class RingKVCache:
         check_scores(q, Hkv, softmax_scale, softcap, sinks, NAMES)
         checks.check_flag("return_lse", return_lse)
         check_no_gradient(q, self.k, self.v, sinks)
-        window = checks.check_window("window_size", self.window_size)
-        options = attention_options(q, window, softmax_scale, softcap)
+        window = self.window_size
+        if isinstance(window, int):
+            sides = window - 1, 0
+        else:
+            sides = checks.check_window("window_size", window)
+        options = attention_options(q, sides, softmax_scale, softcap)
         o, lse = run_window_attn_with_kvcache(
             q, self.k, self.v, options, sinks, self.seqlens, backend
         )
