@@ -2,7 +2,8 @@
 
 In float64 that is "sdpa": "eager" takes softmax in float32, where the library's float64 mask of padding
 overflows to NaN. (Gemma 2 has nothing but eager attention.) Norms are in float32 in either, so results
-agree to about 1e-7. One key more or less in a window changes them by more than 1e-2.
+agree to about 1e-7. One key more or less in a window changes them by more than 1e-2. Every family of models,
+in float32, is in `test_compat_transformers_families.py`.
 """
 
 import copy
@@ -18,6 +19,7 @@ transformers = pytest.importorskip("transformers", minversion="4.57")
 
 import lact_kernels  # noqa: E402
 from lact_kernels.compat.transformers import attention as compat  # noqa: E402
+from lact_kernels.compat.transformers import packing  # noqa: E402
 from lact_kernels.ops import checks  # noqa: E402
 from tests.cases import WRITES, write_with_numpy  # noqa: E402
 
@@ -55,18 +57,37 @@ CONFIGS = {
             "head_dim": 32,
             "sliding_window": WINDOW,
             "layer_types": ALTERNATING,
-            "attn_logit_softcapping": None,
+            "attn_logit_softcapping": 1.0,
         },
     ),
     "gemma3": (
         transformers.Gemma3TextConfig,
         {"head_dim": 32, "sliding_window": WINDOW, "layer_types": ALTERNATING},
     ),
+    "phimoe": (  # its layers do not pass on their window
+        transformers.PhimoeConfig,
+        {"sliding_window": WINDOW, "num_local_experts": 2, "num_experts_per_tok": 1},
+    ),
+    "modernbert": (
+        transformers.ModernBertConfig,
+        {
+            "local_attention": WINDOW,
+            "layer_types": ALTERNATING,
+            "cls_token_id": 0,
+            "sep_token_id": 0,
+        },
+    ),
 }
 CACHE = (
     "cache"
     if "cache" in inspect.signature(transformers.MistralForCausalLM.forward).parameters
     else "past_key_values"
+)
+PHIMOE = pytest.param(
+    "phimoe",
+    marks=pytest.mark.skipif(
+        transformers.__version__ < "5", reason="has attention classes of its own there"
+    ),
 )
 PADDING = {
     "nothing padded": [[1] * 21] * 3,
@@ -80,9 +101,10 @@ def build(name, dtype=torch.float64, attn_implementation="sdpa", **changes):
     """A random model."""
     config_class, options = CONFIGS[name]
     config = config_class(**SIZES | options | changes)
-    model = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation=attn_implementation
-    )
+    auto = "AutoModelForMaskedLM" if name == "modernbert" else "AutoModelForCausalLM"
+    model = getattr(transformers, auto).from_config(config, attn_implementation=attn_implementation)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # others have no float64
     return model.to(dtype).eval()
 
 
@@ -116,7 +138,7 @@ def numbered(mask):
 
 
 @pytest.mark.parametrize("padding", PADDING)
-@pytest.mark.parametrize("name", ["mistral", "gemma2"])
+@pytest.mark.parametrize("name", ["mistral", "gemma2", PHIMOE])
 def test_eager_attention_agrees_in_float32(name, padding):
     model = build(name, torch.float32, "lact_window_attn")
     plain = copy.deepcopy(model)
@@ -129,7 +151,7 @@ def test_eager_attention_agrees_in_float32(name, padding):
 
 
 @pytest.mark.parametrize("padding", PADDING)
-@pytest.mark.parametrize("name", sorted(CONFIGS.keys() - {"gemma2"}))
+@pytest.mark.parametrize("name", [*sorted(CONFIGS.keys() - {"gemma2", "phimoe"}), PHIMOE])
 def test_logits_and_gradients(name, padding):
     plain, ours = make(name)
     mask = torch.tensor(PADDING[padding])
@@ -138,7 +160,8 @@ def test_logits_and_gradients(name, padding):
     results = []
     for model in (plain, ours):
         inputs = {"attention_mask": mask, "position_ids": numbered(mask)}
-        logits = model(ids, **inputs, use_cache=False).logits[mask.bool()]
+        inputs |= {} if name == "modernbert" else {"use_cache": False}
+        logits = model(ids, **inputs).logits[mask.bool()]
         results.append((logits, *gradients(model, (logits * weights).mean())))
     close(*results)
 
@@ -238,7 +261,7 @@ def test_collator_without_padding():
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "left-padded"])
-@pytest.mark.parametrize("name", ["mistral", "qwen2", "gemma3"])
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "gemma3", PHIMOE])
 def test_generate(name, padded, cache):
     ids = tokens(2, 6)
     mask = torch.ones_like(ids)
@@ -270,7 +293,7 @@ CACHES = {
 
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("padding", ["full", "left-padded", "right-padded last piece"])
-@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+@pytest.mark.parametrize("name", ["mistral", "gemma3", PHIMOE])
 def test_prefill_in_pieces(name, padding, cache):
     plain, ours = make(name)
     ids = tokens(2, 26)
@@ -331,9 +354,9 @@ def test_padding_queries_are_zero():
 def reads(monkeypatch):
     """How often values were read."""
     reads = []
-    for name in ("_packing_of", "on_host"):
-        original = getattr(compat, name)
-        monkeypatch.setattr(compat, name, lambda *x, f=original: reads.append(x) or f(*x))
+    for name in ("_packing", "on_host"):
+        original = getattr(packing, name)
+        monkeypatch.setattr(packing, name, lambda *x, f=original: reads.append(x) or f(*x))
     return reads
 
 
@@ -464,10 +487,6 @@ def model_error(name, message, inputs=None, training=False, **changes):
         ours(tokens(2, 12), **(inputs or {}))
 
 
-def test_softcap_is_an_error():
-    model_error("gemma2", "softcap", attn_logit_softcapping=30.0)
-
-
 def test_dropout_in_training_is_an_error():
     model_error("mistral", "dropout .*0.1", training=True, attention_dropout=0.1)
     on_ours(build("mistral", attention_dropout=0.1))(tokens(2, 12))  # has none in evaluation
@@ -476,11 +495,6 @@ def test_dropout_in_training_is_an_error():
 def test_mask_of_queries_and_keys_is_an_error():
     mask = torch.ones(2, 1, 12, 12, dtype=torch.float64)
     model_error("mistral", r"attention_mask .*\(2, 1, 12, 12\)", {"attention_mask": mask})
-
-
-def test_attention_that_is_not_causal_is_an_error():
-    message = "is_causal=False|mask function .*bidirectional|mask function or_masks"
-    model_error("gemma3", message, use_bidirectional_attention=True)
 
 
 def test_padding_between_tokens_is_an_error_in_a_window_only():
@@ -493,15 +507,6 @@ def test_padding_between_tokens_is_an_error_in_a_window_only():
     close(*results)
 
 
-def test_attention_sinks_are_an_error():
-    config = transformers.GptOssConfig(
-        **SIZES | {"layer_types": ALTERNATING, "num_local_experts": 2, "num_experts_per_tok": 1}
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(NotImplementedError, match="s_aux, attention sinks"):
-        on_ours(model)(tokens(2, 12))
-
-
 def test_chunked_attention_is_an_error():
     config = transformers.Llama4TextConfig(
         **SIZES
@@ -512,50 +517,20 @@ def test_chunked_attention_is_an_error():
         on_ours(model)(tokens(2, 12))
 
 
-@pytest.mark.skipif(transformers.__version__ < "5", reason="has attention classes of its own there")
-def test_window_that_a_model_keeps_to_itself_is_an_error():
-    config = transformers.PhimoeConfig(
-        **SIZES | {"sliding_window": WINDOW, "num_local_experts": 2, "num_experts_per_tok": 1}
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(NotImplementedError, match="sliding_window is 8 .*Phimoe"):
-        on_ours(model)(tokens(2, 12))
-
-
-def test_or_and_foreign_mask_functions_are_errors():
-    from transformers import masking_utils
-
-    causal = masking_utils.causal_mask_function
-    window = masking_utils.sliding_window_causal_mask_function(3)
-    for supported in (causal, window):
-        assert compat._mask(1, q_length=4, kv_length=4, mask_function=supported) is None
-
-    def foreign(b, h, q, k):
-        return q >= k
-
-    foreign.__qualname__ = window.__qualname__
-
-    for function in (
-        masking_utils.or_masks(causal, window),
-        masking_utils.and_masks(causal, foreign),
-        masking_utils.bidirectional_mask_function
-        if hasattr(masking_utils, "bidirectional_mask_function")
-        else masking_utils.chunked_overlay(3, torch.zeros(1)),
-        foreign,
-    ):
-        with pytest.raises(NotImplementedError, match="mask function"):
-            compat._mask(1, q_length=4, kv_length=4, mask_function=function)
+def test_window_that_neither_layer_nor_mask_says_is_an_error():
+    model = build("phimoe", attn_implementation="lact_window_attn")
+    with pytest.raises(NotImplementedError, match="window of 8, but PhimoeAttention does not pass"):
+        compat.lact_window_attn_forward(attention_of(model), *direct_inputs(), None)
 
 
 BORDERS = torch.tensor([0, 4, 10], dtype=torch.int32)
 BOTH = {"cu_seq_lens_q": BORDERS, "cu_seq_lens_k": BORDERS}
 BAD = {
-    "softcap": ({"softcap": 30.0}, NotImplementedError, "softcap"),
-    "sinks": ({"s_aux": torch.zeros(4)}, NotImplementedError, "s_aux, attention sinks"),
+    "softcap": ({"softcap": 0.0}, ValueError, "softcap must be above 0"),
+    "sinks": ({"s_aux": torch.zeros(3)}, ValueError, r"sinks must have the shape \[Hq\]"),
     "bias": ({"position_bias": torch.zeros(4)}, NotImplementedError, "position_bias"),
     "probabilities": ({"output_attentions": True}, NotImplementedError, "output_attentions"),
     "dropout": ({"dropout": 0.1}, NotImplementedError, "dropout"),
-    "both sides": ({"is_causal": False}, NotImplementedError, "is_causal=False"),
     "shape of mask": ({"attention_mask": torch.ones(2, 6)}, ValueError, "attention_mask .*Tk = 5"),
     "short mask": ({"attention_mask": torch.ones(2, 4)}, ValueError, "attention_mask .*Tq = 5"),
     "batch of mask": ({"attention_mask": torch.ones(1, 5)}, ValueError, "attention_mask .*B = 2"),
@@ -572,7 +547,7 @@ BAD = {
         ValueError,
         "exclude each other",
     ),
-    "window": ({"sliding_window": 0}, ValueError, "window_size must be at least 1, got 0"),
+    "window": ({"sliding_window": 0}, ValueError, "sliding_window must be at least 1, got 0"),
     "scaling": ({"scaling": float("inf")}, ValueError, "softmax_scale must be finite"),
 }
 
