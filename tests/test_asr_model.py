@@ -122,11 +122,16 @@ def test_a_padded_batch_equals_its_rows(options):
     model = small_model(**options)
     lengths = [9000, 20000, 1, 640, 641, 0, 12799]
     x, mask = padded_batch(lengths)
+    ratio, shift = model.config.inputs_to_logits_ratio, model.config.look_ahead
     with torch.no_grad():
         together = model(x, mask).logits
         for row, length in enumerate(lengths):
             alone = model(x[row : row + 1, :length]).logits[0]
-            assert len(alone) == -(-length // model.config.inputs_to_logits_ratio)
+            assert len(alone) == -(-length // ratio)
+            waveform = F.pad(x[row : row + 1, :length], (0, -length % ratio))
+            heard, _ = model.encode(model.features(waveform))  # in which nothing is ever padded
+            expected = model.ctc_head(heard[0, shift : shift + len(alone)])
+            torch.testing.assert_close(alone, expected, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(together[row, : len(alone)], alone, atol=1e-5, rtol=1e-5)
             behind = together[row, len(alone) :].softmax(dim=-1)
             assert (behind[:, 0] == 1).all()  # blank
