@@ -14,9 +14,13 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(scope="module", params=["tiny", "stream"])
 def model(request) -> LaCTForCTC:
+    return make_model(request.param)
+
+
+def make_model(name: str, **options) -> LaCTForCTC:
     torch.manual_seed(0)
-    config = LaCTASRConfig.named(request.param, num_hidden_layers=2, num_freq_masks=0, dropout=0.0)
-    return LaCTForCTC(config).eval().cuda()
+    options |= {"num_hidden_layers": 2, "num_freq_masks": 0, "dropout": 0.0}
+    return LaCTForCTC(LaCTASRConfig.named(name, **options)).eval().cuda()
 
 
 def noise(*shape):
@@ -24,6 +28,14 @@ def noise(*shape):
 
 
 def test_logits_are_those_of_the_cpu_and_padding_changes_nothing(model):
+    assert_padding_changes_nothing(model)
+
+
+def test_padding_changes_nothing_where_windows_look_ahead():
+    assert_padding_changes_nothing(make_model("tiny", window_size=(16, 15)))
+
+
+def assert_padding_changes_nothing(model: LaCTForCTC) -> None:
     x, lengths = noise(2, 100_000), torch.tensor([100_000, 61_234])
     mask = torch.arange(100_000) < lengths[:, None]
     with torch.no_grad():
