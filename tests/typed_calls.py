@@ -107,7 +107,7 @@ def layer(x: Tensor) -> None:
     mixer = LaCTLayer(64, 2, 1, window_size=None, layer_idx=0, backend="eager", device="cpu")
     cache = LaCTCache()
     assert_type(mixer.forward(x, cache=cache), Tensor)
-    assert_type(mixer.window_size, int | None)
+    assert_type(mixer.window_size, int | tuple[int, int] | None)
     assert_type(mixer.w1, torch.nn.Parameter)
     assert_type(mixer.backend, Literal["auto", "triton", "eager"])
     assert_type(cache.get_seq_length(), int)
