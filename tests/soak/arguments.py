@@ -182,6 +182,7 @@ RIGHT = {
         for dtype in ("half", "float64")
     ),
     *(("ttt_apply", "q", x) for x in ("half", "another first axis")),
+    ("silu_l2norm_rope", "qkv", "another first axis"),  # cos and sin are those of every row
     *(("silu_l2norm_rope", x, y) for x in ("qk_scale", "qk_offset") for y in ("half", "float64")),
     *(("rms_norm_scale_add", "norm_weight", x) for x in ("half", "float64")),
     ("LaCTLayer.forward", "hidden_states", "another first axis"),
