@@ -27,22 +27,24 @@ def compile_cases(arch: int) -> Iterator[CompileCase]:
 
 
 def _fwd(arch: int) -> Iterator[CompileCase]:
-    """Of every row of the table."""
-    for dtype, head_dim, config, more in shipped_cases("window_attn_fwd", arch):
-        sizes = Sizes.of(head_dim, head_dim, config)
-        pointers, absent = _inputs(dtype, config, sizes)
-        case = CompileCase(
-            name="window_attn_fwd",
-            kernel=kernel_of(FWD_KERNELS, config),
-            arch=arch,
-            dtype=dtype,
-            shape=f"D{head_dim}",
-            config=config,
-            pointers={**pointers, "o_ptr": dtype, "lse_ptr": torch.float32},
-            constexprs={"SIZES": sizes, "PRECISION": config.precision, **absent},
-            **more,
-        )
-        yield from packing_cases(case)
+    """Of every row of the table: plain, and with all options."""
+    for softcap in (False, True):
+        for dtype, head_dim, config, more in shipped_cases("window_attn_fwd", arch, softcap):
+            sizes = Sizes.of(head_dim, head_dim, config)
+            pointers, absent = _inputs(dtype, config, sizes)
+            case = CompileCase(
+                name="window_attn_fwd",
+                kernel=kernel_of(FWD_KERNELS, config),
+                arch=arch,
+                dtype=dtype,
+                shape=f"D{head_dim}",
+                config=config,
+                pointers={**pointers, "o_ptr": dtype, "lse_ptr": torch.float32},
+                constexprs={"SIZES": sizes, "PRECISION": config.precision, **absent},
+                **more,
+            )
+            for variant in _option_cases(case, ("sinks_ptr",), softcap):
+                yield from packing_cases(variant)
 
 
 def _inputs(

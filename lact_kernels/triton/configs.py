@@ -143,6 +143,11 @@ _TABLE: dict[tuple[str, int, int], dict[int, KernelConfig]] = {
     ("window_attn_fwd", DESCRIBED, 16): _described(
         (128, 128, 8, 3), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)
     ),
+    # A soft cap takes registers: with tiles of as many keys as above packed sequences spill.
+    ("window_attn_fwd_softcap", DESCRIBED, 16): {
+        head_dim: KernelConfig(128, block_n, 8, 3, descriptors=True)
+        for head_dim, block_n in ((96, 64), (128, 64), (192, 32), (256, 32))
+    },
     ("window_attn_bwd_dq", DESCRIBED, 16): _described(  # of dense input
         (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 32, 8, 3), (128, 32, 8, 3)
     ),

@@ -37,7 +37,9 @@ def tanh(x, factor, FULL_PRECISION: tl.constexpr):
         series = series * square - 0.3333328
         result = tl.where(size < 0.625, x + x * square * series, large)
     else:
-        result = 1.0 - 2.0 / (1.0 + tl.exp2(x * (factor * (2.0 * LOG2_E))))
+        # 2 / (1 + e^2x) is this squared. A division would take more instructions, and registers.
+        root = tl.rsqrt(0.5 + tl.exp2(x * (factor * (2.0 * LOG2_E)) - 1.0))
+        result = 1.0 - root * root
     return result
 
 

@@ -289,8 +289,9 @@ def window_attn_fwd(
     q, k, v = readable_in_place(q, k, v)
     strides = list(map(aligned_strides, (q, k, v)))
     config = config or kernel_config(
-        "window_attn_fwd", D, Dv, q.dtype, capability_of(q.device), described=None not in strides
-    )
+        "window_attn_fwd", D, Dv, q.dtype, capability_of(q.device),
+        described=None not in strides, softcap=bend is not None,
+    )  # fmt: skip
     packing = packing_arguments(cu_seqlens_q, cu_seqlens_k, q.device)
     slots = num_tile_slots(Tq, packing[-1], config.block_m)
     sizes = Sizes.of(D, Dv, config)
