@@ -24,7 +24,7 @@ def softcapped(scores, bend, FULL_PRECISION: tl.constexpr):
 
 @triton.jit
 def tanh(x, factor, FULL_PRECISION: tl.constexpr):
-    """tanh(x * factor), to within 2e-7: of 1, or in full precision of itself."""
+    """tanh(x * factor), to within 2e-7 of itself; for 16-bit inputs to within 6e-7 of 1."""
     if FULL_PRECISION:
         x = x * factor
         size = tl.abs(x)
