@@ -5,6 +5,9 @@
     lse = max S * scale + ln sum P
 ```
 
+With a soft cap S is a tanh (see `softmax`), and a sink is added to sum P at the end. What a call does not
+have is None, which is known when the kernel is compiled: it costs nothing.
+
 Products take the input dtype and accumulate in float32; for float32 input and head dims of up to 64 each is
 a sum of three TF32 products, over few channels at a time (`primitives.product`), otherwise it is made without
 tensor cores. Row statistics are float32. The window and the lengths are runtime values: no length, window,
@@ -181,7 +184,7 @@ def _window_attn_fwd_kernel(
     softmax_scale,  # of the exponents, > 0
     bend,  # of the scores, or None
     window_size,  # keys that a query sees
-    right,  # those of them that come after it, or None: none
+    right,  # how far after it the last of them is, or None: it is its own
     Tq,
     Tk,
     Hq,
