@@ -85,9 +85,9 @@ def check_bounds(Tq, Tk, window, block_m, block_n):
     "Tq, Tk", [(1, 1), (64, 64), (83, 83), (50, 80), (50, 131), (1, 70), (70, 40), (40, 1)]
 )
 def test_only_tiles_that_intersect_the_window_are_visited(Tq, Tk, block_m, block_n):
-    for left in {0, 1, 14, 15, 16, 32, 47, 63, Tk - 1}:
+    for left in {0, 1, 15, 16, 32, 47, Tk - 1}:
         check_bounds(Tq, Tk, (min(left, Tk - 1), 0), block_m, block_n)
-    for left, right in {(0, 1), (5, 16), (Tk, Tq - 1), (40, -1), (Tk, -17), (Tk, -Tk)}:
+    for left, right in {(0, 1), (5, 16), (Tk, Tq - 1), (Tk, -17)}:
         check_bounds(Tq, Tk, (left, right), block_m, block_n)
 
 
