@@ -101,16 +101,15 @@ def _dkv_tiles(
             distance = (start - diagonal)[:, None] + rows[None, :]
             limit = tl.maximum(tl.minimum(Tq - diagonal, window_size), 0)
             probs = tl.where(is_below(distance, limit[:, None]), probs, 0.0)
-        weights = probs  # of what is a gradient of the scores
-        if bend is not None:
-            weights *= 1.0 - scores * scores
         if OWNS_DV and DV_FIRST:
             dv = tl.dot(probs.to(do.dtype), do, dv, input_precision="ieee")  # [BLOCK_N, BLOCK_DV]
         if OWNS_DK:
             if APART:
                 stats_pointers += stats_strides[0]
                 delta, _ = _load_statistics(stats_pointers, queries, Tq, SIZES.BLOCK_M, COPIES)
-            dscores = weights * (dprobs - delta[None, :])
+            dscores = probs * (dprobs - delta[None, :])
+            if bend is not None:
+                dscores *= 1.0 - scores * scores  # the derivative of tanh
             dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")  # [BLOCK_N, BLOCK_D]
         if OWNS_DV and not DV_FIRST:
             dv = tl.dot(probs.to(do.dtype), do, dv, input_precision="ieee")  # [BLOCK_N, BLOCK_DV]

@@ -74,9 +74,9 @@ def _dq_tiles(
             probs = tl.where(is_below(distance, limit), probs, 0.0)
         if q.dtype == tl.float32:
             row_sum += tl.sum(probs, axis=1)
-        if bend is not None:
-            probs *= 1.0 - scores * scores  # from here on they are weights of dP
         dscores = probs * (dprobs - delta[:, None])
+        if bend is not None:
+            dscores *= 1.0 - scores * scores  # the derivative of tanh
         dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")  # [BLOCK_M, BLOCK_D]
         k_ptr += SIZES.BLOCK_N * k_strides[1]
         v_ptr += SIZES.BLOCK_N * v_strides[1]
@@ -112,9 +112,9 @@ def _dq_described_tiles(
         dprobs = tl.dot(do, tl.trans(v))  # [BLOCK_M, BLOCK_N]
         scores = softcapped(scores, bend, False)
         probs = softmax_from_lse(scores, lse[:, None], scale_log2)
-        if bend is not None:
-            probs *= 1.0 - scores * scores  # from here on they are weights of dP
         dscores = probs * (dprobs - delta[:, None])
+        if bend is not None:
+            dscores *= 1.0 - scores * scores  # the derivative of tanh
         own = first_position - first_key
         if tile < interior:
             dscores = mask_before_window(dscores, own, window_size, 0.0)
@@ -127,11 +127,12 @@ def _dq_described_tiles(
 
 @triton.jit
 def _sink_probs(sink, lse, softmax_scale, FULL_PRECISION: tl.constexpr):
-    """Of a logit without a key: as `softmax_from_lse`, or in full precision `softmax_from_shift`."""
+    """Of a logit without a key, in each row: in full precision as `softmax_from_shift` has the others."""
     if FULL_PRECISION:
-        exponents = tl.minimum(tl.fma(lse, -softmax_scale, sink) * LOG2_E, 64.0)
+        shift = tl.div_rn(lse, softmax_scale)
+        exponents = tl.minimum(tl.fma(shift, -softmax_scale, sink) * LOG2_E, 64.0)
     else:
-        exponents = tl.minimum(tl.fma(sink, LOG2_E, lse), 0.0)
+        exponents = tl.minimum(sink * LOG2_E - lse * LOG2_E, 0.0)
     return tl.exp2(exponents)
 
 
@@ -200,6 +201,11 @@ def _window_attn_bwd_dq_kernel(
     lse = tl.load(lse_ptr + row_offset + queries, mask=queries < Tq, other=0.0)
     # A row that saw nothing: any finite value makes its probabilities 0.
     lse = tl.where(lse == float("-inf"), 0.0, lse)
+    row_sum = tl.full([SIZES.BLOCK_M], 0.0, tl.float32)
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + b * Hq + h)
+        row_sum = _sink_probs(sink, lse, softmax_scale, FULL_PRECISION)
+        tl.store(sinks_ds_ptr + row_offset + queries, -row_sum * delta, mask=queries < Tq)
     if FULL_PRECISION:
         lse = tl.div_rn(lse, softmax_scale)
     else:
@@ -207,12 +213,6 @@ def _window_attn_bwd_dq_kernel(
     stats_pointers = stats_ptr + queries
     tl.store(stats_pointers, lse, mask=queries < Tq)
     tl.store(stats_pointers + stride_stats, delta, mask=queries < Tq)
-
-    row_sum = tl.full([SIZES.BLOCK_M], 0.0, tl.float32)
-    if sinks_ptr is not None:
-        sink = tl.load(sinks_ptr + b * Hq + h)
-        row_sum = _sink_probs(sink, lse, softmax_scale, FULL_PRECISION)
-        tl.store(sinks_ds_ptr + row_offset + queries, -row_sum * delta, mask=queries < Tq)
 
     dq = tl.full([SIZES.BLOCK_M, SIZES.BLOCK_D], 0.0, tl.float32)
     if q_strides is None:  # dense: of a sequence that ends, tiles would go on with the next
