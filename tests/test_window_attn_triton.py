@@ -311,7 +311,7 @@ def test_keys_that_do_not_exist_have_no_gradient(descriptors):
     zeros = torch.zeros(1, 20, 1, 16, dtype=torch.float16)
     config = dataclasses.replace(SMALL, descriptors=descriptors)
     inputs = zeros, zeros, zeros + 16.0, zeros + 1e4, None
-    *_, dq, dk, dv = run_kernels(*inputs, AttentionOptions(0, 4, 0.25), config)
+    *_, dq, dk, dv = run_kernels(*inputs, AttentionOptions(0, 19, 0.25), config)
     assert torch.equal(dq, zeros) and torch.equal(dk, zeros) and dv.isfinite().all()
 
 
