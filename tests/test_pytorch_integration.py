@@ -219,7 +219,7 @@ def packed_inputs(N, T):
 
 
 def call_kvcache(q, k_cache, v_cache, cache_seqlens, sinks):
-    options = {"cache_seqlens": cache_seqlens, "softcap": 2.0, "sinks": sinks}
+    options = {"cache_seqlens": cache_seqlens, "sinks": sinks}
     return window_attn_with_kvcache(q, k_cache, v_cache, (6, 1), **options, return_lse=True)
 
 

@@ -14,6 +14,7 @@ from tests.test_window_attn_with_kvcache import DEVICE, ON_CPU, Operations
 class Rows:
     """All keys and values that each row has had, which a ring buffer forgets."""
 
+    window_size: int | tuple[int, int]
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
 
@@ -26,7 +27,7 @@ class Rows:
 def ring_and_rows(B, W, **options):
     ring = RingKVCache(B, W, 2, 16, head_dim_v=24, device=DEVICE, **options)
     empty = [torch.empty(0, 2, d, device=DEVICE, dtype=ring.k.dtype) for d in (16, 24)]
-    return ring, Rows(*([x] * B for x in empty))
+    return ring, Rows(W, *([x] * B for x in empty))
 
 
 def new_tokens(ring, t):
@@ -51,7 +52,7 @@ def check_ring(ring, rows, Tq, backend="auto", **options):
     for b in range(B):
         k, v = rows.keys[b][None], rows.values[b][None]
         expected = reference.window_attn(
-            q[b : b + 1], k, v, ring.window_size, **options, return_lse=True
+            q[b : b + 1], k, v, rows.window_size, **options, return_lse=True
         )
         torch.testing.assert_close((o[b : b + 1], lse[b : b + 1]), expected)
 

@@ -79,6 +79,7 @@ CASES = [
     CacheCase("ring before and at its end", 20, 20, (19, 20)),
     CacheCase("ring after its end", 20, 20, (21, 39, 40, 41, 1000)),
     CacheCase("ring larger than the window", 33, 20, (34, 33, 65, 500)),
+    CacheCase("ring of one slot more", 21, 20, (22, 45)),
     CacheCase("ring far away", 20, 20, (10**6 + 7, 2**31 - 1)),
     CacheCase("several queries", 50, 9, (50, 30, 12), Tq=5),
     CacheCase("several queries on a ring", 24, 20, (24, 25, 48, 77), Tq=5),
@@ -245,6 +246,19 @@ def test_strided_caches(backend):
     seqlens = torch.full((3,), 30, device=DEVICE)
     expected = reference.window_attn_with_kvcache(q, k, v, 13, cache_seqlens=seqlens)
     torch.testing.assert_close(o, expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "triton"])
+def test_sinks_of_each_row(backend):
+    """As the ops take them, of any strides; `vmap` may make them differ."""
+    op = lact_kernels.autograd.window_attn_with_kvcache.window_attn_with_kvcache
+    q, k, v = (torch.randn(3, n, 4, 16, device=DEVICE) for n in (1, 20, 20))
+    sinks = torch.randn(4, 3, device=DEVICE).T
+    o, lse = op(q, k, v, None, 8, 0, 0.25, None, sinks, backend)
+    for b in range(3):
+        options = {"window_size": 9, "sinks": sinks[b], "softmax_scale": 0.25, "return_lse": True}
+        row = reference.window_attn_with_kvcache(*(x[b : b + 1] for x in (q, k, v)), **options)
+        torch.testing.assert_close((o[b : b + 1], lse[b : b + 1]), row)
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
