@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lact_kernels
 import reference
-from lact_kernels import window_attn, window_attn_with_kvcache
+from lact_kernels import window_attn_with_kvcache
 from lact_kernels.autograd.window_attn_with_kvcache import UNLIMITED
 from lact_kernels.core.attention import AttentionOptions
 from lact_kernels.eager import window_attn_with_kvcache as eager
 from lact_kernels.ops.checks import check_window
-from lact_kernels.ops.window_attn import attention_options, inner_sinks
+from lact_kernels.ops.window_attn import attention_options, inner_sinks, run_window_attn
 from lact_kernels.triton.configs import KernelConfig
 from lact_kernels.triton.window_attn.with_kvcache import choose_splits
 from lact_kernels.triton.window_attn.with_kvcache import window_attn_with_kvcache as launch
@@ -365,19 +365,22 @@ def test_a_query_of_nan_shows(backend):
         assert o.isnan().all()
 
 
-def test_few_queries_of_window_attn_take_this_kernel():
-    """And have their gradients from the usual ones."""
+@pytest.mark.parametrize("right", [0, 2, -3])
+def test_few_queries_of_window_attn_take_this_kernel(right):
+    """And have their gradients from the usual ones. Within the package windows may end before a query."""
     q, k, v = (torch.randn(2, n, 2, 16, device=DEVICE, requires_grad=True) for n in (3, 30, 30))
+    softcap, sinks = (2.0 if right else None), torch.randn(2, device=DEVICE, requires_grad=True)
+    options = AttentionOptions(8, right, 0.25, softcap)
     name = "lact_kernels.triton.window_attn.fwd.window_attn_with_kvcache"
     with mock.patch(name, side_effect=launch) as launched:
-        o = window_attn(q, k, v, 9, backend="triton")
+        actual = run_window_attn(q, k, v, options, sinks, backend="triton")
     assert launched.call_count == 1
-    expected = reference.window_attn(q, k, v, 9)
-    torch.testing.assert_close(o, expected)
-    do = torch.randn_like(o)
-    ours, theirs = (torch.autograd.grad(x, (q, k, v), do) for x in (o, expected))
-    for a, b in zip(ours, theirs):
-        torch.testing.assert_close(a, b)
+    options = {"softmax_scale": 0.25, "softcap": softcap, "sinks": sinks, "return_lse": True}
+    expected = reference.window_attn(q, k, v, (8, right), **options)
+    torch.testing.assert_close(actual, expected)
+    douts = [torch.randn_like(x) for x in actual]
+    ours, theirs = (torch.autograd.grad(x, (q, k, v, sinks), douts) for x in (actual, expected))
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])
