@@ -139,6 +139,7 @@ def test_a_mask_can_be_moved_and_asked():
 
 
 COMPUTED = {
+    "a column": lambda mask: mask[:, 0],
     "slice": lambda mask: mask[:, None, None, :T],
     "add": lambda mask: torch.zeros(2, 1, T, T) + mask,
     "compare": lambda mask: mask == 0,

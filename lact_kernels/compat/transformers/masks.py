@@ -76,14 +76,16 @@ class SequenceMask(Tensor):
                 result = func(*args, **kwargs or {})
             except (RuntimeError, IndexError) as error:  # such as an index for heads
                 result, reason = None, error
-        if reason is None and (not isinstance(result, Tensor) or result.ndim < 2 or name == "__get__"):
+        if reason is None and (
+            not isinstance(result, Tensor) or result.ndim == 0 or name == "__get__"
+        ):
             return result
         mask = args[0]
         if func in MOVES and isinstance(mask, cls) and not result.is_floating_point():
             return cls.of(result, mask.window, mask.is_full)
         raise NotImplementedError(
-            f"the model computes with its mask ({name}), which for {NAME} has the shape [B, S] and not that of"
-            f" queries and keys: {ELSE}"
+            f"the model computes with its mask ({name}), which for {NAME} is not one of queries and keys, but"
+            f" has the shape [B, S]: {ELSE}"
         ) from reason
 
 
