@@ -397,7 +397,7 @@ def test_values_are_read_once_per_forward_pass(argument, write, reads):
 def test_a_mask_in_a_buffer_that_is_used_again_before_the_backward(write):
     """In which a checkpoint computes the layers again."""
     _, ours = make("mistral")
-    ours.train().gradient_checkpointing_enable()
+    ours.train().gradient_checkpointing_enable({"use_reentrant": False})
     ids, mask, gradients = tokens(2, 12), torch.ones(2, 12, dtype=torch.bool), []
     mask[0, :4] = False
     for changes in (False, True):
@@ -517,6 +517,7 @@ def test_chunked_attention_is_an_error():
         on_ours(model)(tokens(2, 12))
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="has attention classes of its own there")
 def test_window_that_neither_layer_nor_mask_says_is_an_error():
     model = build("phimoe", attn_implementation="lact_window_attn")
     with pytest.raises(NotImplementedError, match="window of 8, but PhimoeAttention does not pass"):

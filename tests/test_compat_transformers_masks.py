@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="5")
+transformers = pytest.importorskip("transformers", minversion="5.24")
 
 from transformers import masking_utils  # noqa: E402
 from transformers.models.gemma3 import modeling_gemma3  # noqa: E402
@@ -88,6 +88,18 @@ def test_plain_causal_attention_needs_no_mask():
     assert sequence_mask(2, T, T, mask_function=causal) is None
     config = transformers.MistralConfig(sliding_window=3)  # of layers that may have it or not
     assert sequence_mask(2, T, T, mask_function=causal, config=config).window == (None, 0)
+
+
+@pytest.mark.parametrize("padding", [None, PADDED], ids=["full", "padded"])
+def test_a_mask_made_in_advance_keeps_its_window(padding):
+    made = sequence_mask(2, T, T, mask_function=window, attention_mask=padding)
+    mask = sequence_mask(2, T, T, mask_function=causal, attention_mask=made.to(torch.bool))
+    assert torch.equal(dense(mask), dense(made)) and mask.is_full == made.is_full
+
+
+def test_a_mask_that_is_known_to_be_full_is_not_read_again():
+    made = SequenceMask.of(torch.zeros(2, T, dtype=torch.bool), Window(2, 0), is_full=True)
+    assert sequence_mask(2, T, T, mask_function=window, attention_mask=made).is_full
 
 
 def a_window_that_means_something_else(sliding_window):
@@ -182,15 +194,19 @@ def expected_rows(q, k, v, size, lengths, **options):
     return torch.cat(rows)
 
 
+@pytest.mark.parametrize("padding", [None, PADDED], ids=["full", "padded"])
 @pytest.mark.parametrize("size", [4, (2, 2), (-1, 3)], ids=str)
-def test_sinks_and_soft_caps_and_their_gradients(size):
-    """Of padded rows, as of each alone."""
+def test_sinks_and_soft_caps_and_their_gradients(size, padding):
+    """Of the rows of a batch, as of each alone."""
     q, k, v = tensors()
     sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
     left, right = (3, 0) if size == 4 else size
-    mask = SequenceMask.of(PADDED.clone(), Window(None if left == -1 else left, right))
-    o = ours(layer(), q, k, v, mask, softcap=1.5, s_aux=sinks)[PADDED]
-    expected = expected_rows(q, k, v, size, [(3, T), (0, 7)], softcap=1.5, sinks=sinks)
+    is_token, lengths = torch.ones_like(PADDED), [(0, T), (0, T)]
+    if padding is not None:
+        is_token, lengths = padding, [(3, T), (0, 7)]
+    mask = SequenceMask.of(is_token.clone(), Window(None if left == -1 else left, right))
+    o = ours(layer(), q, k, v, mask, softcap=1.5, s_aux=sinks)[is_token]
+    expected = expected_rows(q, k, v, size, lengths, softcap=1.5, sinks=sinks)
     weights = torch.randn_like(o)
     results = [
         (x, *torch.autograd.grad((x * weights).sum(), (q, k, v, sinks))) for x in (o, expected)
@@ -206,6 +222,7 @@ def test_layers_without_a_mask_say_themselves_what_they_see():
         (layer(is_causal=False), {"sliding_window": 3}, (2, 2)),
         (layer(is_causal=False), {"sliding_window": None}, (-1, -1)),
         (layer(is_causal=False), {}, (-1, -1)),
+        (layer(is_causal=False), {"position_ids": POSITIONS}, (-1, -1)),
         (layer(is_causal=False), {"is_causal": True}, None),
     ):
         o = ours(module, q, k, v, None, **options).flatten(0, 1)
@@ -248,6 +265,33 @@ def test_cross_attention(Tq):
         torch.testing.assert_close(o[row].transpose(0, 1), expected)
 
 
+@pytest.mark.parametrize(
+    "seen, is_right",
+    [
+        (Window(2, 2), False),
+        (Window(None, 2), False),
+        (Window(T, T), True),
+        (Window(None, 0), True),
+    ],
+    ids=str,
+)
+def test_padding_between_tokens(seen, is_right):
+    """Distances count it, which matters where a limit is nearer than the row is long."""
+    q, k, v = tensors()
+    gap = torch.ones(2, T, dtype=torch.bool)
+    gap[0, 3] = False
+    mask = SequenceMask.of(gap, seen)
+    if not is_right:
+        with pytest.raises(NotImplementedError, match="padding between the tokens of a row"):
+            ours(layer(), q, k, v, mask)
+        return
+    i, j = torch.arange(T)[:, None], torch.arange(T)
+    see = gap[:, None, None] & (j <= i if seen.right == 0 else True)
+    k, v = (x.repeat_interleave(2, 1) for x in (k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, see).transpose(1, 2)
+    torch.testing.assert_close(ours(layer(), q, k, v, mask)[gap], expected[gap])
+
+
 def test_numbers_of_sequences_that_descend_are_an_error():
     q, k, v = tensors()
     numbers = torch.tensor([[1, 1, 2, 2, 1, 1, 3, 3, 0], [1] * T])
@@ -280,7 +324,7 @@ def test_checkpoints_of_layers_that_have_their_window_from_the_mask():
     results = []
     for checkpoints in (False, True):
         if checkpoints:
-            model.train().gradient_checkpointing_enable()
+            model.train().gradient_checkpointing_enable({"use_reentrant": False})
         losses = [
             model(ids, attention_mask=x, use_cache=False).logits.sin().mean()
             for x in (None, PADDED)

@@ -141,6 +141,9 @@ def sequence_mask(
     config = others.get("config")
     PASS.begin(config)
     window, sequences = _seen(mask_function)
+    if isinstance(attention_mask, SequenceMask):
+        # `generate` made it in advance, for a static cache. Models that pass it here again get what it is.
+        window = attention_mask.window
     cache_position = others.get("cache_position")
     if cache_position is not None:
         q_length, q_offset, device = len(cache_position), cache_position[0], cache_position.device
@@ -173,7 +176,7 @@ def _padding(attention_mask: Tensor | None, position: int, S: int) -> Tensor | N
         return None
     is_full = isinstance(attention_mask, SequenceMask) and attention_mask.is_full
     attention_mask = values_of(attention_mask)
-    # For static caches `generate` makes masks in advance, which are longer. Some models pass them here again.
+    # A mask made in advance may be longer.
     mask = attention_mask[:, :position][:, -S:]
     if mask.shape[1] < S:
         raise ValueError(
