@@ -14,7 +14,7 @@ from transformers.models.t5gemma2 import modeling_t5gemma2  # noqa: E402
 
 import lact_kernels  # noqa: E402
 from lact_kernels.compat.transformers import attention as compat  # noqa: E402
-from lact_kernels.compat.transformers.masks import SequenceMask, Window, sequence_mask  # noqa: E402
+from lact_kernels.compat.transformers.masks import SequenceMask, Window, sequence_mask, values_of  # noqa: E402
 
 T = 9
 causal = masking_utils.causal_mask_function
@@ -61,11 +61,9 @@ PADDED = torch.ones(2, T, dtype=torch.bool)
 PADDED[0, :3] = PADDED[1, 7:] = False
 
 
-def dense(mask: SequenceMask | None) -> torch.Tensor:
+def dense(mask: SequenceMask) -> torch.Tensor:
     """Which keys of a row the queries see."""
-    see, numbers = Window(None, 0), torch.ones(2, T, dtype=torch.long)
-    if mask is not None:
-        see, numbers = mask.window, mask.clone().as_subclass(torch.Tensor).long()
+    see, numbers = mask.window, values_of(mask).long()
     i, j = torch.arange(T)[:, None], torch.arange(T)
     left, right = (T if limit is None else limit for limit in see)
     same = numbers[:, :, None] == numbers[:, None]
@@ -82,12 +80,6 @@ def test_mask_functions(function, padding):
     mask = sequence_mask(**sizes, mask_function=function, attention_mask=padding)
     is_query = torch.ones(2, T, dtype=torch.bool) if padding is None else padding
     assert torch.equal(dense(mask)[is_query], expected[is_query])
-
-
-def test_plain_causal_attention_needs_no_mask():
-    assert sequence_mask(2, T, T, mask_function=causal) is None
-    config = transformers.MistralConfig(sliding_window=3)  # of layers that may have it or not
-    assert sequence_mask(2, T, T, mask_function=causal, config=config).window == (None, 0)
 
 
 @pytest.mark.parametrize("padding", [None, PADDED], ids=["full", "padded"])
@@ -165,6 +157,15 @@ COMPUTED = {
 def test_a_model_that_computes_with_its_mask_is_refused(compute):
     with pytest.raises(NotImplementedError, match="the model computes with its mask"):
         compute(SequenceMask.of(PADDED.clone(), Window(2, 0)))
+
+
+@pytest.mark.parametrize("padding", [None, PADDED.int()], ids=["full", "padded"])
+def test_a_model_with_attention_of_its_own_is_refused(padding):
+    """Which adds the mask to the scores, and would see later tokens if there were none."""
+    config = transformers.BloomConfig(vocab_size=67, hidden_size=32, n_layer=1, n_head=4)
+    model = transformers.BloomForCausalLM._from_config(config, attn_implementation=compat.NAME)
+    with pytest.raises(NotImplementedError, match="the model computes with its mask"):
+        model(torch.randint(1, 67, (2, T)), attention_mask=padding)
 
 
 def tensors(Tq=T, Tk=T, dtype=torch.float64):

@@ -6,9 +6,9 @@ Importing this module registers the name "lact_window_attn":
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="lact_window_attn")
 
 A model makes a mask once per forward pass (`masks.py`), and passes it to the attention of every layer
-(`lact_window_attn_forward`). Here the mask is None or `[B, S]`, and numbers the sequences of a row: token t
-of row b belongs to sequence `mask[b, t]`, and 0 is padding. A boolean padding mask is a special case. Padding
-is left out, and the sequences are computed end to end (`packing.py`).
+(`lact_window_attn_forward`). Here the mask is `[B, S]`, and numbers the sequences of a row: token t of
+row b belongs to sequence `mask[b, t]`, and 0 is padding. A boolean padding mask is a special case. Padding is
+left out, and the sequences are computed end to end (`packing.py`).
 """
 
 import warnings
@@ -27,7 +27,6 @@ from lact_kernels.compat.transformers.masks import (
     NAME,
     SequenceMask,
     Window,
-    configured_window,
     sequence_mask,
 )
 from lact_kernels.compat.transformers.packing import (
@@ -42,6 +41,13 @@ from lact_kernels.compat.transformers.packing import (
 from lact_kernels.ops import checks
 from lact_kernels.ops.window_attn import check_attention, run_window_attn
 
+# What configurations call a window.
+WINDOW_NAMES = (
+    "sliding_window",
+    "sliding_window_size",
+    "attention_window_size",
+    "local_attention",
+)
 # Options of some models that are not supported, and what they are.
 UNSUPPORTED = {
     "position_bias": "a bias on the scores",
@@ -203,7 +209,7 @@ def _window(module, mask, sliding_window, is_causal) -> Window:
             )
         return mask.window
     if own is None:
-        window = configured_window(getattr(module, "config", None))
+        window = _configured_window(getattr(module, "config", None))
         if window is not None:
             raise NotImplementedError(
                 f"the config has a window of {window}, but {type(module).__name__} does not pass a"
@@ -214,6 +220,13 @@ def _window(module, mask, sliding_window, is_causal) -> Window:
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     return own if is_causal else Window(own.left, own.left)
+
+
+def _configured_window(config) -> Any:
+    """The window of a model, by any of its names; None if it has none."""
+    # Not by getattr, which is an error for what differs between layers.
+    values = {} if config is None else vars(config)
+    return next((values[name] for name in WINDOW_NAMES if values.get(name)), None)
 
 
 def _window_size(window: Window) -> int | tuple[int, int] | None:

@@ -1,17 +1,17 @@
 """What the masks of `transformers` models say, as "lact_window_attn" takes them.
 
 A model makes its masks once per forward pass, one for each kind of layers, of a mask function: which keys a
-query sees, as functions of `transformers.masking_utils`, combined. `sequence_mask` returns None for causal
-attention without padding in models without a window. Otherwise it returns a `SequenceMask`: `[B, S]`, of what
-exists, together with the window that the function has. So layers that are not told their window have it from
-their mask.
+query sees, as functions of `transformers.masking_utils`, combined. `sequence_mask` returns a `SequenceMask`
+`[B, S]` of what exists, together with the window that the function has. So layers that are not told their
+window have it from their mask. It is never None: a model with attention of its own might take that for a mask
+that hides nothing.
 """
 
 import functools
 import inspect
 import operator
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,12 +21,6 @@ from lact_kernels.compat.transformers.forward_pass import PASS
 
 NAME = "lact_window_attn"
 ELSE = "use another attn_implementation, such as 'eager'"
-WINDOW_NAMES = (
-    "sliding_window",
-    "sliding_window_size",
-    "attention_window_size",
-    "local_attention",
-)
 # Methods of a tensor that leave a mask what it is.
 MOVES = {Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.clone, Tensor.contiguous, Tensor.detach}
 
@@ -113,7 +107,7 @@ def sequence_mask(
     attention_mask: Tensor | None = None,
     device: torch.device | str | None = None,
     **others,
-) -> SequenceMask | None:
+) -> SequenceMask:
     """Make the mask of a forward pass, or of its layers with a window.
 
     Args:
@@ -128,18 +122,16 @@ def sequence_mask(
             queries, `cache_position`.
 
     Returns:
-        None for causal attention without padding in a model that has no window, else the mask `[B, S]`. With
-        a window, or if attention is causal, S is how many keys there are up to the last query; slots of a
-        static cache from S on are free. Otherwise queries see all of the keys, which may be those of another
-        sequence.
+        The mask `[B, S]`. With a window, or if attention is causal, S is how many keys there are up to the
+        last query; slots of a static cache from S on are free. Otherwise queries see all of the keys, which
+        may be those of another sequence.
 
     Raises:
         NotImplementedError: the mask function is anything but attention in a window, causal or not, of rows
             or packed sequences.
         ValueError: the attention mask has fewer tokens than there are keys.
     """
-    config = others.get("config")
-    PASS.begin(config)
+    PASS.begin(others.get("config"))
     window, sequences = _seen(mask_function)
     if isinstance(attention_mask, SequenceMask):
         # `generate` made it in advance, for a static cache. Models that pass it here again get what it is.
@@ -164,8 +156,6 @@ def sequence_mask(
         numbers = padding if numbers is None else numbers * padding
     if numbers is not None:
         return SequenceMask.of(numbers, window)
-    if window == CAUSAL and S == kv_length and configured_window(config) is None:
-        return None
     full = torch.ones((), dtype=torch.bool, device=device).expand(batch_size, S)
     return SequenceMask.of(full, window, is_full=True)
 
@@ -185,13 +175,6 @@ def _padding(attention_mask: Tensor | None, position: int, S: int) -> Tensor | N
         )
     # A copy: checkpointed layers read it again in the backward, when the buffer may hold the next batch.
     return None if is_full or bool(mask.all()) else mask.clone()
-
-
-def configured_window(config) -> Any:
-    """The window of a model, by any of its names; None if it has none."""
-    # Not by getattr, which is an error for what differs between layers.
-    values = {} if config is None else vars(config)
-    return next((values[name] for name in WINDOW_NAMES if values.get(name)), None)
 
 
 def _seen(mask_function: Callable) -> _Seen:
