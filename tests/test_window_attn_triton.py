@@ -78,7 +78,6 @@ OPTION_CASES = [
     pytest.param(1, 33, 33, 2, 2, 16, 16, (-1, -1), 2.0, None, id="all_keys_and_a_soft_cap"),
     pytest.param(2, 19, 52, 2, 1, 16, 24, (8, 13), 2.0, 1.0, id="all_of_them_on_a_cache"),
     pytest.param(1, 40, 19, 1, 1, 16, 16, (9, 6), None, 1.0, id="queries_that_see_nothing"),
-    pytest.param(1, 40, 60, 1, 1, 16, 16, (30, -5), None, None, id="keys_end_before_the_query"),
 ]
 
 
@@ -307,7 +306,7 @@ def test_sink_of_minus_infinity():
 @needs_interpreter
 @pytest.mark.parametrize("descriptors", [False, True], ids=["pointers", "descriptors"])
 def test_keys_that_do_not_exist_have_no_gradient(descriptors):
-    """Tiles go on with zeros beyond the last key: times a gradient that is infinite in float16 they are NaN."""
+    """Tiles go on with zeros beyond the last key. Times a gradient beyond float16's numbers they are NaN."""
     zeros = torch.zeros(1, 20, 1, 16, dtype=torch.float16)
     config = dataclasses.replace(SMALL, descriptors=descriptors)
     inputs = zeros, zeros, zeros + 16.0, zeros + 1e4, None

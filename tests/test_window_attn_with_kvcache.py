@@ -305,9 +305,8 @@ def test_a_query_reads_its_window_and_nothing_else(length):
 
 
 @pytest.mark.skipif(not ON_CPU, reason="counts in the interpreter")
-@pytest.mark.parametrize("right", [0, 5, 12, 39, -20])
+@pytest.mark.parametrize("right", [0, 5, 12, 39])
 def test_a_tile_of_queries_reads_what_it_sees_and_nothing_else(right):
-    """Up to the last token, and where queries end before themselves up to theirs."""
     Tq, W, D, S = 40, 50, 16, 1000
     q, k, v = (torch.zeros(1, n, 1, D) for n in (Tq, S, S))
     options = AttentionOptions(W - 1, right, 1.0)
@@ -365,9 +364,9 @@ def test_a_query_of_nan_shows(backend):
         assert o.isnan().all()
 
 
-@pytest.mark.parametrize("right", [0, 2, -3])
+@pytest.mark.parametrize("right", [0, 2])
 def test_few_queries_of_window_attn_take_this_kernel(right):
-    """And have their gradients from the usual ones. Within the package windows may end before a query."""
+    """And have their gradients from the usual ones."""
     q, k, v = (torch.randn(2, n, 2, 16, device=DEVICE, requires_grad=True) for n in (3, 30, 30))
     softcap, sinks = (2.0 if right else None), torch.randn(2, device=DEVICE, requires_grad=True)
     options = AttentionOptions(8, right, 0.25, softcap)

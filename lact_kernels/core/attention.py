@@ -6,8 +6,7 @@ from typing import NamedTuple
 class AttentionOptions(NamedTuple):
     """The window and the scores of a call.
 
-    A query at position p sees the keys from `p - left` to `p + right`; None is no limit. Within the package
-    `right` may be negative, as long as a key is left: then the query sees keys that end before its own.
+    A query at position p sees the keys from `p - left` to `p + right`; None is no limit.
     """
 
     left: int | None
@@ -23,10 +22,9 @@ class AttentionOptions(NamedTuple):
 
     def within(self, Tq: int, Tk: int) -> "AttentionOptions":
         """The same with limits on both sides, which see all of so many keys where there were none."""
-        right = max(Tq - 1, 0)
-        if self.right is not None:
-            right = min(self.right, right)
-        left = max(Tk - 1, -right, 0)
+        left, right = max(Tk - 1, 0), max(Tq - 1, 0)
         if self.left is not None:
             left = min(self.left, left)
+        if self.right is not None:
+            right = min(self.right, right)
         return self._replace(left=left, right=right)

@@ -23,7 +23,7 @@ def window_attn_with_kvcache(
 ) -> tuple[Tensor, Tensor]:
     """Outputs `[B, Tq, Hq, Dv]` and lse `[B, Hq, Tq]`; NaN for a row whose keys the cache has lost.
 
-    The window has both limits, and none of them is negative.
+    The window has both limits.
     """
     S = k_cache.shape[1]
     seqlens = [S] if cache_seqlens is None else cache_seqlens.tolist()

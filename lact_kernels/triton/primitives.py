@@ -2,7 +2,7 @@ r"""What the attention kernels share: tile bounds, the window's mask, tile loads
 
 Query i stands at position `i + Tk - Tq` and sees the keys `position - W < j <= position`. A window with a
 right side of R keys is a causal one: its queries stand at `i + Tk - Tq + R`, where W counts the keys of both
-sides, and no key comes after Tk - 1. `right` is R, of either sign, or None: then nothing is compared with Tk.
+sides, and no key comes after Tk - 1. `right` is R, or None for 0: then nothing is compared with Tk.
 The keys that a tile of queries sees form one interval, cut into key tiles in three segments:
 
 ```
@@ -182,8 +182,6 @@ def query_tile_bounds(
     last_key = tl.minimum(first_key + BLOCK_N, Tk) - 1
     first = tl.maximum(first_key - offset, 0) // BLOCK_M
     end = tl.cdiv(tl.maximum(tl.minimum(last_key + window_size - offset, Tq), 0), BLOCK_M)
-    if right is not None:
-        end = tl.where(first_key - offset < Tq, end, 0)  # the last keys may be seen by no query
     end = tl.maximum(end, first)
     # From here on every query comes after the last key.
     interior = tl.cdiv(tl.maximum(last_key - offset, 0), BLOCK_M)
