@@ -178,7 +178,9 @@ def shrunk(config_class: type, changes: dict[str, Any]) -> transformers.Pretrain
         for name, part in config_class.sub_configs.items()
         if values.get(name) is not None
     }
-    kinds = sorted(set(values.get("layer_types") or ()), key=lambda kind: "sliding" not in kind)
+    kinds = sorted(
+        dict.fromkeys(values.get("layer_types") or ()), key=lambda kind: "sliding" not in kind
+    )
     if kinds and not parts:
         if not any("sliding" in kind for kind in kinds):
             kinds = ["hybrid_sliding" if "hybrid" in kinds else "sliding_attention", *kinds]
@@ -245,8 +247,8 @@ class Calls:
 
 
 def _wider(options: AttentionOptions) -> AttentionOptions:
-    left, right = ((x if x is None else x + 1) for x in (options.left, options.right or None))
-    return options._replace(left=left, right=options.right if right is None else right)
+    left = None if options.left is None else options.left + 1
+    return options._replace(left=left, right=options.right and options.right + 1)
 
 
 def outcome(family: Family, monkeypatch) -> str:

@@ -203,7 +203,7 @@ def _seen(mask_function: Callable) -> _Seen:
 
 
 def _is_of_transformers(mask_function: Callable) -> bool:
-    module = getattr(mask_function, "__module__", None) or ""
+    module = mask_function.__module__ if inspect.isfunction(mask_function) else ""
     return module == causal_mask_function.__module__ or module.startswith("transformers.models.")
 
 
@@ -223,7 +223,8 @@ def _any_of(seen: list[_Seen]) -> _Seen:
 
 def _is_empty(mask_function: Callable) -> bool:
     """Whether it is that of images in a text, in which there are none."""
-    if not mask_function.__qualname__.startswith("blockwise_overlay."):
+    is_known = _is_of_transformers(mask_function)
+    if not is_known or not mask_function.__qualname__.startswith("blockwise_overlay."):
         return False
     blocks = inspect.getclosurevars(mask_function).nonlocals["block_sequence_ids"]
     return not bool((blocks >= 0).any())
@@ -252,9 +253,11 @@ def _window(name: str, sliding_window=None, is_causal: bool | None = None, **_) 
 
 
 def _has_the_edges_of(window: Window, mask_function: Callable) -> bool:
-    """Whether the function says the same of the keys on either side of both edges, and of far ones."""
+    """Whether a query sees itself, and the function says so of keys beside both edges and far away."""
     far = 1 << 24
     left, right = (far if limit is None else limit for limit in window)
+    if left < 0:
+        return False
     distances = {-left, -left - 1, 0, right, right + 1, -far, far}
     q, zero = torch.tensor([2 * far, 0], device="cpu")
     return all(
