@@ -66,7 +66,7 @@ def window_attn_bwd(
     o: Tensor,  # [B, Tq, Hq, Dv]
     lse: Tensor,  # [B, Hq, Tq]
     options: AttentionOptions,  # with both limits
-    sinks: Tensor | None,  # [B, Hq], float32
+    sinks: Tensor | None = None,  # [B, Hq], float32
     cu_seqlens_q: Tensor | None = None,  # [N + 1], int32, contiguous, with B = 1; likewise:
     cu_seqlens_k: Tensor | None = None,
     *,
