@@ -51,6 +51,17 @@ ATTENTION = [
     attention("D128 packed", 700, 257, D=128, Dv=128, cu_seqlens=(0, 1, 300, 300, 700)),
     attention("D192 beside narrower values", 390, 200, D=192, Dv=128),
     attention("D256 without window", 385, None, D=256, Dv=256),
+    attention("D128 with all options", 390, (130, 70), D=128, Dv=128, softcap=2.0, sinks=1.0),
+    attention(
+        "D64 packed with all options",
+        410,
+        (100, 60),
+        D=64,
+        Dv=64,
+        cu_seqlens=(0, 0, 1, 120, 410),
+        softcap=2.0,
+        sinks=1.0,
+    ),
 ]
 # Few rows of queries take the narrow tiles, many the wide ones.
 narrow = functools.partial(kvcache.CacheCase, Hq=8, Hkv=2)
