@@ -27,4 +27,4 @@ class AttentionOptions(NamedTuple):
             left = min(self.left, left)
         if self.right is not None:
             right = min(self.right, right)
-        return self._replace(left=left, right=right)
+        return AttentionOptions(left, right, self.softmax_scale, self.softcap)
