@@ -112,6 +112,7 @@ def test_eager(case: Draw):
     torch.testing.assert_close(*grads)
 
 
+NAMES = ("o", "lse", "dq", "dk", "dv", "dsinks")
 STRUCTURE = {torch.float32: 1e-4, torch.float16: 3e-2}  # a wrong index or mask changes far more
 blocks = st.sampled_from([(16, 16), (32, 16), (16, 32)])
 
@@ -129,12 +130,17 @@ def test_kernels():
     @given(draws(longest=40), blocks, st.sampled_from(list(STRUCTURE)))
     def check(case: Draw, blocks, dtype):
         drawn_of[dtype] += 1
-        (*inputs, do), borders = case.inputs(dtype)
+        (q, k, v, do, sinks), borders = case.inputs(dtype)
         config = KernelConfig(*blocks, num_warps=4, num_stages=1)
-        options = (do, None, case.window_size, case.D**-0.5)
-        actual = run_kernels(*inputs, *options, config, borders)
-        same, exact = (run_reference(*inputs, *options, borders, x) for x in (dtype, torch.float64))
-        for name, *tensors in zip(("o", "lse", "dq", "dk", "dv"), actual, same, exact):
+        options = case.options.within(q.shape[1], k.shape[1])
+        inner_sinks = None if sinks is None else sinks.float()
+        actual = run_kernels(q, k, v, do, None, options, config, borders, inner_sinks)
+        window = {"window_size": case.window_size, "softcap": case.softcap}
+        same, exact = (
+            run_reference(q, k, v, do, None, window, borders, x, sinks)
+            for x in (dtype, torch.float64)
+        )
+        for name, *tensors in zip(NAMES, actual, same, exact):
             assert torch.equal(tensors[0] == -math.inf, tensors[2] == -math.inf)
             a, s, e = (x.double().masked_fill(x == -math.inf, 0.0) for x in tensors)
             torch.testing.assert_close(a, e, rtol=0, atol=STRUCTURE[dtype] * (1 + _largest(e)))
@@ -142,7 +148,7 @@ def test_kernels():
             squares[dtype, name] += sums
 
     check()
-    assert len(squares) == 5 * len(STRUCTURE) and min(drawn_of.values()) >= 25
+    assert len(squares) == len(NAMES) * len(STRUCTURE) and min(drawn_of.values()) >= 25
     for (dtype, name), (ours, plain, size) in squares.items():
         eps = torch.finfo(torch.float32 if name == "lse" else dtype).eps
         assert ours.sqrt() <= 2 * plain.sqrt() + eps * size.sqrt(), (dtype, name)
