@@ -131,10 +131,14 @@ def check_count(name: str, value: int) -> int:
 def check_window(name: str, window: int | tuple[int, int] | None) -> tuple[int | None, int | None]:
     """How far a query sees to its left and right, None for no limit: flash-attn's pair, whose -1 that is,
     or the number of tokens up to itself, or None for all of them."""
-    if isinstance(window, (tuple, list)):
-        if len(window) != 2:
-            raise ValueError(f"{name} must be an int, a pair (left, right) or None, got {window!r}")
-        left, right = (_check_side(name, side, window) for side in window)
+    is_pair = isinstance(window, (tuple, list))
+    sides = window if is_pair else [0 if window is None else window]
+    are_ints = all([is_int(plain(side)) for side in sides])
+    if not are_ints or (is_pair and len(sides) != 2):
+        message = f"{name} must be an int, a pair (left, right) or None, got {window!r}"
+        raise ValueError(message) if are_ints else TypeError(message)
+    if is_pair:
+        left, right = (_check_side(name, side, window) for side in sides)
         return left, right
     return (None if window is None else check_count(name, window) - 1), 0
 
