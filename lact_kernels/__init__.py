@@ -1,9 +1,10 @@
 """Fused kernels for the two operations of a LaCT layer.
 
-`window_attn` is causal attention in a sliding window. `block_causal_ttt` is the chunk-by-chunk training of a
-SwiGLU fast-weight network while the sequence is read ("Test-Time Training Done Right", arXiv 2505.23884), and
-`ttt` the same in any order of updates and applies. They run forward and backward on any device, and on NVIDIA
-GPUs through Triton. Importing this package imports no Triton and touches no GPU.
+`window_attn` is attention in a sliding window, causal or with later tokens. `block_causal_ttt` is the
+chunk-by-chunk training of a SwiGLU fast-weight network while the sequence is read ("Test-Time Training Done
+Right", arXiv 2505.23884), and `ttt` the same in any order of updates and applies. They run forward and
+backward on any device, and on NVIDIA GPUs through Triton. Importing this package imports no Triton and
+touches no GPU.
 """
 
 from torch import Tensor
