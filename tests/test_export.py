@@ -169,10 +169,11 @@ def test_reduced_frames_are_open_in_whole_groups():
         assert torch.equal(program.module()(x), layer(x))
 
 
-def test_speech_model():
+@pytest.mark.parametrize("windows", [{}, {"window_size": (3, 2)}], ids=["causal", "two-sided"])
+def test_speech_model(windows):
     """Of any number of samples in two frames at least; no call has come before."""
     features._mel_spectrogram.cache_clear()
-    model = small_model(num_hidden_layers=1)
+    model = small_model(num_hidden_layers=1, **windows)
     ratio = model.config.inputs_to_logits_ratio
     program = exported(model, noise(2, 9 * ratio), OPEN).module()
     for samples in (ratio + 1, 5 * ratio, 7 * ratio - 3):

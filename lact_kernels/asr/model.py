@@ -168,8 +168,9 @@ class LaCTForCTC(PreTrainedModel):
         states = [] if output_hidden_states else None
         with _same_draws(self.sequence_mesh if self.training else None, waveform.device):
             x, _ = self._convolve(self.spec_augment(self.features(waveform)), num_frames)
-        padding = self._padding(x, num_frames) if self.config.looks_ahead else None
-        pieces = cu_seqlens = None
+        padding = pieces = cu_seqlens = None
+        if self.config.looks_ahead and attention_mask is not None:
+            padding = self._padding(x, num_frames)
         if padding is not None:
             x, cu_seqlens = padding.remove(x), padding.cu_seqlens
         if self.sequence_mesh is not None:
