@@ -109,10 +109,10 @@ def foreign(b, h, q, k):
 
 foreign.__qualname__ = window.__qualname__
 BAD_FUNCTIONS = {
-    "chunks": (masking_utils.chunked_overlay(3, torch.zeros(1)), "chunked_overlay"),
+    "chunks": (masking_utils.chunked_overlay(3, torch.zeros(1)), "chunked_overlay.*, of chunks"),
     "images": (
         masking_utils.or_masks(causal, masking_utils.blockwise_overlay(torch.zeros(2, T))),
-        "blockwise_overlay",
+        "blockwise_overlay.*, of images whose tokens see each other,",
     ),
     "no key": (masking_utils.sliding_window_causal_mask_function(0), "sliding_window_overlay"),
     "no key before": (model_window(modeling_gemma4, (0, 3)), "sliding_window_mask_function"),

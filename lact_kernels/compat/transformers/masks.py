@@ -21,6 +21,11 @@ from lact_kernels.compat.transformers.forward_pass import PASS
 
 NAME = "lact_window_attn"
 ELSE = "use another attn_implementation, such as 'eager'"
+# Mask functions that are not supported, and what they are of.
+UNSUPPORTED = {
+    "blockwise_overlay": "of images whose tokens see each other",
+    "chunked_overlay": "of chunks that do not see each other",
+}
 # Methods of a tensor that leave a mask what it is.
 MOVES = {Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.clone, Tensor.contiguous, Tensor.detach}
 
@@ -276,6 +281,8 @@ def _is_always_true(mask_function: Callable) -> bool:
 
 
 def _unsupported(name: str) -> NotImplementedError:
+    meaning = UNSUPPORTED.get(name.split(".")[0])
+    name = f"{name}, {meaning}," if meaning else name
     return NotImplementedError(
         f"the mask function {name} is not supported by {NAME}, which knows attention in a sliding window,"
         f" causal or not, of padded rows or packed sequences, and nothing beside it: {ELSE}"
