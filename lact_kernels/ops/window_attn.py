@@ -107,7 +107,8 @@ def window_attn(
     Tq, Tk = q.shape[1], k.shape[1]
     if Tq > Tk:
         raise ValueError(
-            f"q has {Tq} tokens, more than the {Tk} of k: queries are aligned to the end"
+            f"q has {Tq} tokens, more than the {Tk} of k: queries are the last ones of the sequence;"
+            " lact_kernels.compat.flash_attn_func takes more, as cross-attention has them"
         )
     borders = None
     if cu_seqlens is not None:
