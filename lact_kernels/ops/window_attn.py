@@ -259,8 +259,12 @@ def check_scores(
                 f" {scale}"
             )
     if sinks is not None:
-        dtype = q.dtype if getattr(sinks, "dtype", None) == q.dtype else torch.float32
-        checks.check_tensor("sinks", sinks, (Hq,), "[Hq]", dtype, q.device)
+        checks.check_float_dtype("sinks", sinks, "[Hq]")
+        if sinks.dtype not in (torch.float32, q.dtype):
+            raise TypeError(
+                f"sinks must be float32 or have the dtype of q, {q.dtype}, got {sinks.dtype}"
+            )
+        checks.check_tensor("sinks", sinks, (Hq,), "[Hq]", sinks.dtype, q.device)
 
 
 def choose_backend(backend: Backend, q: Tensor, v: Tensor) -> Backend:
