@@ -292,6 +292,20 @@ def test_sink_like_a_large_score():
     check(q, k, v, do, dlse, 1, SMALL, 1.0, sinks=torch.full((2,), 320.0, device=DEVICE))
 
 
+def test_sinks_of_each_row():
+    """Each row of a batch has its own, as those of a vmapped axis."""
+    inputs = make_inputs(2, 20, 20, 4, 2, 16, 16, torch.float32)
+    sinks, options = torch.randn(2, 4, device=DEVICE), AttentionOptions(5, 3, 0.25)
+
+    def run(q, k, v, do, dlse, sinks):
+        o, lse = window_attn_fwd(q, k, v, options, sinks, config=SMALL)
+        return o, lse, *window_attn_bwd(do, dlse, q, k, v, o, lse, options, sinks, config=SMALL)
+
+    rows = [run(*(x[b : b + 1] for x in (*inputs, sinks))) for b in range(2)]
+    for actual, *expected in zip(run(*inputs, sinks), *rows):
+        assert torch.equal(actual, torch.cat(expected))
+
+
 def test_sink_of_minus_infinity():
     """It is none, also of a row that sees nothing."""
     inputs = make_inputs(1, 40, 19, 2, 1, 16, 16, torch.float32)
