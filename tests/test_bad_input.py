@@ -36,6 +36,9 @@ def nested(*shape):
     return torch.nested.nested_tensor([torch.ones(shape)], layout=torch.jagged)
 
 
+STRIDED_NESTED = torch.nested.nested_tensor([torch.ones(4)])  # it has no shape to ask for
+
+
 def meta(*shape, dtype=torch.float32):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -77,6 +80,7 @@ WINDOW = [
     ({"softcap": 1e50}, ValueError, "softcap, and softmax_scale / softcap, must be finite"),
     ({"softcap": "30"}, TypeError, "softcap must be a number, got '30'"),
     ({"sinks": 1.0}, TypeError, r"sinks must be a tensor \[Hq\], got float"),
+    ({"sinks": STRIDED_NESTED}, TypeError, "sinks must be a plain tensor, got a nested"),
     (
         {"sinks": torch.ones(2)},
         ValueError,

@@ -69,7 +69,7 @@ def check_tensor(
     """`x` is a tensor of exactly this shape, dtype and device, which is that of the argument `like`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor {layout}, got {type(x).__name__}")
-    if x.layout is not torch.strided:
+    if x.is_nested or x.layout is not torch.strided:
         check_dense(name, x)
     if x.dtype != dtype:
         raise TypeError(f"{name} must have the dtype {dtype}, got {x.dtype}")
