@@ -338,6 +338,18 @@ def test_rows_of_nothing_but_nan(T, dtype):
         assert all(x.isnan().all() for x in (o[:, 0], lse[..., 0], dq[:, 0]))
 
 
+@pytest.mark.parametrize("T", [15, 20])
+@pytest.mark.parametrize("window_size", [None, (-1, -1)])
+def test_a_row_of_nan_leaves_the_others_as_they_are(T, window_size):
+    """Those of few keys are computed again, under a mask, with all the keys that they have."""
+    q, k, v = (torch.randn(1, T, 1, 16) for _ in range(3))
+    expected = window_attn(q, k, v, window_size, backend="eager")
+    q[:, 0] = math.nan
+    o = window_attn(q, k, v, window_size, backend="eager")
+    assert o[:, 0].isnan().all()
+    torch.testing.assert_close(o[:, 1:], expected[:, 1:])
+
+
 def test_an_lse_of_zero_is_a_number():
     q, k, v = WindowCase("", 100, 1).inputs(torch.float32)
     lse = window_attn(q * 0, k, v, 1, return_lse=True)[1]
@@ -420,6 +432,12 @@ def test_limits_of_a_window():
         assert AttentionOptions(limit, limit, 1.0).within(7, 9)[:2] == (8, 6)
     assert AttentionOptions(2, 3, 1.0).within(7, 9)[:2] == (2, 3)
     assert AttentionOptions(None, None, 1.0).within(0, 0)[:2] == (0, 0)
+
+
+def test_windows_beyond_64_bits_are_without_limit():
+    q, k, v = WindowCase("", 9, 1).inputs(torch.float32)
+    for window, same in ((2**70, None), ((2**70, 2**70), (-1, -1))):
+        assert torch.equal(window_attn(q, k, v, window), window_attn(q, k, v, same))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
