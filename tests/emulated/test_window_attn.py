@@ -97,6 +97,12 @@ def test_float(arch, dtype):
 
 
 @pytest.mark.parametrize("arch, dtype", FLOAT_TARGETS[:1])
+def test_wide_float(arch, dtype):
+    """Beyond 128 channels the dk/dv pass loads its three statistics in another way."""
+    check(arch, dtype, case_of("", 60, 30, D=160, Dv=160))
+
+
+@pytest.mark.parametrize("arch, dtype", FLOAT_TARGETS[:1])
 @pytest.mark.parametrize("case", PACKED_FLOAT_CASES, ids=str)
 def test_packed_float(arch, dtype, case):
     """On the other architecture, for which float32 has the same tiles."""

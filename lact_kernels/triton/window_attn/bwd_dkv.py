@@ -90,7 +90,9 @@ def _dkv_tiles(
             dprobs = tl.dot(v, tl.trans(do), input_precision="ieee")  # [BLOCK_N, BLOCK_M]
         scores = softcapped(scores, bend, q.dtype == tl.float32)
         if q.dtype == tl.float32:
-            normaliser_pointers = stats_pointers + 2 * stats_strides[0]
+            # In every row, also where odd ones are one statistic ahead: the last head has no fourth.
+            ahead = 2 if APART else 2 - odd
+            normaliser_pointers = stats_pointers + ahead * stats_strides[0]
             normaliser, _ = _load_statistics(
                 normaliser_pointers, queries, Tq, SIZES.BLOCK_M, COPIES
             )
