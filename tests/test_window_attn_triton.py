@@ -14,8 +14,9 @@ import torch
 
 from benchmarks.compile_report import window_attn_cases
 from lact_kernels.core.attention import AttentionOptions
+from lact_kernels.triton import configs
 from lact_kernels.triton.configs import TRITON, KernelConfig
-from lact_kernels.triton.window_attn import fwd
+from lact_kernels.triton.window_attn import bwd, fwd
 from lact_kernels.triton.window_attn.bwd import window_attn_bwd
 from lact_kernels.triton.window_attn.fwd import window_attn_fwd
 from reference.window_attn import window_attn
@@ -304,6 +305,25 @@ def test_sinks_of_each_row():
     rows = [run(*(x[b : b + 1] for x in (*inputs, sinks))) for b in range(2)]
     for actual, *expected in zip(run(*inputs, sinks), *rows):
         assert torch.equal(actual, torch.cat(expected))
+
+
+@needs_interpreter
+def test_soft_caps_have_rows_of_their_own(monkeypatch):
+    """Every pass asks for them, and there are some."""
+    asked = []
+
+    def row(name, D, Dv, dtype, capability, described=False, softcap=False):
+        asked.append(softcap)
+        return configs.kernel_config(name, D, Dv, dtype, capability, described, softcap)
+
+    for module in (fwd, bwd):
+        monkeypatch.setattr(module, "kernel_config", row)
+    inputs = make_inputs(1, 20, 20, 1, 1, 16, 16, torch.float32)
+    for softcap in (None, 2.0):
+        run_kernels(*inputs, AttentionOptions(3, 0, 0.25, softcap), None)
+    assert asked == 3 * [False] + 3 * [True]
+    wide = "window_attn_bwd_dkv", 128, 128, torch.bfloat16, (9, 0)
+    assert configs.kernel_config(*wide) != configs.kernel_config(*wide, softcap=True)
 
 
 def test_sink_of_minus_infinity():
