@@ -78,6 +78,11 @@ WINDOW = [
     ({"softcap": float("inf")}, ValueError, "softcap must be finite, got inf"),
     ({"softcap": 1e-50}, ValueError, "softcap, and softmax_scale / softcap, must be finite"),
     ({"softcap": 1e50}, ValueError, "softcap, and softmax_scale / softcap, must be finite"),
+    (
+        {"softcap": 5e-9, "softmax_scale": 1e30},
+        ValueError,
+        "softmax_scale / softcap, must be finite",
+    ),
     ({"softcap": "30"}, TypeError, "softcap must be a number, got '30'"),
     ({"sinks": 1.0}, TypeError, r"sinks must be a tensor \[Hq\], got float"),
     ({"sinks": STRIDED_NESTED}, TypeError, "sinks must be a plain tensor, got a nested"),
@@ -224,6 +229,10 @@ def test_ordinary_calls_are_checked_at_a_glance(monkeypatch):
     [
         ({name: torch.ones(1, 6, 2, 8).double() for name in "qkv"}, "float64"),
         ({name: torch.ones(1, 6, 2, 272) for name in "qkv"}, "256, got 272"),
+        (
+            {name: torch.ones(1, 6, 2, 8).half() for name in "qkv"} | {"softcap": 2000.0},
+            "softcap for 16 bits goes up to 1000, got 2000.0",
+        ),
     ],
 )
 def test_explicit_triton_says_why_it_cannot_run(changed, message):

@@ -105,7 +105,7 @@ def window_attn(
     def checked() -> tuple[AttentionOptions, Backend]:
         options = ops.check_attention(q, k, v, window_size, softmax_scale, softcap, sinks)
         checks.check_flag("return_lse", return_lse)
-        return options, ops.choose_backend(backend, q, v)
+        return options, ops.choose_backend(backend, q, v, options.softcap)
 
     pieces.agree("window_attn", lambda: _facts(q, k, v, sinks, checked()[0], pieces))
     options, chosen = checked()

@@ -11,10 +11,11 @@ from lact_kernels.core.attention import AttentionOptions
 from lact_kernels.core.offsets import kept
 from lact_kernels.eager.masked_attention import lse_dtype
 from lact_kernels.ops import checks
-from lact_kernels.ops.autocast import cast_inputs, matching_dtype
+from lact_kernels.ops.autocast import autocast_dtype, cast_inputs, matching_dtype
 from lact_kernels.ops.checks import FLOAT_DTYPES, MOST_TOKENS, Backend
 
 MAX_TRITON_HEAD_DIM = 256
+MAX_TRITON_SOFTCAP = 1000  # for 16-bit inputs, whose tanh is exact to 5e-7 of it
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
@@ -84,8 +85,9 @@ def window_attn(
             while a CUDA graph is recorded, where it has to be on the GPU; a replayed graph may find other
             lengths in it that add up to T.
         return_lse: also return the log-sum-exp of the logits of each query: its scores, and the sink.
-        backend: `"triton"` (NVIDIA GPUs, head dims up to 256), `"eager"` (any device), or `"auto"`:
-            Triton where it can run, else eager. An explicit choice raises when it cannot run.
+        backend: `"triton"` (NVIDIA GPUs, head dims up to 256, soft caps up to 1000 in 16 bits), `"eager"`
+            (any device), or `"auto"`: Triton where it can run, else eager. An explicit choice raises when it
+            cannot run.
 
     Returns:
         The outputs `[B, Tq, Hq, Dv]` in the dtype of q, and with `return_lse` also lse `[B, Hq, Tq]`,
@@ -134,7 +136,7 @@ def run_window_attn(
     `borders` are `cu_seqlens` of the queries and of the keys. A query that sees no key has the output 0, and
     its sink as lse, or -inf.
     """
-    backend = choose_backend(backend, q, v)
+    backend = choose_backend(backend, q, v, options.softcap)
     borders_q = borders_k = None
     if borders is not None:
         borders_q = borders_k = kept(borders[0])
@@ -253,7 +255,7 @@ def check_scores(
         cap = checks.check_finite_number("softcap", softcap)
         if not cap > 0:
             raise ValueError(f"softcap must be above 0, or None for none, got {cap}")
-        if cap > largest or abs(scale) > largest * cap:
+        if cap > largest or abs(scale) > largest / 4 * cap:  # kernels multiply it by 2 log2(e)
             raise ValueError(
                 f"softcap, and softmax_scale / softcap, must be finite in float32, got {cap} and a scale of"
                 f" {scale}"
@@ -267,9 +269,12 @@ def check_scores(
         checks.check_tensor("sinks", sinks, (Hq,), "[Hq]", sinks.dtype, q.device)
 
 
-def choose_backend(backend: Backend, q: Tensor, v: Tensor) -> Backend:
+def choose_backend(backend: Backend, q: Tensor, v: Tensor, softcap: float | None = None) -> Backend:
     """The backend that runs attention; see `checks.choose_backend`."""
     head_dim, obstacle = max(q.shape[-1], v.shape[-1]), None
     if head_dim > MAX_TRITON_HEAD_DIM:
         obstacle = f"head dimensions go up to {MAX_TRITON_HEAD_DIM}, got {head_dim}"
+    elif softcap is not None and softcap > MAX_TRITON_SOFTCAP:
+        if autocast_dtype(q) != torch.float32:
+            obstacle = f"its softcap for 16 bits goes up to {MAX_TRITON_SOFTCAP}, got {softcap}"
     return checks.choose_backend(backend, q, obstacle)

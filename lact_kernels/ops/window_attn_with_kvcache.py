@@ -113,7 +113,7 @@ def run_window_attn_with_kvcache(
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`window_attn_with_kvcache` of checked arguments; outputs and lse."""
-    backend = choose_backend(backend, q, v_cache)
+    backend = choose_backend(backend, q, v_cache, options.softcap)
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
         cache_seqlens = torch.full((len(q),), cache_seqlens, dtype=torch.int32, device=q.device)
     q, k_cache, v_cache = cast_inputs(q, k_cache, v_cache)

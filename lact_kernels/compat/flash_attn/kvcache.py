@@ -124,7 +124,7 @@ def flash_attn_with_kvcache(
     options = check_attention(q, k_cache, v_cache, None, softmax_scale, softcap, names=names)
     left, right = arguments.window(causal, window_size, k_cache.shape[1])
     options = options._replace(left=left, right=right)
-    backend = choose_backend(backend, q, v_cache)
+    backend = choose_backend(backend, q, v_cache, softcap)
     _check_new_tokens(k, v, k_cache, v_cache)
     if cache_seqlens is not None:
         cache_seqlens = checks.check_cache_seqlens(cache_seqlens, len(q), q.device)
