@@ -81,7 +81,7 @@ def draws(draw, longest: int) -> Draw:
     packed = draw(st.booleans())
     queries = draw(st.lists(length, min_size=1, max_size=8 if packed else 1))
     lengths = tuple((n, max(0, n + draw(more_keys))) for n in queries)
-    Hkv, groups = draw(st.integers(1, 2)), draw(st.integers(1, 3))
+    Hkv, groups = draw(st.integers(1, 2)), draw(st.integers(1, 2))
     return Draw(
         B=0 if packed else draw(st.integers(1, 2)),
         lengths=lengths,

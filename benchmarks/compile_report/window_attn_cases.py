@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.compile_report.case import CompileCase, others, packing_cases, shipped_cases
 from benchmarks.compile_report.compiling import descriptor_type
+from lact_kernels.triton import configs
 from lact_kernels.triton.configs import (
     ARCHITECTURES,
     HEAD_DIM_CLASSES,
@@ -100,16 +101,18 @@ def _option_cases(
 ) -> Iterator[CompileCase]:
     """A kernel with all options, of which `sinks` are the pointers: or without a soft cap, and with none.
 
-    A plain kernel is part of that with all options. On Hopper, where soft caps may have rows of their own and
-    where most overlaps, it is looked at by itself.
+    A plain kernel is part of that with all options. It is looked at by itself on Hopper, where most overlaps,
+    and where soft caps have rows of their own.
     """
+    own_rows = (f"{case.name}_softcap", case.arch, 8 * case.dtype.itemsize) in configs._TABLE
+    by_itself = case.demanding and (own_rows or case.arch == 90)
     pointers = case.pointers | dict.fromkeys(sinks, torch.float32)
     if softcap:
         yield replace(case, shape=f"{case.shape} capped", pointers=pointers)
         return
     uncapped = case.constexprs | {"bend": None}
     plain = uncapped | dict.fromkeys(("right", *sinks))
-    yield replace(case, constexprs=plain, demanding=case.demanding and case.arch == 90)
+    yield replace(case, constexprs=plain, demanding=by_itself)
     shape = f"{case.shape} right"
     yield replace(case, shape=shape, pointers=pointers, constexprs=uncapped, demanding=False)
 
