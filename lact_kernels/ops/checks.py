@@ -129,8 +129,10 @@ def check_count(name: str, value: int) -> int:
 
 
 def check_window(name: str, window: int | tuple[int, int] | None) -> tuple[int | None, int | None]:
-    """How far a query sees to its left and right, None for no limit: flash-attn's pair, whose -1 that is,
-    or the number of tokens up to itself, or None for all of them."""
+    """How far a query sees to its left and right, None for no limit.
+
+    It is given as such a pair, with -1 for no limit, or as the number of tokens up to the query; None is all.
+    """
     is_pair = isinstance(window, (tuple, list))
     sides = window if is_pair else [0 if window is None else window]
     are_ints = all([is_int(plain(side)) for side in sides])
