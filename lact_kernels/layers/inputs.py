@@ -34,7 +34,4 @@ def check_input(name: str, x: Tensor, layout: str, channels: int, projection: nn
 
 def check_layer_window(window_size: Window) -> Window:
     """A window as a layer keeps it: a pair if its queries see later tokens, otherwise a number or None."""
-    left, right = checks.check_window("window_size", window_size)
-    if right == 0:
-        return None if left is None else left + 1
-    return tuple(-1 if side is None else side for side in (left, right))
+    return checks.given_window(*checks.check_window("window_size", window_size))

@@ -156,6 +156,13 @@ def _check_side(name: str, side: int, window) -> int | None:
     return side if torch.compiler.is_compiling() or side < MOST_TOKENS else MOST_TOKENS
 
 
+def given_window(left: int | None, right: int | None) -> int | tuple[int, int] | None:
+    """The inverse of `check_window`: a pair where a query sees later tokens, otherwise a number or None."""
+    if right == 0:
+        return None if left is None else left + 1
+    return -1 if left is None else left, -1 if right is None else right
+
+
 def check_causal_window(name: str, window: int | tuple[int, int] | None) -> int | None:
     """How many tokens a query sees, itself included, of a window without later ones; None for all."""
     left, right = check_window(name, window)

@@ -77,7 +77,7 @@ class RingKVCache:
                 "window_size must be an int or a pair with a limit on the left side, got"
                 f" {window_size!r}"
             )
-        self.window_size = left + 1 if right == 0 else (left, -1 if right is None else right)
+        self.window_size = checks.given_window(left, right)
         self.max_queries = checks.check_positive_int("max_queries", max_queries)
         shape = (batch_size, left + self.max_queries, num_kv_heads)
         self.k: Tensor = torch.zeros(*shape, head_dim, dtype=dtype, device=device)

@@ -125,7 +125,7 @@ def lact_window_attn_forward(
     window = _window(module, attention_mask, sliding_window, is_causal)
     sinks = s_aux if sinks is None else sinks
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    options = check_attention(q, k, v, _window_size(window), scaling, softcap, sinks)
+    options = check_attention(q, k, v, checks.given_window(*window), scaling, softcap, sinks)
     if isinstance(attention_mask, SequenceMask) and attention_mask.is_full:
         k, v = (x[:, : attention_mask.shape[1]] for x in (k, v))
         attention_mask = None
@@ -169,7 +169,7 @@ def _by_mask(
     if packing is not None and packing.has_gaps and _has_limits(window, S - first):
         raise NotImplementedError(
             "attention_mask has padding between the tokens of a row, over which a window of"
-            f" {_window_size(window)} is not supported: pad on the left or on the right"
+            f" {checks.given_window(*window)} is not supported: pad on the left or on the right"
         )
     return k[:, first:S], v[:, first:S], packing
 
@@ -202,9 +202,10 @@ def _window(module, mask, sliding_window, is_causal) -> Window:
         if own is not None and mask.window.right != 0:
             own = Window(own.left, own.left)
         if own not in (None, mask.window):
+            told, masked = (checks.given_window(*window) for window in (own, mask.window))
             warnings.warn(
-                f"{type(module).__name__} has a sliding_window of {_window_size(own)}, and its mask one of"
-                f" {_window_size(mask.window)}: {NAME} computes what the mask says, as eager attention does",
+                f"{type(module).__name__} has a sliding_window of {told}, and its mask one of"
+                f" {masked}: {NAME} computes what the mask says, as eager attention does",
                 stacklevel=2,
             )
         return mask.window
@@ -227,14 +228,6 @@ def _configured_window(config) -> Any:
     # Not by getattr, which is an error for what differs between layers.
     values = {} if config is None else vars(config)
     return next((values[name] for name in WINDOW_NAMES if values.get(name)), None)
-
-
-def _window_size(window: Window) -> int | tuple[int, int] | None:
-    """A window as `window_attn` takes it."""
-    if window.right == 0:
-        return None if window.left is None else window.left + 1
-    left, right = (-1 if limit is None else limit for limit in window)
-    return left, right
 
 
 def _check_supported(attention_mask, dropout, kwargs) -> None:
